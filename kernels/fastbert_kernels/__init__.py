@@ -1,0 +1,22 @@
+"""Fused Triton kernels for BERT-family encoders: tensors in, tensors out.
+
+Every op runs as a compiled kernel on a GPU and as plain PyTorch on a CPU; `backend` says how that is decided.
+"""
+
+from .attention import attention
+from .backend import backend, get_backend, set_backend, uses_triton
+from .bias_gelu import ACTIVATIONS, bias_activation
+from .embedding import embed
+from .layer_norm import add_layer_norm
+
+__all__ = [
+    "ACTIVATIONS",
+    "add_layer_norm",
+    "attention",
+    "backend",
+    "bias_activation",
+    "embed",
+    "get_backend",
+    "set_backend",
+    "uses_triton",
+]

@@ -1,0 +1,156 @@
+"""Which life of an op runs, and how its kernels are registered and launched.
+
+An op lives three times: in plain PyTorch (`reference.py`), as a Triton kernel under Triton's interpreter, and as the
+same kernel compiled for a GPU. The tensor's device decides, here and nowhere else:
+
+| device | life |
+|---|---|
+| GPU | the compiled kernel |
+| CPU | plain PyTorch |
+| CPU, `FASTBERT_BACKEND=triton` with `TRITON_INTERPRET=1` | the kernel, interpreted |
+
+`FASTBERT_BACKEND=torch` runs plain PyTorch everywhere.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+
+#: True when Triton kernels run in Triton's interpreter. Triton reads the variable when a kernel is defined, so it must
+#: be set before the first import.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+#: Dtypes the kernels have. Everything else is an error on the Triton path.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_BACKENDS = ("auto", "torch", "triton")
+
+
+def _checked(name: str) -> str:
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown fastbert backend {name!r}: FASTBERT_BACKEND takes one of {', '.join(_BACKENDS)}")
+    return name
+
+
+_backend: str = _checked(os.environ.get("FASTBERT_BACKEND", "auto"))
+
+
+def get_backend() -> str:
+    """The backend in force: `"auto"`, `"torch"` or `"triton"`."""
+    return _backend
+
+
+def set_backend(name: str) -> None:
+    """Override the choice of backend for this process.
+
+    Args:
+        name: `"auto"` (by device), `"torch"` or `"triton"`.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    global _backend
+    _backend = _checked(name)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run a block under another backend, e.g. `with backend("triton"): ...`."""
+    before = get_backend()
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """Whether ops on `tensor` run as Triton kernels.
+
+    Raises:
+        RuntimeError: when the Triton backend is asked for on a CPU tensor without the interpreter.
+        TypeError: when the Triton backend is in force and no kernel has the tensor's dtype.
+    """
+    if _backend == "torch" or (_backend == "auto" and not tensor.is_cuda):
+        return False
+    if not tensor.is_cuda and not INTERPRETED:
+        raise RuntimeError(
+            f"FASTBERT_BACKEND=triton cannot run on {tensor.device} tensors without Triton's interpreter: set "
+            "TRITON_INTERPRET=1 before importing fastbert, move the model to a GPU, or use FASTBERT_BACKEND=torch"
+        )
+    if tensor.dtype not in KERNEL_DTYPES:
+        raise TypeError(
+            f"no fastbert kernel has dtype {tensor.dtype}: cast the model to one of "
+            f"{', '.join(map(str, KERNEL_DTYPES))}, or run plain PyTorch with FASTBERT_BACKEND=torch"
+        )
+    return True
+
+
+def check_mode() -> bool:
+    """Whether `FASTBERT_CHECK=1` asks for the checks that cost a device synchronisation (ids in range, lengths)."""
+    return os.environ.get("FASTBERT_CHECK", "0") == "1"
+
+
+def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError naming each tensor's device unless all given tensors share one."""
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        listing = ", ".join(f"{name} on {device}" for name, device in given.items())
+        raise ValueError(f"{op} needs every tensor on one device, got {listing}: move them with .to(device)")
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """Make a kernel visible to `torch.compile`; under the interpreter, which nothing traces, the kernel itself."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function that launches kernels as the torch op `fastbert::name`.
+
+    Compiled kernels become a `triton_op`, which `torch.compile` sees into; interpreted ones an opaque `custom_op`.
+
+    Args:
+        name: the op's name in the namespace `torch.ops.fastbert`.
+        fake: the op on fake tensors: same signature, outputs of the right shape, dtype and device.
+    """
+    register = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+
+    def decorate(fn: Callable[..., Any]) -> Any:
+        op = register(f"fastbert::{name}", fn, mutates_args=())
+        op.register_fake(fake)
+        return op
+
+    return decorate
+
+
+def forbid_double_backward(op: Any, name: str) -> None:
+    """Make differentiating a backward op an error instead of a silently missing gradient."""
+
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise NotImplementedError(
+            f"fastbert's {name} kernel has no second derivative: for gradients of gradients run plain PyTorch "
+            "with FASTBERT_BACKEND=torch, or fastbert.unfuse(model)"
+        )
+
+    op.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
+
+
+@functools.cache
+def arch(device: torch.device) -> str:
+    """The row of the tile tables for a device: `"sm_80"`, `"sm_90"`, `"sm_100"`, `"gfx942"` or `"interpreter"`.
+
+    GPUs without a row of their own take that of the nearest smaller one: tiles that fit there fit here.
+    """
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    if major in (10, 11):
+        return "sm_100"
+    return "sm_90" if major == 9 else "sm_80"

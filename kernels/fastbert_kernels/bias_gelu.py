@@ -1,0 +1,173 @@
+"""f(x + bias) in one pass, forward and backward, for f one of gelu (erf), gelu_tanh, relu, silu.
+
+Only x, the pre-activation before its bias, is kept for the backward pass, which recomputes f' and sums the bias
+gradient on the way.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import reference
+from .backend import check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .column_sums import column_sums, partial_rows
+from .layer_norm import load_rows, load_vector, store_rows
+from .numerics import activation as apply_activation
+from .numerics import activation_grad
+from .tiles import COLUMN_TILES
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+
+
+@triton.jit
+def _bias_activation_forward(
+    x_ptr,  # (count, features)
+    bias_ptr,  # (features,); unused without HAS_BIAS
+    y_ptr,  # (count, features), dtype of x
+    count,
+    features,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """One program: one tile."""
+    col_blocks = tl.cdiv(features, BLOCK_N)
+    rows = (tl.program_id(0) // col_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (tl.program_id(0) % col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x = load_rows(x_ptr, rows, cols, count, features)
+    if HAS_BIAS:
+        x += load_vector(bias_ptr, cols, features)
+    store_rows(y_ptr, apply_activation(x, ACTIVATION), rows, cols, count, features)
+
+
+@triton.jit
+def _bias_activation_backward(
+    dy_ptr,  # (count, features)
+    x_ptr,  # (count, features)
+    bias_ptr,  # (features,); unused without HAS_BIAS
+    dx_ptr,  # (count, features)
+    partials_ptr,  # (1, programs, features) float32; unused without HAS_BIAS
+    count,
+    features,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """One program: BLOCK_N columns of every num_programs(1)-th block of BLOCK_M rows."""
+    program = tl.program_id(1)
+    programs = tl.num_programs(1)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for row_start in range(program * BLOCK_M, count, programs * BLOCK_M):
+        rows = row_start + tl.arange(0, BLOCK_M)
+        x = load_rows(x_ptr, rows, cols, count, features)
+        if HAS_BIAS:
+            x += load_vector(bias_ptr, cols, features)
+        dx = load_rows(dy_ptr, rows, cols, count, features) * activation_grad(x, ACTIVATION)
+        store_rows(dx_ptr, dx, rows, cols, count, features)
+        dbias += tl.sum(dx, axis=0)
+    if HAS_BIAS:
+        tl.store(partials_ptr + program.to(tl.int64) * features + cols, dbias, mask=cols < features)
+
+
+def _forward_fake(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@register_op("bias_activation", _forward_fake)
+def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    count, features = x.shape
+    y = torch.empty_like(x)
+    tiles = COLUMN_TILES
+    grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(features, tiles["BLOCK_N"]),)
+    if count > 0:
+        wrap_triton(_bias_activation_forward)[grid](
+            x_ptr=x,
+            bias_ptr=x if bias is None else bias,
+            y_ptr=y,
+            count=count,
+            features=features,
+            ACTIVATION=activation,
+            HAS_BIAS=bias is not None,
+            **tiles,
+        )
+    return y
+
+
+def _backward_fake(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+@register_op("bias_activation_backward", _backward_fake)
+def _backward(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x, dy * f'(x + bias), and of the bias, its sum over the rows."""
+    count, features = x.shape
+    dy = dy.contiguous()
+    dx = torch.empty_like(x)
+    tiles = COLUMN_TILES
+    programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
+    partials = x.new_empty(1, programs, features if bias is not None else 0, dtype=torch.float32)
+    wrap_triton(_bias_activation_backward)[(triton.cdiv(features, tiles["BLOCK_N"]), programs)](
+        dy_ptr=dy,
+        x_ptr=x,
+        bias_ptr=x if bias is None else bias,
+        dx_ptr=dx,
+        partials_ptr=partials,
+        count=count,
+        features=features,
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        **tiles,
+    )
+    return dx, x.new_empty(0) if bias is None else column_sums(partials, bias.dtype)[0]
+
+
+forbid_double_backward(_backward, "bias_activation")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, bias, ctx.activation = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = _backward(dy, x, bias, ctx.activation)
+    return dx, None if bias is None else dbias, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str = "gelu") -> torch.Tensor:
+    """f(x + bias), element by element, computed in float32.
+
+    Args:
+        x: (..., features), a linear layer's output.
+        bias: (features,), the linear layer's bias where it was left to this op.
+        activation: "gelu" (the erf form), "gelu_tanh", "relu" or "silu".
+
+    Returns:
+        Like x.
+
+    Raises:
+        ValueError: for an unknown activation, shapes that do not fit each other, mixed devices.
+        TypeError: for a dtype that no kernel has.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: the kernels have {', '.join(ACTIVATIONS)}")
+    features = x.shape[-1]
+    if bias is not None and bias.shape != (features,):
+        raise ValueError(f"bias must have shape (features,) = ({features},), got {tuple(bias.shape)}")
+    check_same_device("bias_activation", x=x, bias=bias)
+    if not uses_triton(x):
+        return reference.bias_activation(x, bias, activation)
+    return _forward(x.reshape(-1, features).contiguous(), bias, activation).view(x.shape)

@@ -1,0 +1,420 @@
+"""dropout(LayerNorm(word + token type + position)): three gathers, norm and dropout in one pass.
+
+The backward pass gathers again, gives the gradient of the sum, and leaves the scatter into the three tables to
+PyTorch's own embedding backward, which is deterministic and knows `padding_idx`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import reference
+from .backend import check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .column_sums import column_sums, partial_rows
+from .layer_norm import (
+    MAX_FEATURES,
+    _dropout_arguments,
+    load_rows,
+    load_vector,
+    normalize,
+    normalize_backward,
+    store_rows,
+)
+from .numerics import dropout_keep
+from .tiles import row_tiles
+
+
+@triton.jit
+def _gather(table_ptr, ids_ptr, rows, cols, count, table_rows, features):
+    """Rows of a table as float32, zero for an id outside it: [BLOCK_M, BLOCK_N]."""
+    ids = tl.load(ids_ptr + rows, mask=rows < count, other=0).to(tl.int64)
+    found = (rows < count) & (ids >= 0) & (ids < table_rows)
+    mask = found[:, None] & (cols[None, :] < features)
+    return tl.load(table_ptr + ids[:, None] * features + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _embedding_sum(
+    words_ptr, positions_ptr, token_types_ptr, word_table_ptr, position_table_ptr, token_type_table_ptr,
+    rows, cols, count, vocab_rows, position_rows, token_type_rows, features, HAS_WORD_TABLE: tl.constexpr,
+):  # fmt: skip
+    """word + token type + position of a block of tokens, float32 [BLOCK_M, BLOCK_N]."""
+    if HAS_WORD_TABLE:
+        z = _gather(word_table_ptr, words_ptr, rows, cols, count, vocab_rows, features)
+    else:
+        z = load_rows(words_ptr, rows, cols, count, features)
+    z += _gather(token_type_table_ptr, token_types_ptr, rows, cols, count, token_type_rows, features)
+    z += _gather(position_table_ptr, positions_ptr, rows, cols, count, position_rows, features)
+    return z
+
+
+@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+def _embed_forward(
+    words_ptr,  # (count,) int ids, or without HAS_WORD_TABLE the vectors (count, features)
+    positions_ptr,  # (count,) int
+    token_types_ptr,  # (count,) int
+    word_table_ptr,  # (vocab_rows, features); unused without HAS_WORD_TABLE
+    position_table_ptr,  # (position_rows, features)
+    token_type_table_ptr,  # (token_type_rows, features)
+    weight_ptr,  # (features,)
+    norm_bias_ptr,  # (features,)
+    seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
+    y_ptr,  # (count, features)
+    mean_ptr,  # (count,) float32
+    rstd_ptr,  # (count,) float32
+    count,
+    vocab_rows,
+    position_rows,
+    token_type_rows,
+    features,
+    eps,
+    stream,
+    keep_threshold,
+    keep_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WORD_TABLE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):
+    """One program: BLOCK_M tokens."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    z = _embedding_sum(
+        words_ptr, positions_ptr, token_types_ptr, word_table_ptr, position_table_ptr, token_type_table_ptr,
+        rows, cols, count, vocab_rows, position_rows, token_type_rows, features, HAS_WORD_TABLE,
+    )  # fmt: skip
+    normed, mean, rstd = normalize(z, cols, features, eps)
+    y = normed * load_vector(weight_ptr, cols, features) + load_vector(norm_bias_ptr, cols, features)
+    if HAS_DROPOUT:
+        keep = dropout_keep(seed_ptr, stream, 0, rows, 0, keep_threshold, BLOCK_N)
+        y = tl.where(keep, y * keep_scale, 0.0)
+    store_rows(y_ptr, y, rows, cols, count, features)
+    tl.store(mean_ptr + rows, mean, mask=rows < count)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < count)
+
+
+@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+def _embed_backward(
+    dy_ptr,  # (count, features)
+    words_ptr,  # as in _embed_forward, and so on
+    positions_ptr,
+    token_types_ptr,
+    word_table_ptr,
+    position_table_ptr,
+    token_type_table_ptr,
+    weight_ptr,
+    seed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dz_ptr,  # (count, features), gradient of the sum of the three embeddings
+    partials_ptr,  # (2, programs, features) float32: sums of dweight, dnorm_bias
+    count,
+    vocab_rows,
+    position_rows,
+    token_type_rows,
+    features,
+    stream,
+    keep_threshold,
+    keep_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WORD_TABLE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+):
+    """One program: every num_programs-th block of BLOCK_M tokens, and the column sums over them."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    cols = tl.arange(0, BLOCK_N)
+    weight = load_vector(weight_ptr, cols, features)
+    dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
+    dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for row_start in range(program * BLOCK_M, count, programs * BLOCK_M):
+        rows = row_start + tl.arange(0, BLOCK_M)
+        mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)
+        dy = load_rows(dy_ptr, rows, cols, count, features)
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed_ptr, stream, 0, rows, 0, keep_threshold, BLOCK_N)
+            dy = tl.where(keep, dy * keep_scale, 0.0)
+        z = _embedding_sum(
+            words_ptr, positions_ptr, token_types_ptr, word_table_ptr, position_table_ptr, token_type_table_ptr,
+            rows, cols, count, vocab_rows, position_rows, token_type_rows, features, HAS_WORD_TABLE,
+        )  # fmt: skip
+        normed = tl.where(cols[None, :] < features, (z - mean[:, None]) * rstd[:, None], 0.0)
+        dz = normalize_backward(dy * weight, normed, rstd, cols, features)
+        store_rows(dz_ptr, dz, rows, cols, count, features)
+        dweight += tl.sum(dy * normed, axis=0)
+        dnorm_bias += tl.sum(dy, axis=0)
+    partials_ptr += program.to(tl.int64) * features + cols
+    tl.store(partials_ptr, dweight, mask=cols < features)
+    tl.store(partials_ptr + programs.to(tl.int64) * features, dnorm_bias, mask=cols < features)
+
+
+def _common_arguments(
+    words: torch.Tensor,
+    positions: torch.Tensor,
+    token_types: torch.Tensor,
+    word_table: torch.Tensor | None,
+    position_table: torch.Tensor,
+    token_type_table: torch.Tensor,
+    weight: torch.Tensor,
+) -> dict[str, Any]:
+    return {
+        "words_ptr": words,
+        "positions_ptr": positions,
+        "token_types_ptr": token_types,
+        "word_table_ptr": position_table if word_table is None else word_table,
+        "position_table_ptr": position_table,
+        "token_type_table_ptr": token_type_table,
+        "weight_ptr": weight,
+        "count": words.shape[0],
+        "vocab_rows": 0 if word_table is None else word_table.shape[0],
+        "position_rows": position_table.shape[0],
+        "token_type_rows": token_type_table.shape[0],
+        "features": position_table.shape[1],
+        "HAS_WORD_TABLE": word_table is not None,
+    }
+
+
+def _forward_fake(
+    words: torch.Tensor,
+    positions: torch.Tensor,
+    token_types: torch.Tensor,
+    word_table: torch.Tensor | None,
+    position_table: torch.Tensor,
+    token_type_table: torch.Tensor,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    padding_idx: int,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    like = words if word_table is None else word_table
+    y = like.new_empty(words.shape[0], position_table.shape[1])
+    mean = like.new_empty(words.shape[0], dtype=torch.float32)
+    return y, mean, torch.empty_like(mean)
+
+
+@register_op("embed", _forward_fake)
+def _forward(
+    words: torch.Tensor,
+    positions: torch.Tensor,
+    token_types: torch.Tensor,
+    word_table: torch.Tensor | None,
+    position_table: torch.Tensor,
+    token_type_table: torch.Tensor,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    padding_idx: int,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    like = words if word_table is None else word_table
+    count, features = words.shape[0], position_table.shape[1]
+    y = like.new_empty(count, features)
+    mean = like.new_empty(count, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    tiles = row_tiles(features)
+    if count > 0:
+        wrap_triton(_embed_forward)[(triton.cdiv(count, tiles["BLOCK_M"]),)](
+            norm_bias_ptr=norm_bias,
+            y_ptr=y,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            eps=eps,
+            **_common_arguments(words, positions, token_types, word_table, position_table, token_type_table, weight),
+            **_dropout_arguments(y, dropout_p, seed, stream),
+            **tiles,
+        )
+    return y, mean, rstd
+
+
+def _backward_fake(
+    dy: torch.Tensor,
+    words: torch.Tensor,
+    positions: torch.Tensor,
+    token_types: torch.Tensor,
+    word_table: torch.Tensor | None,
+    position_table: torch.Tensor,
+    token_type_table: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(dy), weight.new_empty(2, weight.shape[0])
+
+
+@register_op("embed_backward", _backward_fake)
+def _backward(
+    dy: torch.Tensor,
+    words: torch.Tensor,
+    positions: torch.Tensor,
+    token_types: torch.Tensor,
+    word_table: torch.Tensor | None,
+    position_table: torch.Tensor,
+    token_type_table: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the sum of the three embeddings (count, features), and the rows dweight, dnorm_bias."""
+    count, features = dy.shape
+    dy = dy.contiguous()
+    dz = torch.empty_like(dy)
+    tiles = row_tiles(features)
+    programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
+    partials = dy.new_empty(2, programs, features, dtype=torch.float32)
+    wrap_triton(_embed_backward)[(programs,)](
+        dy_ptr=dy,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        dz_ptr=dz,
+        partials_ptr=partials,
+        **_common_arguments(words, positions, token_types, word_table, position_table, token_type_table, weight),
+        **_dropout_arguments(dy, dropout_p, seed, stream),
+        **tiles,
+    )
+    return dz, column_sums(partials, weight.dtype)
+
+
+forbid_double_backward(_backward, "embed")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    words, positions, token_types, word_table, position_table, token_type_table, weight = inputs[:7]
+    ctx.padding_idx, ctx.dropout_p, seed, ctx.stream = inputs[9:]
+    _, mean, rstd = output
+    ctx.save_for_backward(
+        words, positions, token_types, word_table, position_table, token_type_table, weight, mean, rstd, seed
+    )
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 13
+    *tensors, seed = ctx.saved_tensors
+    words, positions, token_types, word_table, position_table, token_type_table = tensors[:6]
+    dz, sums = _backward(dy, *tensors, ctx.dropout_p, seed, ctx.stream)
+
+    def scatter(ids: torch.Tensor, table: torch.Tensor, padding_idx: int) -> torch.Tensor:
+        return torch.ops.aten.embedding_dense_backward(dz, ids, table.shape[0], padding_idx, False).to(table.dtype)
+
+    need = ctx.needs_input_grad
+    dwords = dz if word_table is None and need[0] else None
+    dword_table = scatter(words, word_table, ctx.padding_idx) if word_table is not None and need[3] else None
+    dposition_table = scatter(positions, position_table, -1) if need[4] else None
+    dtoken_type_table = scatter(token_types, token_type_table, -1) if need[5] else None
+    return dwords, None, None, dword_table, dposition_table, dtoken_type_table, *sums.unbind(0), *[None] * 5
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def embed(
+    words: torch.Tensor,
+    positions: torch.Tensor,
+    token_types: torch.Tensor,
+    word_table: torch.Tensor | None,
+    position_table: torch.Tensor,
+    token_type_table: torch.Tensor,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    *,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    stream: int = 0,
+) -> torch.Tensor:
+    """dropout(LayerNorm(word + token type + position)) of each token.
+
+    Args:
+        words: int (tokens,), rows of `word_table`; or, where that is None, the word vectors (tokens, features).
+        positions, token_types: int (tokens,).
+        word_table, position_table, token_type_table: (rows, features).
+        weight, norm_bias: (features,), the affine part of the norm.
+        eps: added to the variance.
+        padding_idx: the row of `word_table` that gets no gradient.
+        dropout_p, seed, stream: as in `attention.attention`.
+
+    Returns:
+        (tokens, features) in the dtype of the word table or vectors.
+
+    Raises:
+        ValueError: for shapes that do not fit each other, over 16384 features, a missing seed, mixed devices.
+        IndexError: for an id outside its table; on a GPU only with FASTBERT_CHECK=1, else its vector reads as zero.
+        TypeError: for a dtype that no kernel has.
+    """
+    features = position_table.shape[-1]
+    count = words.shape[0]
+    if words.shape != ((count,) if word_table is not None else (count, features)):
+        raise ValueError(f"words must be (tokens,) ids or (tokens, {features}) vectors, got {tuple(words.shape)}")
+    for name, ids in (("positions", positions), ("token_types", token_types)):
+        if ids.shape != (count,):
+            raise ValueError(f"{name} must have shape (tokens,) = ({count},), got {tuple(ids.shape)}")
+    for name, vector in (("weight", weight), ("norm_bias", norm_bias)):
+        if vector.shape != (features,):
+            raise ValueError(f"{name} must have shape (features,) = ({features},), got {tuple(vector.shape)}")
+    for name, table in (("word_table", word_table), ("token_type_table", token_type_table)):
+        if table is not None and table.shape[1] != features:
+            raise ValueError(f"{name} must be (rows, {features}) like the position table, got {tuple(table.shape)}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+    check_same_device(
+        "embed", words=words, positions=positions, token_types=token_types, word_table=word_table,
+        position_table=position_table, token_type_table=token_type_table, weight=weight, seed=seed,
+    )  # fmt: skip
+    tables = {"words": (words, word_table), "positions": (positions, position_table)}
+    tables["token_types"] = (token_types, token_type_table)
+    if (not words.is_cuda or check_mode()) and not torch.compiler.is_compiling():
+        _check_ids(tables)
+    if not uses_triton(position_table):
+        return reference.embed(
+            words, positions, token_types, word_table, position_table, token_type_table, weight, norm_bias, eps,
+            padding_idx, dropout_p,
+        )  # fmt: skip
+    if features > MAX_FEATURES:
+        raise ValueError(f"embed has kernels for rows up to {MAX_FEATURES}, got {features}")
+    if dropout_p > 0.0 and seed is None:
+        raise ValueError(f"embed with dropout_p={dropout_p} needs a seed: an int64 scalar on {words.device}")
+    y, _, _ = _forward(
+        words.contiguous(),
+        positions.contiguous(),
+        token_types.contiguous(),
+        word_table,
+        position_table,
+        token_type_table,
+        weight,
+        norm_bias,
+        eps,
+        -1 if padding_idx is None else padding_idx,
+        dropout_p,
+        seed,
+        stream,
+    )
+    return y
+
+
+def _check_ids(tables: dict[str, tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    """Raise IndexError naming the first id outside its table."""
+    for name, (ids, table) in tables.items():
+        if table is None or ids.numel() == 0:
+            continue
+        low, high = (int(x) for x in torch.aminmax(ids))
+        if low < 0 or high >= table.shape[0]:
+            wrong = low if low < 0 else high
+            raise IndexError(f"{name} holds {wrong}, outside the {table.shape[0]} rows of its embedding table")

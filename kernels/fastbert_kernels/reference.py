@@ -1,0 +1,213 @@
+"""Every op in plain PyTorch: its definition, its CPU path and the oracle of its kernel's tests.
+
+Pure functions: nothing is mutated, autograd gives the gradients, and float64 inputs stay float64. Half-precision
+inputs are computed in float32 and rounded once, as the kernels do.
+
+Dropout comes from torch's generator, or from an explicit `keep` mask (True where an element survives), which is how
+the tests hand the kernels' own mask to the definition.
+"""
+
+import torch
+import torch.nn.functional as F
+
+#: Additive score of a masked key. Finite, so that a row with no visible key is uniform; so low that float32 absorbs
+#: any real score added to it.
+MASKED = -1.0e30
+
+PHILOX_ROUNDS = 7
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype arithmetic is done in: float64 stays, everything else is float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def dropout(x: torch.Tensor, p: float, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Inverted dropout: each element is zero with probability p, else scaled by 1 / (1 - p)."""
+    if p == 0.0:
+        return x
+    if keep is None:
+        return F.dropout(x, p, training=True)
+    return torch.where(keep, x / (1.0 - p), 0.0) if p < 1.0 else torch.zeros_like(x)
+
+
+def dropout_threshold(p: float) -> int:
+    """The 31-bit draw below which an element is dropped, for dropout probability p."""
+    return min(round(p * 2**31), 2**31 - 1)
+
+
+def dropout_keep(seed: int, stream: int, planes: int, rows: int, columns: int, p: float) -> torch.Tensor:
+    """The mask the kernels draw, bit for bit: bool (planes, rows, columns), True where an element is kept.
+
+    Philox-4x32 with seven rounds, key = seed, counter = (column // 4, row, plane, stream); the four words it returns
+    serve four neighbouring columns. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    low = 0xFFFFFFFF
+    groups = -(-columns // 4)
+    c0 = torch.arange(groups).expand(planes, rows, groups)
+    c1 = torch.arange(rows)[:, None].expand(planes, rows, groups)
+    c2 = torch.arange(planes)[:, None, None].expand(planes, rows, groups)
+    c3 = torch.full((planes, rows, groups), stream)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(PHILOX_ROUNDS):
+        # int64 products wrap, which leaves both 32-bit halves of the unsigned product right.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32 & low) ^ c1 ^ k0, b & low, (a >> 32 & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    draws = torch.stack((c0, c1, c2, c3), dim=-1).reshape(planes, rows, 4 * groups)
+    return draws[:, :, :columns] >> 1 >= dropout_threshold(p)
+
+
+def additive(bias: torch.Tensor) -> torch.Tensor:
+    """An additive mask as float32 (or float64), with every masked entry at `MASKED`.
+
+    Masked are the entries at or under half the lowest finite value of the mask's dtype: what `finfo.min`, -inf and
+    their sums with real scores look like. A bool mask is True where a key is visible.
+    """
+    if bias.dtype == torch.bool:
+        return torch.zeros(bias.shape, dtype=torch.float32, device=bias.device).masked_fill(~bias, MASKED)
+    return upcast(bias).masked_fill(bias <= torch.finfo(bias.dtype).min / 2, MASKED)
+
+
+def attention(
+    qkv: torch.Tensor,
+    lengths: list[int],
+    *,
+    bias: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+    scale: float,
+    dropout_p: float = 0.0,
+    keep: torch.Tensor | None = None,
+    probs_shape: tuple[int, int] | None = None,
+    columns: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Multi-head attention over packed sequences. The op's contract stands in `attention.attention`.
+
+    Args:
+        qkv: (tokens, 3, heads, head_dim).
+        lengths: tokens of each sequence.
+        keep: bool (batch, heads, >= longest, >= longest), indexed by position in the sequence.
+        probs_shape: (batch, seq) of the probabilities to return; None for none.
+        columns: int (tokens,), each token's column in `probs`; None: its position in its sequence.
+
+    Returns:
+        The context (tokens, heads, head_dim), and the probabilities (batch, heads, seq, seq) or None.
+    """
+    heads, head_dim = qkv.shape[2:]
+    if bias is not None:
+        bias = additive(bias).expand(len(lengths), heads, -1, -1)
+    if probs_shape is None and head_mask is None and keep is None:
+        return _attention_without_probs(qkv, lengths, bias, scale, dropout_p), None
+
+    contexts, maps = [qkv.new_empty(0, heads, head_dim)], []
+    start = 0
+    for b, length in enumerate(lengths):
+        q, k, v = upcast(qkv[start : start + length]).permute(1, 2, 0, 3)  # each (heads, length, head_dim)
+        scores = q @ k.transpose(1, 2) * scale
+        if bias is not None:
+            scores = scores + bias[b, :, :length, :length]
+        probs = torch.softmax(scores, dim=-1)
+        probs = dropout(probs, dropout_p, None if keep is None else keep[b, :, :length, :length])
+        if head_mask is not None:
+            probs = probs * head_mask[:, None, None]
+        contexts.append((probs @ v).transpose(0, 1).to(qkv.dtype))
+        if probs_shape is not None:
+            maps.append(_place(probs, probs_shape[1], None if columns is None else columns[start : start + length]))
+        start += length
+    context = torch.cat(contexts)
+    if probs_shape is None:
+        return context, None
+    return context, torch.stack(maps).to(qkv.dtype)
+
+
+def _place(probs: torch.Tensor, seq: int, columns: torch.Tensor | None) -> torch.Tensor:
+    """(heads, length, length) inside zeros (heads, seq, seq), at the given columns and rows."""
+    length = probs.shape[-1]
+    if columns is None:
+        return F.pad(probs, (0, seq - length, 0, seq - length))
+    columns = columns.long()
+    rows = probs.new_zeros(probs.shape[0], length, seq).index_copy(2, columns, probs)
+    return rows.new_zeros(probs.shape[0], seq, seq).index_copy(1, columns, rows)
+
+
+def _attention_without_probs(
+    qkv: torch.Tensor, lengths: list[int], bias: torch.Tensor | None, scale: float, dropout_p: float
+) -> torch.Tensor:
+    """The context alone, by torch's own fused attention: one call for equal lengths, else one a sequence."""
+    tokens, _, heads, head_dim = qkv.shape
+    if bias is not None and bias.dtype != qkv.dtype:  # a masked entry is under the range of a half-precision dtype
+        return _attention_without_probs(qkv.to(bias.dtype), lengths, bias, scale, dropout_p).to(qkv.dtype)
+
+    def sdpa(part: torch.Tensor, batch: int, mask: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = part.view(batch, -1, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+        return context.transpose(1, 2).reshape(-1, heads, head_dim)
+
+    if len(set(lengths)) == 1 and lengths[0] * len(lengths) == tokens and tokens > 0:
+        return sdpa(qkv, len(lengths), bias)
+    contexts, start = [qkv.new_empty(0, heads, head_dim)], 0
+    for b, length in enumerate(lengths):
+        if length > 0:
+            mask = None if bias is None else bias[b : b + 1, :, :length, :length]
+            contexts.append(sdpa(qkv[start : start + length], 1, mask))
+        start += length
+    return torch.cat(contexts)
+
+
+def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """f(x + bias): x (..., features), bias (features,) or None, f one of gelu, gelu_tanh, relu, silu."""
+    x = x if bias is None else (upcast(x) + bias).to(x.dtype) if x.dtype == bias.dtype else x + bias
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return F.relu(x) if activation == "relu" else F.silu(x)
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """LayerNorm(dropout(x + bias) + residual), in the residual's dtype: x and residual (..., features)."""
+    z = upcast(x)
+    if bias is not None:
+        z = z + bias
+    z = dropout(z, dropout_p, keep)
+    if residual is not None:
+        z = z + residual
+    dtype = z.dtype
+    normed = F.layer_norm(z, z.shape[-1:], weight.to(dtype), norm_bias.to(dtype), eps)
+    return normed.to(x.dtype if residual is None else residual.dtype)
+
+
+def embed(
+    words: torch.Tensor,
+    positions: torch.Tensor,
+    token_types: torch.Tensor,
+    word_table: torch.Tensor | None,
+    position_table: torch.Tensor,
+    token_type_table: torch.Tensor,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """dropout(LayerNorm(word + token type + position)), (tokens, features).
+
+    Args:
+        words: int (tokens,), rows of `word_table`; or, with no table, the word vectors (tokens, features) themselves.
+        positions, token_types: int (tokens,).
+        padding_idx: the row of `word_table` that gets no gradient.
+    """
+    vectors = words if word_table is None else F.embedding(words, word_table, padding_idx)
+    z = upcast(vectors) + F.embedding(token_types, token_type_table) + F.embedding(positions, position_table)
+    normed = F.layer_norm(z, z.shape[-1:], weight.to(z.dtype), norm_bias.to(z.dtype), eps)
+    return dropout(normed, dropout_p, keep).to(vectors.dtype)

@@ -1,0 +1,44 @@
+"""Test set-up: which life of the kernels runs, and where the real checkpoint lies.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are defined.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device on which the Triton kernels run here: a GPU, or the CPU through the interpreter."""
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The folder of the real MiniLM checkpoint."""
+    path = Path(os.environ.get("FASTBERT_CHECKPOINT", Path(__file__).parents[1] / ".cache" / "minilm"))
+    if not (path / "config.json").exists():
+        pytest.fail(f"no checkpoint in {path}: run the tests with `make test`, which fetches it")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
