@@ -1,0 +1,422 @@
+"""Device code of the attention op: the forward kernel, and dQ and dK/dV of the backward pass.
+
+The derivation stands in `attention.py`. Scores are in base 2 throughout, statistics and sums in float32.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import LN2, LOG2E, MASKED, cast, dot, dropout_keep
+
+
+@triton.jit
+def _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS: tl.constexpr):
+    """First token (int64) and length of sequence b."""
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    else:
+        start = b * max_seqlen
+        length = max_seqlen
+    return tl.cast(start, tl.int64), length
+
+
+@triton.jit
+def _load_heads(ptr, rows, row_stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of one head, zeros past `length` and past HEAD_DIM: [rows, BLOCK_D]."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = rows[:, None] < length
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (dims[None, :] < HEAD_DIM)
+    return tl.load(ptr + rows[:, None].to(tl.int64) * row_stride + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_heads(ptr, x, rows, row_stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    dims = tl.arange(0, BLOCK_D)
+    mask = rows[:, None] < length
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (dims[None, :] < HEAD_DIM)
+    ptrs = ptr + rows[:, None].to(tl.int64) * row_stride + dims[None, :]
+    tl.store(ptrs, cast(x, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bias_tile(bias_ptr, rows, cols, row_stride, length, masked_below):
+    """The additive mask of one tile, in base 2, masked entries at MASKED: [BLOCK_M, BLOCK_N]."""
+    mask = (rows[:, None] < length) & (cols[None, :] < length)
+    ptrs = bias_ptr + rows[:, None].to(tl.int64) * row_stride + cols[None, :]
+    bias = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(bias <= masked_below, MASKED, bias * LOG2E)
+
+
+@triton.jit
+def _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS: tl.constexpr):
+    """Offsets of a tile inside one (probs_seq, probs_seq) map: int64 [BLOCK_M, BLOCK_N]."""
+    if HAS_COLUMNS:
+        rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
+        cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
+    return rows[:, None].to(tl.int64) * probs_seq + cols[None, :]
+
+
+@triton.jit
+def _softmax_tile(s, lse, valid, length, HAS_BIAS: tl.constexpr):
+    """P of one tile from base-2 scores and the base-2 log-sum-exp, zero where not valid.
+
+    In a row with no visible key the maximum swallows log(sum); such a row is uniform over its sequence.
+    """
+    p = tl.exp2(s - lse)
+    if HAS_BIAS:
+        p = tl.where(lse < 0.5 * MASKED, 1.0 / length, p)
+    return tl.where(valid, p, 0.0)
+
+
+@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+def attention_forward(
+    qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
+    out_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
+    lse_ptr,  # (heads, tokens) float32, natural log-sum-exp
+    probs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_PROBS
+    cu_seqlens_ptr,  # (batch + 1,) int32; unused without HAS_CU_SEQLENS
+    columns_ptr,  # (tokens,) int32; unused without HAS_COLUMNS
+    bias_ptr,  # (batch, heads, max_seqlen, max_seqlen) by strides, last one 1; unused without HAS_BIAS
+    head_mask_ptr,  # (heads,) any float; unused without HAS_HEAD_MASK
+    seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
+    tokens,
+    heads,
+    max_seqlen,
+    probs_seq,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_row_stride,
+    masked_below,  # bias entries at or under this are masked keys
+    scale,
+    stream,  # int32, which dropout of the model this is
+    keep_threshold,  # int32, see dropout_keep
+    keep_scale,  # 1 / (1 - dropout_p)
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_CU_SEQLENS: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_HEAD_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_PROBS: tl.constexpr,
+):
+    """One program: BLOCK_M rows of one head of one sequence."""
+    if HAS_PROBS:
+        blocks = tl.cdiv(tl.maximum(max_seqlen, probs_seq), BLOCK_M)
+    else:
+        blocks = tl.cdiv(max_seqlen, BLOCK_M)
+    pid = tl.program_id(0)
+    plane = pid // blocks
+    b = plane // heads
+    h = plane % heads
+    row_start = (pid % blocks) * BLOCK_M
+    start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
+    if HAS_PROBS and not HAS_COLUMNS:
+        # Blocks of padding rows only have zeros of the map to write.
+        length_read = tl.where(row_start < length, length, 0)
+    else:
+        if row_start >= length:
+            return
+        length_read = length
+
+    rows = row_start + tl.arange(0, BLOCK_M)
+    row_stride = 3 * heads * HEAD_DIM
+    qkv_ptr += start * row_stride + h * HEAD_DIM
+    k_ptr = qkv_ptr + heads * HEAD_DIM
+    v_ptr = k_ptr + heads * HEAD_DIM
+    if HAS_BIAS:
+        bias_ptr += b.to(tl.int64) * bias_batch_stride + h.to(tl.int64) * bias_head_stride
+    scale_log2 = scale * LOG2E
+
+    q = _load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for col_start in range(0, length_read, BLOCK_N):
+        cols = col_start + tl.arange(0, BLOCK_N)
+        k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+        if HAS_BIAS:
+            s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
+        s = tl.where(cols[None, :] < length, s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, axis=1))
+        rescale = tl.exp2(row_max - new_max)
+        p = tl.exp2(s - new_max[:, None])
+        row_sum = row_sum * rescale + tl.sum(p, axis=1)
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+            p = tl.where(keep, p, 0.0)
+        v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+        acc = dot(cast(p, v.dtype), v, acc * rescale[:, None])
+        row_max = new_max
+
+    factor = 1.0
+    if HAS_DROPOUT:
+        factor = keep_scale
+    if HAS_HEAD_MASK:
+        factor *= tl.load(head_mask_ptr + h).to(tl.float32)
+    out_ptr += start * heads * HEAD_DIM + h * HEAD_DIM
+    _store_heads(out_ptr, acc * (factor / row_sum)[:, None], rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    lse = row_max + tl.log2(row_sum)
+    tl.store(lse_ptr + h.to(tl.int64) * tokens + start + rows, lse * LN2, mask=rows < length)
+
+    if HAS_PROBS:
+        if HAS_COLUMNS:
+            cols_end = length  # the rest of the map was zeroed by the host
+            columns_ptr += start
+        else:
+            cols_end = probs_seq
+        probs_ptr += plane.to(tl.int64) * probs_seq * probs_seq
+        for col_start in range(0, cols_end, BLOCK_N):
+            cols = col_start + tl.arange(0, BLOCK_N)
+            k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+            if HAS_BIAS:
+                s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
+            valid = (rows[:, None] < length) & (cols[None, :] < length)
+            p = _softmax_tile(s, lse[:, None], valid, length, HAS_BIAS) * factor
+            if HAS_DROPOUT:
+                keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+                p = tl.where(keep, p, 0.0)
+            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            if HAS_COLUMNS:
+                written = valid
+            else:
+                written = (rows[:, None] < probs_seq) & (cols[None, :] < probs_seq)
+            tl.store(probs_ptr + offsets, cast(p, probs_ptr.dtype.element_ty), mask=written)
+
+
+@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+def attention_backward_dq(
+    dout_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
+    dprobs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_DPROBS
+    qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
+    out_ptr,  # (tokens, heads, HEAD_DIM)
+    lse_ptr,  # (heads, tokens) float32
+    delta_ptr,  # (heads, tokens) float32, written here and read by attention_backward_dkv
+    dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the query third is written
+    dhead_mask_ptr,  # (heads, batch, blocks) float32 partial sums; unused without HAS_HEAD_MASK
+    cu_seqlens_ptr,  # as in attention_forward, and so on
+    columns_ptr,
+    bias_ptr,
+    head_mask_ptr,
+    seed_ptr,
+    tokens,
+    batch,
+    heads,
+    max_seqlen,
+    probs_seq,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_row_stride,
+    masked_below,
+    scale,
+    stream,
+    keep_threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_CU_SEQLENS: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_HEAD_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_DPROBS: tl.constexpr,
+):
+    """One program: dQ of BLOCK_M rows of one head of one sequence, and the rows' delta."""
+    blocks = tl.cdiv(max_seqlen, BLOCK_M)
+    pid = tl.program_id(0)
+    plane = pid // blocks
+    b = plane // heads
+    h = plane % heads
+    row_start = (pid % blocks) * BLOCK_M
+    start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
+    if row_start >= length:
+        if HAS_HEAD_MASK:
+            tl.store(dhead_mask_ptr + (h.to(tl.int64) * batch + b) * blocks + pid % blocks, 0.0)
+        return
+
+    rows = row_start + tl.arange(0, BLOCK_M)
+    row_stride = 3 * heads * HEAD_DIM
+    qkv_ptr += start * row_stride + h * HEAD_DIM
+    k_ptr = qkv_ptr + heads * HEAD_DIM
+    v_ptr = k_ptr + heads * HEAD_DIM
+    head_offset = start * heads * HEAD_DIM + h * HEAD_DIM
+    if HAS_BIAS:
+        bias_ptr += b.to(tl.int64) * bias_batch_stride + h.to(tl.int64) * bias_head_stride
+    if HAS_DPROBS:
+        dprobs_ptr += plane.to(tl.int64) * probs_seq * probs_seq
+        if HAS_COLUMNS:
+            columns_ptr += start
+    scale_log2 = scale * LOG2E
+    factor = 1.0
+    if HAS_DROPOUT:
+        factor = keep_scale
+    g = 1.0
+    if HAS_HEAD_MASK:
+        g = tl.load(head_mask_ptr + h).to(tl.float32)
+
+    q = _load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
+    dout = _load_heads(dout_ptr + head_offset, rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    out = _load_heads(out_ptr + head_offset, rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    row_offset = h.to(tl.int64) * tokens + start + rows
+    lse = tl.load(lse_ptr + row_offset, mask=rows < length, other=0.0) * LOG2E
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+
+    if HAS_DPROBS:
+        for col_start in range(0, length, BLOCK_N):
+            cols = col_start + tl.arange(0, BLOCK_N)
+            k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+            if HAS_BIAS:
+                s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
+            valid = (rows[:, None] < length) & (cols[None, :] < length)
+            p = _softmax_tile(s, lse[:, None], valid, length, HAS_BIAS) * (factor * g)
+            if HAS_DROPOUT:
+                keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+                p = tl.where(keep, p, 0.0)
+            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
+            delta += tl.sum(p * dprobs.to(tl.float32), axis=1)
+    tl.store(delta_ptr + row_offset, delta, mask=rows < length)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    dhead_mask = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for col_start in range(0, length, BLOCK_N):
+        cols = col_start + tl.arange(0, BLOCK_N)
+        k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+        if HAS_BIAS:
+            s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
+        valid = (rows[:, None] < length) & (cols[None, :] < length)
+        p = _softmax_tile(s, lse[:, None], valid, length, HAS_BIAS)
+        v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+        dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
+        if HAS_DPROBS:
+            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            dp += tl.load(dprobs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+        dp *= factor
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+            dp = tl.where(keep, dp, 0.0)
+        if HAS_HEAD_MASK:
+            dhead_mask += tl.sum(p * dp, axis=1)
+            dp *= g
+        ds = p * (dp - delta[:, None])
+        dq = dot(cast(ds, k.dtype), k, dq)
+    dqkv_ptr += start * row_stride + h * HEAD_DIM
+    _store_heads(dqkv_ptr, dq * scale, rows, row_stride, length, HEAD_DIM, BLOCK_D)
+    if HAS_HEAD_MASK:
+        partial = dhead_mask_ptr + (h.to(tl.int64) * batch + b) * blocks + pid % blocks
+        tl.store(partial, tl.sum(dhead_mask, axis=0))
+
+
+@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+def attention_backward_dkv(
+    dout_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
+    dprobs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_DPROBS
+    qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
+    lse_ptr,  # (heads, tokens) float32
+    delta_ptr,  # (heads, tokens) float32, from attention_backward_dq
+    dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the key and value thirds are written
+    cu_seqlens_ptr,  # as in attention_forward, and so on
+    columns_ptr,
+    bias_ptr,
+    head_mask_ptr,
+    seed_ptr,
+    tokens,
+    heads,
+    max_seqlen,
+    probs_seq,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_row_stride,
+    masked_below,
+    scale,
+    stream,
+    keep_threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_CU_SEQLENS: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_HEAD_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_DPROBS: tl.constexpr,
+):
+    """One program: dK and dV of BLOCK_N keys of one head of one sequence, over tiles of BLOCK_M query rows.
+
+    Scores are computed transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T feed the next product from registers.
+    """
+    blocks = tl.cdiv(max_seqlen, BLOCK_N)
+    pid = tl.program_id(0)
+    plane = pid // blocks
+    b = plane // heads
+    h = plane % heads
+    col_start = (pid % blocks) * BLOCK_N
+    start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
+    if col_start >= length:
+        return
+
+    cols = col_start + tl.arange(0, BLOCK_N)
+    row_stride = 3 * heads * HEAD_DIM
+    third = heads * HEAD_DIM
+    qkv_ptr += start * row_stride + h * HEAD_DIM
+    dout_ptr += start * third + h * HEAD_DIM
+    if HAS_BIAS:
+        bias_ptr += b.to(tl.int64) * bias_batch_stride + h.to(tl.int64) * bias_head_stride
+    if HAS_DPROBS:
+        dprobs_ptr += plane.to(tl.int64) * probs_seq * probs_seq
+        if HAS_COLUMNS:
+            columns_ptr += start
+    lse_ptr += h.to(tl.int64) * tokens + start
+    delta_ptr += h.to(tl.int64) * tokens + start
+    scale_log2 = scale * LOG2E
+    factor = 1.0
+    if HAS_DROPOUT:
+        factor = keep_scale
+    if HAS_HEAD_MASK:
+        factor *= tl.load(head_mask_ptr + h).to(tl.float32)
+
+    k = _load_heads(qkv_ptr + third, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+    v = _load_heads(qkv_ptr + 2 * third, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    for row_start in range(0, length, BLOCK_M):
+        rows = row_start + tl.arange(0, BLOCK_M)
+        q = _load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
+        dout = _load_heads(dout_ptr, rows, third, length, HEAD_DIM, BLOCK_D)
+        lse = tl.load(lse_ptr + rows, mask=rows < length, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
+        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)) * scale_log2
+        if HAS_BIAS:
+            s += tl.trans(_bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below))
+        valid = (cols[:, None] < length) & (rows[None, :] < length)
+        p = _softmax_tile(s, lse[None, :], valid, length, HAS_BIAS)
+        dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
+        if HAS_DPROBS:
+            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            dprobs = tl.load(dprobs_ptr + offsets, mask=tl.trans(valid), other=0.0)
+            dp += tl.trans(dprobs).to(tl.float32)
+        p_out = p * factor
+        dp *= factor
+        if HAS_DROPOUT:
+            keep = tl.trans(dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N))
+            p_out = tl.where(keep, p_out, 0.0)
+            dp = tl.where(keep, dp, 0.0)
+        dv = dot(cast(p_out, dout.dtype), dout, dv)
+        ds = p * (dp - delta[None, :])
+        dk = dot(cast(ds, q.dtype), q, dk)
+    dqkv_ptr += start * row_stride + h * HEAD_DIM
+    _store_heads(dqkv_ptr + third, dk * scale, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+    _store_heads(dqkv_ptr + 2 * third, dv, cols, row_stride, length, HEAD_DIM, BLOCK_D)
