@@ -121,7 +121,7 @@ def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     register = torch.library.custom_op if INTERPRETED else torch.library.triton_op
 
     def decorate(fn: Callable[..., Any]) -> Any:
-        op = register(f"fastbert::{name}", fn, mutates_args=())
+        op: Any = register(f"fastbert::{name}", fn, mutates_args=())
         op.register_fake(fake)
         return op
 

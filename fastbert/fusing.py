@@ -1,0 +1,174 @@
+"""`fuse`, `unfuse` and `explain`: the fast path for a model that exists already.
+
+Classes are swapped on the instances of one model. Nothing global changes: another model of the same class stays as
+it is.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers.models.bert import modeling_bert as hf
+
+from .modeling import BertModel, _FusedHead
+from .modules import FUSED, FusedSelfAttention, fuse_modules
+from .notices import warn_once
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_UNFUSED: dict[type[nn.Module], type[nn.Module]] = {fused: plain for plain, fused in FUSED.items()}
+_UNFUSED[BertModel] = hf.BertModel
+
+#: The parts of a layer that `explain` speaks of, by their path in it.
+_PARTS = ("attention.self", "attention.output", "intermediate", "output")
+
+
+def _berts(model: nn.Module) -> list[hf.BertModel]:
+    berts = [module for module in model.modules() if isinstance(module, hf.BertModel)]
+    if not berts:
+        raise ValueError(f"{type(model).__name__} holds no transformers.BertModel: fastbert fuses BERT encoders")
+    return berts
+
+
+def fuse(model: Model, packing: bool = True) -> Model:
+    """Put every `BertModel` inside a model on the fast path, in place.
+
+    Args:
+        model: a `transformers.BertModel`, or anything that holds some: a head, a PEFT or sentence-transformers model.
+        packing: drop padding inside, which then gives zeros; False keeps every row equal to eager attention.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: when there is no `BertModel` inside.
+    """
+    for bert in _berts(model):
+        if bert.config.is_decoder:
+            warn_once("fastbert: a decoder stays on Hugging Face's own path")
+            continue
+        if type(bert) not in (hf.BertModel, BertModel):
+            warn_once(f"fastbert: {type(bert).__name__} overrides BertModel and stays as it is")
+            continue
+        if type(bert) is hf.BertModel:
+            bert._unfused_attn_implementation = bert.config._attn_implementation
+            bert.__class__ = BertModel
+            _set_attn_implementation(model, bert, "eager")
+        bert.packing = packing
+        fuse_modules(bert)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo `fuse`, in place: Hugging Face's classes again, every parameter in a storage of its own.
+
+    Also takes fastbert's own classes back to Hugging Face's.
+
+    Raises:
+        ValueError: when there is no `BertModel` inside.
+    """
+    for bert in _berts(model):
+        for module in bert.modules():
+            if isinstance(module, FusedSelfAttention):
+                module.separate()
+            plain = _UNFUSED.get(type(module))
+            if plain is not None:
+                module.__class__ = plain
+                module.__dict__.pop("dropout_stream", None)
+                module.__dict__.pop("packing", None)
+        if "_unfused_attn_implementation" in bert.__dict__:
+            _set_attn_implementation(model, bert, bert.__dict__.pop("_unfused_attn_implementation"))
+    for module in model.modules():
+        if isinstance(module, _FusedHead):
+            module.__class__ = next(c for c in type(module).__mro__ if c.__module__ == hf.__name__)
+    return model
+
+
+def _set_attn_implementation(model: nn.Module, bert: hf.BertModel, name: str | None) -> None:
+    """Name the attention in the model's configuration, which becomes its own: another model may share the old one."""
+    old = bert.config
+    new = copy.deepcopy(old)
+    new._attn_implementation = name
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model and how it runs.
+
+    Attributes:
+        layer: the encoder layer, or None for the embeddings.
+        name: its path in the layer.
+        fused: whether it runs on a kernel.
+        reason: why not, or what inside it is called as a module although it does.
+    """
+
+    layer: int | None
+    name: str
+    fused: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; printable."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def fused(self) -> bool:
+        """Whether every part runs on a kernel."""
+        return all(part.fused for part in self.parts)
+
+    def __rich__(self) -> Table | str:
+        if self.fused and not any(part.reason for part in self.parts):
+            layers = len({part.layer for part in self.parts if part.layer is not None})
+            return f"every part is fused: embeddings and {layers} layers"
+        table = Table("layer", "part", "runs", "because")
+        for part in self.parts:
+            if not part.fused or part.reason:
+                layer = "-" if part.layer is None else str(part.layer)
+                table.add_row(layer, part.name, "fused" if part.fused else "unfused", part.reason or "")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def _explain_part(layer: int | None, name: str, module: nn.Module, context: str | None) -> Part:
+    if context is not None:
+        return Part(layer, name, False, context)
+    if not hasattr(module, "unfused_reason"):
+        return Part(layer, name, False, f"{type(module).__name__} is not Hugging Face's module or not yet fused")
+    reason = module.unfused_reason()
+    return Part(layer, name, reason is None, module.note() if reason is None else reason)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Which parts of a model run on kernels, and why the others do not.
+
+    Args:
+        model: a `BertModel`, or anything that holds some.
+
+    Raises:
+        ValueError: when there is no `BertModel` inside.
+    """
+    parts = []
+    for bert in _berts(model):
+        context = None
+        if bert.config.is_decoder:
+            context = "a decoder runs on Hugging Face's own path"
+        elif not isinstance(bert, BertModel):
+            context = f"{type(bert).__name__} is not fused: call fastbert.fuse(model)"
+        parts.append(_explain_part(None, "embeddings", bert.embeddings, context))
+        for i, layer in enumerate(bert.encoder.layer):
+            parts += [_explain_part(i, name, layer.get_submodule(name), context) for name in _PARTS]
+    return Explanation(tuple(parts))

@@ -1,0 +1,391 @@
+"""`BertModel` on the fused modules, and Hugging Face's heads on top of it.
+
+Data flows down this page: arguments are checked, the padded batch is packed once, embedded, run through the layers,
+and unpacked once. Batch and sequence exist only at these two doors.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import BertConfig
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.models.bert import modeling_bert as hf
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from fastbert_kernels import uses_triton
+from fastbert_kernels.backend import check_same_device
+
+from .masks import dense_bias, layer_head_masks, token_mask
+from .modules import draw_seed, fuse_modules
+from .notices import warn_once
+from .packing import Layout, dense_layout, packed_layout
+from .plain import foreign_hooks
+
+#: What a caller that packs its own batches passes: Hugging Face's names.
+_PACKED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A checked batch in the layout the encoder works on.
+
+    Attributes:
+        layout: how tokens lie.
+        bias: additive float32 (batch | 1, heads | 1, seq | 1, seq), or None.
+        zeroed: bool (batch, seq), False where the outputs are to be zero because the padding was not dropped.
+        embeddings: the keyword arguments of the embeddings, in the layout.
+    """
+
+    layout: Layout
+    bias: torch.Tensor | None
+    zeroed: torch.Tensor | None
+    embeddings: dict[str, torch.Tensor | None]
+
+    def check_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The door out: hidden states (batch, seq, hidden), zero at padding."""
+        hidden = self.layout.unpack(hidden)
+        return hidden if self.zeroed is None else hidden.masked_fill(~self.zeroed[:, :, None], 0.0)
+
+    def check_out_map(self, probs: torch.Tensor) -> torch.Tensor:
+        """Probabilities (batch, heads, seq, seq), zero at padding; its columns already are."""
+        return probs if self.zeroed is None else probs.masked_fill(~self.zeroed[:, None, :, None], 0.0)
+
+
+class BertModel(transformers.BertModel):
+    """Hugging Face's `BertModel` on fused kernels: same parameters, same call, same outputs.
+
+    Differences, all documented in README: padding gives zeros, `head_mask` works, and attentions come from the fast
+    path. `packing = False` keeps every row, padding included, equal to Hugging Face's eager attention.
+    """
+
+    #: Drop padding on the way in. Rows of padding are then zero on the way out.
+    packing: bool = True
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(_own_config(config), add_pooling_layer=add_pooling_layer)
+        fuse_modules(self)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        return _eager_semantics(attn_implementation)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        head_mask: torch.Tensor | None = None,
+        output_attentions: bool | int | list[int] | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
+        """Encode a batch.
+
+        Args:
+            input_ids: int (batch, seq). Exactly one of this and `inputs_embeds`.
+            attention_mask: (batch, seq) with 1 at tokens (bool, int, or float 0 and 1); or (batch, seq, seq) or
+                broadcasting to (batch, heads, seq, seq): bool or int with true at visible keys, or additive float.
+            token_type_ids, position_ids: int (batch, seq) or (1, seq).
+            inputs_embeds: (batch, seq, hidden) in place of the word embeddings.
+            encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache: of decoders, which run on
+                Hugging Face's own path.
+            head_mask: (heads,) or (layers, heads), factors on the attention probabilities after dropout.
+            output_attentions, output_hidden_states: True for all, or the indices wanted: the tuple keeps its length,
+                with None at the others. Default: the configuration's.
+            return_dict: False for a tuple. Default: the configuration's.
+            cu_seq_lens_q, cu_seq_lens_k: int32 (sequences + 1,), for a batch the caller packed: inputs are then
+                (1, tokens), the outputs (1, tokens, hidden), and the attentions (sequences, heads, max_length_q,
+                max_length_q). Positions restart with each sequence unless `position_ids` says otherwise.
+            max_length_q, max_length_k: the longest of those sequences.
+
+        Returns:
+            `last_hidden_state` (batch, seq, hidden), `pooler_output` (batch, hidden), and, when asked,
+            `hidden_states`, layers + 1 times (batch, seq, hidden), and `attentions`, layers times (batch, heads, seq,
+            seq). All zero at padding, unless `packing` is False.
+
+        Raises:
+            ValueError: for inputs that contradict each other; the message names them.
+            TypeError: for a dtype that no kernel has.
+        """
+        return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        wants_maps = self.config.output_attentions if output_attentions is None else output_attentions
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        reason = self._leaves_fast_path(encoder_hidden_states, past_key_values, use_cache, kwargs)
+        if reason is not None:
+            warn_once(f"fastbert: BertModel runs unfused: {reason}")
+            if head_mask is not None:
+                raise ValueError(f"head_mask has no effect on Hugging Face's own path ({reason}): leave it out")
+            return super().forward(
+                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states,
+                encoder_attention_mask, past_key_values, use_cache, output_attentions=wants_maps,
+                output_hidden_states=wants_states, return_dict=return_dict, **kwargs,
+            )  # fmt: skip
+
+        packed = {name: kwargs.get(name) for name in _PACKED_KEYWORDS}
+        batch = self._check_in(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, head_mask, packed
+        )
+        seed = self._draw_seed()
+        layers = len(self.encoder.layer)
+        map_layers = _selected(wants_maps, layers)
+        state_layers = _selected(wants_states, layers + 1)
+        self._warn_of_detached_maps(map_layers)
+
+        layout = batch.layout
+        encoded = self.encoder(
+            self.embeddings(**batch.embeddings, seed=seed),
+            batch.bias,
+            head_masks=layer_head_masks(head_mask, layers, self.config.num_attention_heads),
+            state_layers=state_layers,
+            map_layers=map_layers,
+            map_seq=layout.seq,
+            map_columns=layout.columns,
+            seed=seed,
+            cu_seq_lens_q=layout.cu_seqlens,
+            cu_seq_lens_k=layout.cu_seqlens,
+            max_length_q=layout.max_seqlen,
+            max_length_k=layout.max_seqlen,
+        )
+
+        last = batch.check_out(encoded.last_hidden_state)
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self.pooler(last),
+            cross_attentions=() if wants_maps else None,
+        )
+        if wants_states:
+            *inner, final = encoded.hidden_states
+            states = [None if state is None else batch.check_out(state) for state in inner]
+            output.hidden_states = (*states, None if final is None else last)
+        if wants_maps:
+            output.attentions = tuple(
+                None if probs is None else batch.check_out_map(probs) for probs in encoded.attentions
+            )
+        return output if return_dict else output.to_tuple()
+
+    def _check_in(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        head_mask: torch.Tensor | None,
+        packed: dict[str, Any],
+    ) -> _Batch:
+        """The door in: check the arguments, choose the layout, bring ids or vectors into it."""
+        words = _exactly_one(input_ids, inputs_embeds)
+        batch, seq = words.shape[:2]
+        check_same_device(
+            "BertModel", model=self.embeddings.position_embeddings.weight, inputs=words, attention_mask=attention_mask,
+            token_type_ids=token_type_ids, position_ids=position_ids, head_mask=head_mask,
+        )  # fmt: skip
+        position_ids = _broadcast_ids("position_ids", position_ids, batch, seq)
+        token_type_ids = _broadcast_ids("token_type_ids", token_type_ids, batch, seq)
+        embeddings = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        longest = self.config.max_position_embeddings
+
+        if any(value is not None for value in packed.values()):
+            layout = _callers_layout(packed, words, attention_mask)
+            if position_ids is None:
+                _check_length(layout.seq, longest)
+                starts = layout.cu_seqlens[:-1].repeat_interleave(layout.cu_seqlens.diff(), output_size=seq)
+                embeddings["position_ids"] = (torch.arange(seq, device=words.device) - starts)[None]
+            return _Batch(layout, None, None, embeddings)
+
+        if position_ids is None:
+            _check_length(seq, longest)
+        layout = dense_layout(batch, seq)
+        if attention_mask is None:
+            return _Batch(layout, None, None, embeddings)
+        if attention_mask.dim() != 2:
+            bias = dense_bias(attention_mask, batch, self.config.num_attention_heads, seq)
+            return _Batch(layout, bias, None, embeddings)
+
+        mask = token_mask(attention_mask, batch, seq)
+        if self._keeps_shape():
+            bias = dense_bias(mask[:, None, None, :], batch, self.config.num_attention_heads, seq)
+            return _Batch(layout, bias, mask if self.packing else None, embeddings)
+        layout = packed_layout(mask)
+        if layout.indices is not None and position_ids is None:
+            embeddings["position_ids"] = self.embeddings.position_ids[:, :seq].expand(batch, seq)
+        return _Batch(layout, None, None, {k: None if v is None else layout.pack(v) for k, v in embeddings.items()})
+
+    def _keeps_shape(self) -> bool:
+        """Whether a padded batch keeps its shape inside: by choice, under torch.compile, whose graphs have no place
+        for a number of tokens that depends on the data, and where someone's hook inside expects it."""
+        if not self.packing or torch.compiler.is_compiling():
+            return True
+        hooked = foreign_hooks(self)
+        if hooked:
+            warn_once(f"fastbert: padding is kept because of forward hooks on {', '.join(hooked[:3])}")
+        return bool(hooked)
+
+    def _draw_seed(self) -> torch.Tensor | None:
+        """One seed for all dropout of this forward pass, or None where the kernels draw none."""
+        weight = self.embeddings.position_embeddings.weight
+        if not self.training or not uses_triton(weight):
+            return None
+        return draw_seed(weight.device)
+
+    def _leaves_fast_path(
+        self, encoder_hidden_states: Any, past_key_values: Any, use_cache: bool | None, kwargs: dict[str, Any]
+    ) -> str | None:
+        if self.config.is_decoder:
+            return "it is a decoder (config.is_decoder)"
+        if encoder_hidden_states is not None:
+            return "it was given encoder_hidden_states"
+        if past_key_values is not None:
+            return "it was given past_key_values"
+        if kwargs.get("is_causal"):
+            return "it was given is_causal=True"
+        return None
+
+    def _warn_of_detached_maps(self, map_layers: set[int]) -> None:
+        layer = self.encoder.layer[0] if len(self.encoder.layer) else None
+        if not (
+            map_layers and self.training and torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", 0)
+        ):
+            return
+        func = getattr(layer, "_gradient_checkpointing_func", None)
+        if getattr(func, "keywords", {}).get("use_reentrant", False):
+            warn_once(
+                "fastbert: reentrant gradient checkpointing detaches attentions, so no gradient will reach the model "
+                "through them: use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+
+def _own_config(config: BertConfig) -> BertConfig:
+    """A configuration whose attention name we may set: another model may share this one and want its own."""
+    return config if config._attn_implementation in (None, "eager") else copy.deepcopy(config)
+
+
+def _eager_semantics(requested: str | None) -> str:
+    """The attention name our models carry: their semantics are eager's, and only under that name does Hugging Face
+    allow attentions."""
+    if requested not in (None, "eager"):
+        warn_once(f"fastbert: attn_implementation={requested!r} is not used: attention runs on fastbert's own kernels")
+    return "eager"
+
+
+def _selected(wanted: bool | int | Iterable[int] | None, count: int) -> set[int]:
+    """The indices an `output_*` argument selects among `count`; those out of range select nothing."""
+    if wanted is None or wanted is False or wanted is True:
+        return set(range(count)) if wanted else set()
+    indices = ([wanted] if wanted else []) if isinstance(wanted, int) else wanted
+    return {i % count for i in indices if -count <= i < count}
+
+
+def _exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"BertModel needs exactly one of input_ids and inputs_embeds, got {given}")
+    words = inputs_embeds if input_ids is None else input_ids
+    assert words is not None
+    if input_ids is not None and (words.dim() != 2 or words.is_floating_point() or words.dtype == torch.bool):
+        raise ValueError(f"input_ids must be integers of shape (batch, seq), got {words.dtype} {tuple(words.shape)}")
+    if input_ids is None and words.dim() != 3:
+        raise ValueError(f"inputs_embeds must have shape (batch, seq, hidden), got {tuple(words.shape)}")
+    if 0 in words.shape[:2]:
+        raise ValueError(f"an empty batch cannot be encoded: got batch {words.shape[0]} and length {words.shape[1]}")
+    return words
+
+
+def _check_length(length: int, longest: int) -> None:
+    if length > longest:
+        raise ValueError(
+            f"sequence length {length} is over the model's max_position_embeddings={longest}: truncate the input "
+            "(tokenizer(..., truncation=True)), or pass position_ids"
+        )
+
+
+def _broadcast_ids(name: str, ids: torch.Tensor | None, batch: int, seq: int) -> torch.Tensor | None:
+    if ids is None:
+        return None
+    if ids.dim() > 2 or ids.shape[-1:] != (seq,) or (ids.dim() == 2 and ids.shape[0] not in (1, batch)):
+        raise ValueError(
+            f"{name} must have shape (batch, seq) = ({batch}, {seq}) or (1, {seq}), got {tuple(ids.shape)}"
+        )
+    return ids.expand(batch, seq)
+
+
+def _callers_layout(packed: dict[str, Any], words: torch.Tensor, mask: torch.Tensor | None) -> Layout:
+    """The layout of a batch that its caller packed."""
+    missing = [name for name, value in packed.items() if value is None]
+    if missing:
+        raise ValueError(f"a packed batch needs all of {', '.join(_PACKED_KEYWORDS)}: {', '.join(missing)} missing")
+    cu_q, cu_k, longest, longest_k = (packed[name] for name in _PACKED_KEYWORDS)
+    if words.shape[0] != 1:
+        raise ValueError(f"a packed batch has inputs of shape (1, tokens), got batch {words.shape[0]}")
+    if mask is not None and not bool(mask.dim() == 2 and mask.to(torch.bool).all()):
+        raise ValueError(f"a packed batch has no padding: leave attention_mask {tuple(mask.shape)} out")
+    check_same_device("a packed batch", inputs=words, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
+    if int(longest) != int(longest_k) or cu_q.shape != cu_k.shape or (cu_q is not cu_k and not torch.equal(cu_q, cu_k)):
+        raise ValueError("self-attention needs cu_seq_lens_q equal to cu_seq_lens_k and max_length_q to max_length_k")
+    sequences = cu_q.shape[0] - 1
+    return Layout(sequences, int(longest), None, cu_q.to(torch.int32), int(longest), None)
+
+
+# Hugging Face keeps, by class, what its own path may record; a model fused in place never passed its constructor.
+_CAN_RECORD_REGISTRY.setdefault(str(BertModel), hf.BertPreTrainedModel._can_record_outputs)
+
+
+class _FusedHead:
+    """A Hugging Face head whose `bert` is fused."""
+
+    bert: hf.BertModel
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(_own_config(config))  # type: ignore[call-arg]
+        self.bert.__class__ = BertModel
+        fuse_modules(self.bert)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        return _eager_semantics(attn_implementation)
+
+
+class BertForPreTraining(_FusedHead, hf.BertForPreTraining):
+    """Hugging Face's `BertForPreTraining` on the fused `BertModel`."""
+
+
+class BertLMHeadModel(_FusedHead, hf.BertLMHeadModel):
+    """Hugging Face's `BertLMHeadModel` on the fused `BertModel`; as a decoder, Hugging Face's own path."""
+
+
+class BertForMaskedLM(_FusedHead, hf.BertForMaskedLM):
+    """Hugging Face's `BertForMaskedLM` on the fused `BertModel`."""
+
+
+class BertForNextSentencePrediction(_FusedHead, hf.BertForNextSentencePrediction):
+    """Hugging Face's `BertForNextSentencePrediction` on the fused `BertModel`."""
+
+
+class BertForSequenceClassification(_FusedHead, hf.BertForSequenceClassification):
+    """Hugging Face's `BertForSequenceClassification` on the fused `BertModel`."""
+
+
+class BertForMultipleChoice(_FusedHead, hf.BertForMultipleChoice):
+    """Hugging Face's `BertForMultipleChoice` on the fused `BertModel`."""
+
+
+class BertForTokenClassification(_FusedHead, hf.BertForTokenClassification):
+    """Hugging Face's `BertForTokenClassification` on the fused `BertModel`."""
+
+
+class BertForQuestionAnswering(_FusedHead, hf.BertForQuestionAnswering):
+    """Hugging Face's `BertForQuestionAnswering` on the fused `BertModel`."""

@@ -1,0 +1,401 @@
+"""The fused modules: each subclasses one of Hugging Face's and overrides `forward` only.
+
+They are called the Hugging Face way, with hidden states (batch, seq, hidden); or, packed, (1, tokens, hidden) with
+`cu_seq_lens_q` and `max_length_q`. Each knows why it would leave the fast path (`unfused_reason`), says so once, and
+then runs the forward it inherits.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.bert import modeling_bert as hf
+
+from fastbert_kernels import add_layer_norm, attention, bias_activation, embed, uses_triton
+from fastbert_kernels.attention import MAX_HEAD_DIM
+
+from .notices import warn_once
+from .plain import is_plain_dropout, is_plain_embedding, is_plain_layer_norm, is_plain_linear
+from .projection import can_stack, project, project_qkv, rehome, separate
+
+#: Module class of an activation -> the kernels' name for its formula.
+KERNEL_ACTIVATIONS: dict[type[nn.Module], str] = {
+    type(ACT2FN[name]): kernel
+    for kernel, names in {
+        "gelu": ("gelu",),
+        "gelu_tanh": ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"),
+        "relu": ("relu",),
+        "silu": ("silu",),
+    }.items()
+    for name in names
+}
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """A seed for the kernels' dropout from torch's generator: int64 scalar on the device."""
+    return torch.randint(2**62, (), dtype=torch.int64, device=device)
+
+
+def _leave(module: nn.Module, reason: str) -> None:
+    warn_once(f"fastbert: {type(module).__mro__[1].__name__} runs unfused: {reason}")
+
+
+def _called(**modules: nn.Module) -> str | None:
+    """A note on linear layers that are called as modules while the rest around them stays fused."""
+    names = [f"{name} ({type(m).__name__})" for name, m in modules.items() if not is_plain_linear(m)]
+    return f"{', '.join(names)} called as a module" if names else None
+
+
+class FusedEmbeddings(hf.BertEmbeddings):
+    """Three gathers, LayerNorm and dropout in one kernel."""
+
+    dropout_stream = 0
+
+    def unfused_reason(self) -> str | None:
+        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+            if not is_plain_embedding(getattr(self, name)):
+                return f"{name} is not a plain nn.Embedding"
+        if not is_plain_layer_norm(self.LayerNorm):
+            return "LayerNorm is not a plain nn.LayerNorm"
+        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+
+    def note(self) -> str | None:
+        return None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values_length: int = 0,
+        seed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed (batch, seq) ids, or (batch, seq, hidden) vectors: (batch, seq, hidden)."""
+        reason = self.unfused_reason()
+        if reason is not None:
+            _leave(self, reason)
+            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+        words = input_ids if inputs_embeds is None else inputs_embeds
+        batch, seq = words.shape[:2]
+        if position_ids is None:
+            position_ids = self.position_ids[:, past_key_values_length : seq + past_key_values_length]
+        if token_type_ids is None:
+            token_type_ids = words.new_zeros((1, 1), dtype=torch.long)
+        table = self.word_embeddings.weight
+        dropout_p = self.dropout.p if self.dropout.training else 0.0
+        y = embed(
+            words.reshape(batch * seq, *words.shape[2:]),
+            position_ids.expand(batch, seq).reshape(-1),
+            token_type_ids.expand(batch, seq).reshape(-1),
+            table if inputs_embeds is None else None,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            padding_idx=self.word_embeddings.padding_idx,
+            dropout_p=dropout_p,
+            seed=_seed(seed, dropout_p, table),
+            stream=self.dropout_stream,
+        )
+        return y.view(batch, seq, -1)
+
+
+def _seed(seed: torch.Tensor | None, dropout_p: float, like: torch.Tensor) -> torch.Tensor | None:
+    """The forward pass's seed; where a module is called on its own, with dropout, one of its own."""
+    return draw_seed(like.device) if seed is None and dropout_p > 0.0 and uses_triton(like) else seed
+
+
+class FusedSelfAttention(hf.BertSelfAttention):
+    """One product for query, key and value, then one attention kernel that reads its result in place."""
+
+    dropout_stream = 0
+
+    def unfused_reason(self) -> str | None:
+        if self.is_decoder or self.is_causal:
+            return "causal attention is Hugging Face's own path"
+        if self.attention_head_size > MAX_HEAD_DIM:
+            return f"head_dim {self.attention_head_size} is over the kernels' {MAX_HEAD_DIM}"
+        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+
+    def note(self) -> str | None:
+        if can_stack(self.query, self.key, self.value):
+            return None
+        return _called(query=self.query, key=self.key, value=self.value)
+
+    def rehome(self) -> None:
+        """Put the three projections' parameters next to each other."""
+        if can_stack(self.query, self.key, self.value):
+            for parts in self._parts():
+                rehome(parts)
+
+    def separate(self) -> None:
+        """Give the three projections' parameters storages of their own again."""
+        if can_stack(self.query, self.key, self.value):
+            for parts in self._parts():
+                separate(parts)
+
+    def _parts(self) -> list[tuple[nn.Parameter, ...]]:
+        linears = (self.query, self.key, self.value)
+        kinds = ("weight",) if self.query.bias is None else ("weight", "bias")
+        return [tuple(getattr(linear, kind) for linear in linears) for kind in kinds]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        head_mask: torch.Tensor | None = None,
+        seed: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        map_seq: int | None = None,
+        map_columns: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of each sequence with itself.
+
+        Args:
+            hidden_states: (batch, seq, hidden), or packed (1, tokens, hidden).
+            attention_mask: additive or bool (batch | 1, heads | 1, seq | 1, seq); None when packed.
+            head_mask: (heads,).
+            cu_seq_lens_q, max_length_q: the packed sequences.
+            map_seq: also return the probabilities, in maps of this side.
+            map_columns: int32 (tokens,), each token's column in its map.
+
+        Returns:
+            The context, like hidden_states, and the probabilities (batch, heads, map_seq, map_seq) or None.
+        """
+        reason = self.unfused_reason()
+        if reason is None and past_key_values is not None:
+            reason = "past_key_values is Hugging Face's own path"
+        if reason is not None:
+            _leave(self, reason)
+            if cu_seq_lens_q is not None or head_mask is not None:
+                raise ValueError(
+                    f"unfused attention ({reason}) knows neither packed sequences nor head_mask: "
+                    "set packing=False and drop head_mask"
+                )
+            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+        batch, seq = hidden_states.shape[:2]
+        if map_seq is None and kwargs.get("output_attentions"):  # called the Hugging Face way
+            map_seq = seq
+        qkv = project_qkv(self.query, self.key, self.value, hidden_states)
+        qkv = qkv.view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
+        dropout_p = self.dropout.p if self.training else 0.0
+        context, probs = attention(
+            qkv,
+            cu_seq_lens_q,
+            seq if max_length_q is None else max_length_q,
+            bias=attention_mask,
+            head_mask=head_mask,
+            scale=self.scaling,
+            dropout_p=dropout_p,
+            seed=_seed(seed, dropout_p, qkv),
+            stream=self.dropout_stream,
+            probs_seq=map_seq,
+            columns=map_columns,
+        )
+        return context.reshape(batch, seq, -1), probs
+
+
+class _FusedAddNorm:
+    """LayerNorm(dropout(dense(x)) + residual), what BertSelfOutput and BertOutput both are."""
+
+    dense: nn.Module
+    dropout: nn.Module
+    LayerNorm: nn.Module
+    dropout_stream = 0
+
+    def unfused_reason(self) -> str | None:
+        if not is_plain_layer_norm(self.LayerNorm):
+            return "LayerNorm is not a plain nn.LayerNorm"
+        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+
+    def note(self) -> str | None:
+        return _called(dense=self.dense)
+
+    def forward(
+        self, hidden_states: torch.Tensor, input_tensor: torch.Tensor, seed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """hidden_states (batch, seq, in) and the residual input_tensor (batch, seq, hidden): like the residual."""
+        reason = self.unfused_reason()
+        if reason is not None:
+            _leave(self, reason)  # type: ignore[arg-type]
+            return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
+        x, bias = project(self.dense, hidden_states)
+        dropout_p = self.dropout.p if self.dropout.training else 0.0
+        return add_layer_norm(
+            x,
+            bias,
+            input_tensor,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            dropout_p=dropout_p,
+            seed=_seed(seed, dropout_p, x),
+            stream=self.dropout_stream,
+        )
+
+
+class FusedSelfOutput(_FusedAddNorm, hf.BertSelfOutput):
+    """The attention block's output product, then bias, dropout, residual and LayerNorm in one kernel."""
+
+
+class FusedOutput(_FusedAddNorm, hf.BertOutput):
+    """The feed-forward block's output product, then bias, dropout, residual and LayerNorm in one kernel."""
+
+
+class FusedIntermediate(hf.BertIntermediate):
+    """The feed-forward block's first product, then bias and activation in one kernel."""
+
+    def unfused_reason(self) -> str | None:
+        kernel = KERNEL_ACTIVATIONS.get(type(self.intermediate_act_fn))
+        if kernel is not None:
+            return None
+        return f"no kernel has the activation {getattr(self.intermediate_act_fn, '__name__', self.intermediate_act_fn)}"
+
+    def note(self) -> str | None:
+        return _called(dense=self.dense)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, hidden) to (batch, seq, intermediate)."""
+        reason = self.unfused_reason()
+        if reason is not None:
+            _leave(self, reason)
+            return super().forward(hidden_states)
+        x, bias = project(self.dense, hidden_states)
+        return bias_activation(x, bias, KERNEL_ACTIVATIONS[type(self.intermediate_act_fn)])
+
+
+class FusedAttention(hf.BertAttention):
+    """Self-attention and its output, sharing the forward pass's seed."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.is_cross_attention or args:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        context, probs = self.self(hidden_states, attention_mask, **kwargs)
+        return self.output(context, hidden_states, kwargs.get("seed")), probs
+
+
+class FusedLayer(hf.BertLayer):
+    """One encoder layer. Returns the hidden states alone, as Hugging Face's does; the map goes into `maps`."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        seed: torch.Tensor | None = None,
+        maps: list[torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One layer on (batch, seq, hidden), or packed (1, tokens, hidden); the keywords go to the attention."""
+        if self.is_decoder or past_key_values is not None:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        attended, probs = self.attention(hidden_states, attention_mask, seed=seed, **kwargs)
+        if maps is not None and not maps and probs is not None:  # a checkpointed layer comes here twice
+            maps.append(probs)
+        if self.chunk_size_feed_forward > 0:
+            # Every chunk draws a seed of its own, or all would drop the same elements.
+            chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
+            return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
+        return self.output(self.intermediate(attended), attended, seed)
+
+
+class FusedEncoder(hf.BertEncoder):
+    """The layers, one after the other."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        head_masks: list[torch.Tensor | None] | None = None,
+        state_layers: Collection[int] = (),
+        map_layers: Collection[int] = (),
+        map_seq: int | None = None,
+        map_columns: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Run the layers on (batch, seq, hidden), or packed (1, tokens, hidden).
+
+        Args:
+            head_masks: one (heads,) or None a layer.
+            state_layers: which hidden states to return, 0 being the embeddings.
+            map_layers: which layers' attentions to return, in maps of side `map_seq`, each token at its column in
+                `map_columns`.
+            kwargs: for every layer; a decoder's go to Hugging Face's own loop.
+
+        Returns:
+            `last_hidden_state`, and `hidden_states` and `attentions` with None where not asked for.
+        """
+        if args or head_masks is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        states = [hidden_states if 0 in state_layers else None]
+        maps: list[torch.Tensor | None] = []
+        for i, layer in enumerate(self.layer):
+            wanted = i in map_layers
+            found: list[torch.Tensor] = []
+            hidden_states = layer(
+                hidden_states,
+                attention_mask,
+                head_mask=head_masks[i],
+                maps=found if wanted else None,
+                map_seq=map_seq if wanted else None,
+                map_columns=map_columns if wanted else None,
+                **kwargs,
+            )
+            states.append(hidden_states if i + 1 in state_layers else None)
+            maps.append(found[0] if found else None)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(states),  # type: ignore[arg-type]
+            attentions=tuple(maps),  # type: ignore[arg-type]
+        )
+
+
+#: Hugging Face's module -> ours.
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    hf.BertEmbeddings: FusedEmbeddings,
+    hf.BertSelfAttention: FusedSelfAttention,
+    hf.BertSelfOutput: FusedSelfOutput,
+    hf.BertAttention: FusedAttention,
+    hf.BertIntermediate: FusedIntermediate,
+    hf.BertOutput: FusedOutput,
+    hf.BertLayer: FusedLayer,
+    hf.BertEncoder: FusedEncoder,
+}
+
+
+def fuse_modules(bert: nn.Module) -> None:
+    """Swap the classes of the modules inside one `BertModel`, unless it is a decoder, which stays as it is."""
+    if bert.config.is_decoder:
+        return
+    for module in bert.modules():
+        fused = FUSED.get(type(module))
+        if fused is not None:
+            module.__class__ = fused
+    for i, layer in enumerate(bert.encoder.layer):
+        sites = (layer.attention.self, layer.attention.output, layer.output)
+        for k, site in enumerate(sites):  # the embeddings have stream 0
+            site.dropout_stream = 1 + len(sites) * i + k
+        if isinstance(layer.attention.self, FusedSelfAttention):
+            layer.attention.self.rehome()

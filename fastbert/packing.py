@@ -1,0 +1,68 @@
+"""The padded door in and the padded door out.
+
+Inside the house a batch is one flat row of real tokens with `cu_seqlens`; batch and sequence exist only here. A batch
+in which nothing can be dropped keeps its (batch, seq) shape, which is the same row of tokens seen in two dimensions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a batch lie in the arrays the encoder works on.
+
+    Attributes:
+        batch, seq: the padded shape the caller sees.
+        indices: int64 (tokens,), each token's place in the flattened (batch * seq); None: every place is a token.
+        cu_seqlens: int32 (batch + 1,); None: every sequence has `max_seqlen` tokens.
+        max_seqlen: tokens in the longest sequence.
+        columns: int32 (tokens,), each token's column; None where tokens stand at the start of their row.
+    """
+
+    batch: int
+    seq: int
+    indices: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+    columns: torch.Tensor | None
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, seq, ...) to (1, tokens, ...)."""
+        if self.indices is None:
+            return x
+        return x.reshape(self.batch * self.seq, *x.shape[2:]).index_select(0, self.indices)[None]
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, tokens, ...) to (batch, seq, ...), zero where there was no token."""
+        if self.indices is None:
+            return x
+        flat = x.new_zeros(self.batch * self.seq, *x.shape[2:])
+        return flat.index_copy(0, self.indices, x[0]).view(self.batch, self.seq, *x.shape[2:])
+
+
+def dense_layout(batch: int, seq: int) -> Layout:
+    """Every place is a token."""
+    return Layout(batch, seq, None, None, seq, None)
+
+
+def packed_layout(mask: torch.Tensor) -> Layout:
+    """The layout of the tokens a mask marks.
+
+    Args:
+        mask: bool (batch, seq), True at tokens, in any pattern.
+
+    Reads three numbers back from the device, together: the one synchronisation of a forward pass.
+    """
+    batch, seq = mask.shape
+    lengths = mask.sum(1)
+    at_start = (mask[:, 1:] <= mask[:, :-1]).all()
+    total, longest, aligned = torch.stack([lengths.sum(), lengths.max(), at_start.to(lengths.dtype)]).tolist()
+    if total == batch * seq:
+        return dense_layout(batch, seq)
+    indices = torch.nonzero_static(mask.reshape(-1), size=total).squeeze(1)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    columns = None if aligned else (indices % seq).to(torch.int32)
+    return Layout(batch, seq, indices, cu_seqlens, max(1, longest), columns)

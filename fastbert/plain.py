@@ -1,0 +1,63 @@
+"""Which modules may be read instead of called.
+
+A fused kernel reads a module's parameters and skips its `forward`. That is only right for exactly PyTorch's own module
+with ordinary parameters that nobody watches: a LoRA, quantized, sharded, parametrized or hooked module must be called.
+"""
+
+from torch import nn
+
+#: Hooks that belong to the machinery around a model, not to someone who looks inside it.
+_INFRASTRUCTURE = ("torch.distributed", "transformers.utils.output_capturing", "deepspeed")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether someone relies on the module being called: a hook, or a replaced `forward`."""
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is exactly a `kind` whose ordinary parameters may be read without calling it."""
+    return (
+        type(module) is kind
+        and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
+        and not is_called(module)
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    return is_plain(module, nn.Linear)
+
+
+def is_plain_embedding(module: nn.Module) -> bool:
+    """A plain `nn.Embedding` without the options that change its forward or its gradient's form."""
+    return (
+        is_plain(module, nn.Embedding)
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+    )
+
+
+def is_plain_layer_norm(module: nn.Module) -> bool:
+    return is_plain(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
+
+
+def is_plain_dropout(module: nn.Module) -> bool:
+    return is_plain(module, nn.Dropout)
+
+
+def _has_foreign_hook(module: nn.Module) -> bool:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for hook in hooks.values():
+            if not getattr(hook, "__module__", "").startswith(_INFRASTRUCTURE):
+                return True
+    return False
+
+
+def foreign_hooks(root: nn.Module) -> list[str]:
+    """Names of the modules under `root`, itself excluded, that carry a forward hook of someone who looks inside."""
+    if not any(_has_foreign_hook(module) for module in root.modules() if module is not root):
+        return []
+    return [name for name, module in root.named_modules() if name and _has_foreign_hook(module)]

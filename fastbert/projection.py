@@ -1,0 +1,120 @@
+"""Query, key and value as one matrix product over three parameters.
+
+The three weights are kept as neighbouring views of one storage, so that the stacked matrix is a view and costs
+nothing. They stay three parameters: in the state dict, in the optimizer, in `named_parameters`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastbert_kernels import uses_triton
+
+from .plain import is_plain_linear
+
+
+def project(dense: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dense(x), and the bias still to be added where a fused kernel will add it.
+
+    Args:
+        dense: a linear layer; called as a module unless plain.
+        x: (..., in_features).
+
+    Returns:
+        (..., out_features), and `dense.bias` if it was left out: (out_features,) or None.
+    """
+    if not is_plain_linear(dense):
+        return dense(x), None
+    if uses_triton(x):
+        return F.linear(x, dense.weight), dense.bias
+    return F.linear(x, dense.weight, dense.bias), None
+
+
+def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the tensors lie one after the other, without a gap, in one storage."""
+    first = parts[0]
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != storage or part.storage_offset() != offset or not part.is_contiguous():
+            return False
+        offset += part.numel()
+    return True
+
+
+def _owns_storage(part: torch.Tensor) -> bool:
+    """Whether a tensor may be moved: it fills a storage of its own that is not shared between processes."""
+    storage = part.untyped_storage()
+    return part.is_contiguous() and storage.nbytes() == part.numel() * part.element_size() and not part.is_shared()
+
+
+def rehome(parts: tuple[nn.Parameter, ...]) -> bool:
+    """Move parameters next to each other in a new storage, unless they are already; whether they are now.
+
+    Parameters that are views of something larger (a flat buffer of a sharding engine, say), shared between
+    processes, of different kinds, or not materialized stay where they are.
+    """
+    first = parts[0]
+    if first.is_meta or any(p.dtype != first.dtype or p.device != first.device for p in parts):
+        return False
+    if adjacent(parts):
+        return True
+    if not all(_owns_storage(p) for p in parts) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    with torch.no_grad():
+        home = torch.cat([p.detach() for p in parts])
+        start = 0
+        for p in parts:
+            p.data = home[start : start + p.shape[0]]
+            start += p.shape[0]
+    return True
+
+
+def separate(parts: tuple[nn.Parameter, ...]) -> None:
+    """Undo `rehome`: give each parameter a storage of its own."""
+    if not parts[0].is_meta and adjacent(parts):
+        for p in parts:
+            p.data = p.detach().clone()
+
+
+class _Stacked(torch.autograd.Function):
+    """Neighbouring parameters seen as one matrix; its gradient is handed out in slices, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.rows = [part.shape[0] for part in parts]
+        return _stacked_view(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return grad.split(ctx.rows)
+
+
+def _stacked_view(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    first = parts[0].detach()
+    return first.as_strided((sum(p.shape[0] for p in parts), *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def stack_parameters(parts: tuple[nn.Parameter, ...]) -> torch.Tensor:
+    """Parameters of shape (rows, ...) as one (sum of rows, ...): a view where they can be neighbours, else a copy."""
+    if torch.compiler.is_compiling() or not rehome(parts):
+        return torch.cat(parts)
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
+        return _Stacked.apply(*parts)
+    return _stacked_view(parts)
+
+
+def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The three projections side by side: x (..., in) to (..., 3 * out), as one product if all three are plain."""
+    linears = (query, key, value)
+    if not can_stack(*linears):
+        return torch.cat([linear(x) for linear in linears], dim=-1)
+    weight = stack_parameters(tuple(linear.weight for linear in linears))
+    bias = None if query.bias is None else stack_parameters(tuple(linear.bias for linear in linears))
+    return F.linear(x, weight, bias)
+
+
+def can_stack(*linears: nn.Module) -> bool:
+    """Whether the layers are plain, and all of them have a bias or none."""
+    return all(is_plain_linear(linear) for linear in linears) and len({x.bias is None for x in linears}) == 1
