@@ -6,7 +6,7 @@ it is.
 
 import copy
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -143,7 +143,7 @@ class Explanation:
         return capture.get().rstrip()
 
 
-def _explain_part(layer: int | None, name: str, module: nn.Module, context: str | None) -> Part:
+def _explain_part(layer: int | None, name: str, module: Any, context: str | None) -> Part:
     if context is not None:
         return Part(layer, name, False, context)
     if not hasattr(module, "unfused_reason"):

@@ -72,7 +72,7 @@ class BertModel(transformers.BertModel):
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         return _eager_semantics(attn_implementation)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -168,9 +168,8 @@ class BertModel(transformers.BertModel):
             states = [None if state is None else batch.check_out(state) for state in inner]
             output.hidden_states = (*states, None if final is None else last)
         if wants_maps:
-            output.attentions = tuple(
-                None if probs is None else batch.check_out_map(probs) for probs in encoded.attentions
-            )
+            maps = encoded.attentions
+            output.attentions = tuple(None if probs is None else batch.check_out_map(probs) for probs in maps)
         return output if return_dict else output.to_tuple()
 
     def _check_in(
@@ -204,7 +203,8 @@ class BertModel(transformers.BertModel):
             layout = _callers_layout(packed, words, attention_mask)
             if position_ids is None:
                 _check_length(layout.seq, longest)
-                starts = layout.cu_seqlens[:-1].repeat_interleave(layout.cu_seqlens.diff(), output_size=seq)
+                cu_seqlens = packed["cu_seq_lens_q"]
+                starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=seq)
                 embeddings["position_ids"] = (torch.arange(seq, device=words.device) - starts)[None]
             return _Batch(layout, None, None, embeddings)
 
@@ -257,13 +257,10 @@ class BertModel(transformers.BertModel):
         return None
 
     def _warn_of_detached_maps(self, map_layers: set[int]) -> None:
-        layer = self.encoder.layer[0] if len(self.encoder.layer) else None
-        if not (
-            map_layers and self.training and torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", 0)
-        ):
+        if not (map_layers and self.training and torch.is_grad_enabled()):
             return
-        func = getattr(layer, "_gradient_checkpointing_func", None)
-        if getattr(func, "keywords", {}).get("use_reentrant", False):
+        layer: Any = self.encoder.layer[0]
+        if layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant"):
             warn_once(
                 "fastbert: reentrant gradient checkpointing detaches attentions, so no gradient will reach the model "
                 "through them: use gradient_checkpointing_kwargs={'use_reentrant': False}"
@@ -318,9 +315,7 @@ def _broadcast_ids(name: str, ids: torch.Tensor | None, batch: int, seq: int) ->
     if ids is None:
         return None
     if ids.dim() > 2 or ids.shape[-1:] != (seq,) or (ids.dim() == 2 and ids.shape[0] not in (1, batch)):
-        raise ValueError(
-            f"{name} must have shape (batch, seq) = ({batch}, {seq}) or (1, {seq}), got {tuple(ids.shape)}"
-        )
+        raise ValueError(f"{name} must be ({batch}, {seq}) like the input, or (1, {seq}), got {tuple(ids.shape)}")
     return ids.expand(batch, seq)
 
 

@@ -19,7 +19,7 @@ from fastbert_kernels.attention import MAX_HEAD_DIM
 
 from .notices import warn_once
 from .plain import is_plain_dropout, is_plain_embedding, is_plain_layer_norm, is_plain_linear
-from .projection import can_stack, project, project_qkv, rehome, separate
+from .projection import can_stack, project, project_qkv, qkv_parameters, rehome, separate
 
 #: Module class of an activation -> the kernels' name for its formula.
 KERNEL_ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -80,6 +80,8 @@ class FusedEmbeddings(hf.BertEmbeddings):
             _leave(self, reason)
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
         words = input_ids if inputs_embeds is None else inputs_embeds
+        if words is None:
+            raise ValueError("the embeddings need input_ids or inputs_embeds, got neither")
         batch, seq = words.shape[:2]
         if position_ids is None:
             position_ids = self.position_ids[:, past_key_values_length : seq + past_key_values_length]
@@ -130,19 +132,14 @@ class FusedSelfAttention(hf.BertSelfAttention):
     def rehome(self) -> None:
         """Put the three projections' parameters next to each other."""
         if can_stack(self.query, self.key, self.value):
-            for parts in self._parts():
+            for parts in qkv_parameters(self.query, self.key, self.value):
                 rehome(parts)
 
     def separate(self) -> None:
         """Give the three projections' parameters storages of their own again."""
         if can_stack(self.query, self.key, self.value):
-            for parts in self._parts():
+            for parts in qkv_parameters(self.query, self.key, self.value):
                 separate(parts)
-
-    def _parts(self) -> list[tuple[nn.Parameter, ...]]:
-        linears = (self.query, self.key, self.value)
-        kinds = ("weight",) if self.query.bias is None else ("weight", "bias")
-        return [tuple(getattr(linear, kind) for linear in linears) for kind in kinds]
 
     def forward(
         self,
@@ -207,9 +204,9 @@ class FusedSelfAttention(hf.BertSelfAttention):
 class _FusedAddNorm:
     """LayerNorm(dropout(dense(x)) + residual), what BertSelfOutput and BertOutput both are."""
 
-    dense: nn.Module
-    dropout: nn.Module
-    LayerNorm: nn.Module
+    dense: Any
+    dropout: Any
+    LayerNorm: Any
     dropout_stream = 0
 
     def unfused_reason(self) -> str | None:
@@ -367,8 +364,8 @@ class FusedEncoder(hf.BertEncoder):
             maps.append(found[0] if found else None)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
-            hidden_states=tuple(states),  # type: ignore[arg-type]
-            attentions=tuple(maps),  # type: ignore[arg-type]
+            hidden_states=tuple(states),
+            attentions=tuple(maps),
         )
 
 
@@ -385,7 +382,7 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def fuse_modules(bert: nn.Module) -> None:
+def fuse_modules(bert: Any) -> None:
     """Swap the classes of the modules inside one `BertModel`, unless it is a decoder, which stays as it is."""
     if bert.config.is_decoder:
         return

@@ -4,6 +4,8 @@ A fused kernel reads a module's parameters and skips its `forward`. That is only
 with ordinary parameters that nobody watches: a LoRA, quantized, sharded, parametrized or hooked module must be called.
 """
 
+from typing import TypeGuard
+
 from torch import nn
 
 #: Hooks that belong to the machinery around a model, not to someone who looks inside it.
@@ -26,11 +28,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     return is_plain(module, nn.Linear)
 
 
-def is_plain_embedding(module: nn.Module) -> bool:
+def is_plain_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
     """A plain `nn.Embedding` without the options that change its forward or its gradient's form."""
     return (
         is_plain(module, nn.Embedding)
@@ -40,11 +42,11 @@ def is_plain_embedding(module: nn.Module) -> bool:
     )
 
 
-def is_plain_layer_norm(module: nn.Module) -> bool:
+def is_plain_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
     return is_plain(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
 
 
-def is_plain_dropout(module: nn.Module) -> bool:
+def is_plain_dropout(module: nn.Module) -> TypeGuard[nn.Dropout]:
     return is_plain(module, nn.Dropout)
 
 

@@ -110,9 +110,14 @@ def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Ten
     linears = (query, key, value)
     if not can_stack(*linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
-    weight = stack_parameters(tuple(linear.weight for linear in linears))
-    bias = None if query.bias is None else stack_parameters(tuple(linear.bias for linear in linears))
-    return F.linear(x, weight, bias)
+    stacked = [stack_parameters(parts) for parts in qkv_parameters(*linears)]
+    return F.linear(x, *stacked)
+
+
+def qkv_parameters(query: Any, key: Any, value: Any) -> list[tuple[nn.Parameter, ...]]:
+    """The parameters of three stackable layers that belong side by side: the weights, and the biases if any."""
+    weights = (query.weight, key.weight, value.weight)
+    return [weights] if query.bias is None else [weights, (query.bias, key.bias, value.bias)]
 
 
 def can_stack(*linears: nn.Module) -> bool:
