@@ -126,9 +126,10 @@ class BertModel(transformers.BertModel):
             if head_mask is not None:
                 raise ValueError(f"head_mask has no effect on Hugging Face's own path ({reason}): leave it out")
             return super().forward(
-                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, encoder_hidden_states,
-                encoder_attention_mask, past_key_values, use_cache, output_attentions=wants_maps,
-                output_hidden_states=wants_states, return_dict=return_dict, **kwargs,
+                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+                position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask, past_key_values=past_key_values, use_cache=use_cache,
+                output_attentions=wants_maps, output_hidden_states=wants_states, return_dict=return_dict, **kwargs,
             )  # fmt: skip
 
         packed = {name: kwargs.get(name) for name in _PACKED_KEYWORDS}
@@ -158,18 +159,20 @@ class BertModel(transformers.BertModel):
         )
 
         last = batch.check_out(encoded.last_hidden_state)
+        states = maps = None
+        if wants_states:
+            *inner, final = encoded.hidden_states
+            states = tuple(None if state is None else batch.check_out(state) for state in inner)
+            states = (*states, None if final is None else last)
+        if wants_maps:
+            maps = tuple(None if probs is None else batch.check_out_map(probs) for probs in encoded.attentions)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=None if self.pooler is None else self.pooler(last),
+            hidden_states=states,
+            attentions=maps,
             cross_attentions=() if wants_maps else None,
         )
-        if wants_states:
-            *inner, final = encoded.hidden_states
-            states = [None if state is None else batch.check_out(state) for state in inner]
-            output.hidden_states = (*states, None if final is None else last)
-        if wants_maps:
-            maps = encoded.attentions
-            output.attentions = tuple(None if probs is None else batch.check_out_map(probs) for probs in maps)
         return output if return_dict else output.to_tuple()
 
     def _check_in(

@@ -104,7 +104,7 @@ class FusedEmbeddings(hf.BertEmbeddings):
             seed=_seed(seed, dropout_p, table),
             stream=self.dropout_stream,
         )
-        return y.view(batch, seq, -1)
+        return y.view(batch, seq, y.shape[1])
 
 
 def _seed(seed: torch.Tensor | None, dropout_p: float, like: torch.Tensor) -> torch.Tensor | None:
@@ -198,7 +198,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             probs_seq=map_seq,
             columns=map_columns,
         )
-        return context.reshape(batch, seq, -1), probs
+        return context.reshape(batch, seq, self.all_head_size), probs
 
 
 class _FusedAddNorm:
