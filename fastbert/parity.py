@@ -236,11 +236,11 @@ def compare(
 
 
 def gradient_group(parameter: str) -> str:
-    """The part of the model a parameter belongs to, e.g. `"layer 3 attention"`, `"layer 3 feed-forward"`."""
+    """The part of the model a parameter belongs to, e.g. `"layer 3 attention"`, `"layer 3 mlp"`."""
     match = re.match(r"encoder\.layer\.(\d+)\.(attention\.)?", parameter)
     if match is None:
         return parameter.split(".")[0]
-    return f"layer {match[1]} {'attention' if match[2] else 'feed-forward'}"
+    return f"layer {match[1]} {'attention' if match[2] else 'mlp'}"
 
 
 def _check_outputs(
@@ -406,7 +406,7 @@ def _time(hf: BertModel, fused: BertModel, batch: Batch, train: bool, repeats: i
     def turn(what: str, work: Callable[[BertModel, bool], None]) -> list[Timing]:
         few = _medians(what, work, {"fastbert": fused, "hf_eager": hf, "hf_sdpa": sdpa}, False, repeats)
         # sdpa has no attentions to give.
-        every = _medians(f"{what}, all four outputs", work, {"fastbert": fused, "hf_eager": hf}, True, repeats)
+        every = _medians(f"{what}, all outputs", work, {"fastbert": fused, "hf_eager": hf}, True, repeats)
         return [few, every]
 
     timings = turn("forward", forward)
@@ -417,7 +417,7 @@ def _time(hf: BertModel, fused: BertModel, batch: Batch, train: bool, repeats: i
     cotangents = {every: _cotangents(output, mask, hf.dtype, every) for every in (False, True)}
     for model in (hf, fused, sdpa):
         model.train()
-    timings += turn("forward + backward", step)
+    timings += turn("forward+backward", step)
     for model in (hf, fused, sdpa):
         model.eval()
     return timings

@@ -10,6 +10,7 @@ _LABEL_POINTS = 6.0
 #: Inches a panel may have. Tokens get labels where the panel leaves a line of text to each.
 _PANEL_INCHES = (1.15, 2.6)
 _LINE_INCHES = 1.35 * _LABEL_POINTS / 72
+_CHARACTER_INCHES = 0.62 * _LABEL_POINTS / 72  # monospaced
 
 
 def attention_heatmap(
@@ -62,9 +63,9 @@ def attention_heatmap(
     panel = min(max(_PANEL_INCHES[0], length * _LINE_INCHES), _PANEL_INCHES[1])
     labelled = length * _LINE_INCHES <= panel + 1e-6
     longest = max(len(token) for token in tokens) if labelled else 0
-    margin = 0.62 + 0.062 * longest * _LABEL_POINTS / 6  # layer names, and labels of a monospaced width
-    bottom = 0.42 + 0.062 * longest * _LABEL_POINTS / 6
-    right, top, gap = 0.95, 0.95, 0.09
+    margin = 0.62 + _CHARACTER_INCHES * longest  # layer names, then labels
+    bottom = 0.45 + _CHARACTER_INCHES * longest
+    right, top, gap = 0.95, 0.85, 0.09
     width = margin + columns * panel + (columns - 1) * gap + right
     height = bottom + rows * panel + (rows - 1) * gap + top
     # A figure of its own, not pyplot's: nothing global changes, and no display is needed.
@@ -86,13 +87,13 @@ def attention_heatmap(
             if head >= len(values):
                 axis.set_axis_off()
                 continue
-            image = axis.imshow(values[head], vmin=0.0, vmax=1.0, cmap="magma_r", interpolation="nearest")
+            image = axis.imshow(values[head], vmin=0.0, vmax=1.0, cmap="BuPu", interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():
                 spine.set(color="#bbbbbb", linewidth=0.6)
             if i == maps[0][0]:
-                axis.set_title(f"head {head}", fontsize=9, color="#333333", pad=5)
+                axis.set_title(f"head {head}", fontsize=11, color="#333333", pad=5)
             if labelled and head == 0:
                 axis.set_yticks(range(length), tokens, fontsize=_LABEL_POINTS, family="monospace")
             if labelled and i == maps[-1][0]:
@@ -100,18 +101,18 @@ def attention_heatmap(
             axis.tick_params(length=0, pad=2, colors="#333333")
         middle = row[0].get_position()
         where = (0.16 / width, (middle.y0 + middle.y1) / 2)
-        figure.text(*where, f"layer {i}", fontsize=9, color="#333333", rotation=90, va="center")
+        figure.text(*where, f"layer {i}", fontsize=11, color="#333333", rotation=90, va="center")
 
-    left, line = margin / width, 0.36 / height
-    figure.text(left, 1 - line, title, fontsize=13, weight="bold", va="center")
+    left, line = margin / width, 0.32 / height
+    figure.text(left, 1 - line, title, fontsize=15, weight="bold", va="center")
     hint = "each panel: a row per query token, a column per key token"
     hint += "" if labelled else f" ({length} tokens, too many to name)"
-    figure.text(left, 0.1 / height, hint, fontsize=8, color="#666666", va="bottom")
+    figure.text(left, 0.1 / height, hint, fontsize=10, color="#666666", va="bottom")
     bar_height = min(rows * panel, 3.2) / height
     bar = figure.add_axes((1 - 0.72 / width, 1 - top / height - bar_height, 0.13 / width, bar_height))
     scale = figure.colorbar(image, cax=bar)
-    scale.ax.tick_params(labelsize=7, length=2, colors="#333333")
-    scale.set_label("attention probability", fontsize=8, color="#333333")
+    scale.ax.tick_params(labelsize=9, length=2, colors="#333333")
+    scale.set_label("attention probability", fontsize=10, color="#333333")
     scale.outline.set(edgecolor="#bbbbbb", linewidth=0.6)
 
     path = Path(path)
