@@ -83,7 +83,7 @@ def test_report_is_json_with_its_provenance(report: Report) -> None:
 
 
 def test_timings_compare_three_models(tiny: Path) -> None:
-    report = compare(tiny, TEXT, device="cpu", train=True, repeats=2)
+    report = compare(tiny, TEXT, device="cpu", train=True, repeats=1)
     assert [timing.name for timing in report.timings] == [
         "forward",
         "forward, all outputs",
