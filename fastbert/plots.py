@@ -44,6 +44,8 @@ def attention_heatmap(
         ValueError: with no maps, no tokens, more tokens than the maps have, or a sentence outside the batch.
     """
     try:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'fastbert[plot]'") from error
@@ -80,14 +82,14 @@ def attention_heatmap(
         hspace=gap / panel,
     )
 
-    image = None
+    colours = ScalarMappable(Normalize(0.0, 1.0), cmap="BuPu")
     for row, (i, layer) in zip(axes, maps, strict=True):
         values = layer[sentence, :, :length, :length].detach().float().cpu().numpy()
         for head, axis in enumerate(row):
             if head >= len(values):
                 axis.set_axis_off()
                 continue
-            image = axis.imshow(values[head], vmin=0.0, vmax=1.0, cmap="BuPu", interpolation="nearest")
+            axis.imshow(values[head], norm=colours.norm, cmap=colours.cmap, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():
@@ -110,7 +112,7 @@ def attention_heatmap(
     figure.text(left, 0.1 / height, hint, fontsize=10, color="#666666", va="bottom")
     bar_height = min(rows * panel, 3.2) / height
     bar = figure.add_axes((1 - 0.72 / width, 1 - top / height - bar_height, 0.13 / width, bar_height))
-    scale = figure.colorbar(image, cax=bar)
+    scale = figure.colorbar(colours, cax=bar)
     scale.ax.tick_params(labelsize=9, length=2, colors="#333333")
     scale.set_label("attention probability", fontsize=10, color="#333333")
     scale.outline.set(edgecolor="#bbbbbb", linewidth=0.6)
