@@ -67,7 +67,7 @@ class Batch:
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The working dtype of a name; InputError for any other than float32, float16 and bfloat16."""
     found = DTYPES.get(dtype.lower()) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise InputError(f"unknown dtype {str(dtype)!r}: use float32, float16 or bfloat16")
     return found
 
@@ -112,7 +112,7 @@ def load(model: str | os.PathLike[str]) -> tuple[BertModel, Any]:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            bert, info = BertModel.from_pretrained(
+            loaded: Any = BertModel.from_pretrained(
                 model,
                 attn_implementation="eager",
                 dtype=torch.float32,
@@ -120,6 +120,7 @@ def load(model: str | os.PathLike[str]) -> tuple[BertModel, Any]:
                 attention_probs_dropout_prob=0.0,
                 output_loading_info=True,
             )
+        bert, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # every storage format has its own way of being broken
         raise InputError(f"cannot load {str(model)!r}: {_first_line(error)}") from error

@@ -201,9 +201,12 @@ def compare(
     if repeats < 0:
         raise InputError(f"cannot repeat {repeats} times: repeats is 0 (no timing) or more")
     if fuse is None:
-        from .fusing import fuse
+        from .fusing import fuse as fastbert_fuse
+
+        fuse = fastbert_fuse
 
     progress("loading the model")
+    hf: Any  # transformers wraps `to` in a way that type checkers misread
     hf, tokenizer = load(model)
     batch = encode(tokenizer, sentences, max_length, hf.config.max_position_embeddings)
     hf = hf.to(dtype).eval()
@@ -263,8 +266,8 @@ def _check_outputs(
     report.attentions = [layer.float().cpu() for layer in maps if isinstance(layer, Tensor)]
 
     if not isinstance(ours, type(theirs)):
-        problem = f"is a {type(ours).__name__} instead of a {type(theirs).__name__}"
-        report.outputs.append(Check("the output", (), math.nan, 0.0, 0.0, problem))
+        wrong = f"is a {type(ours).__name__} instead of a {type(theirs).__name__}"
+        report.outputs.append(Check("the output", (), math.nan, 0.0, 0.0, wrong))
     got, expected = dict(_named(ours)), dict(_named(theirs))
     exact = dict(_named(true))
     for name, want in expected.items():
