@@ -1,0 +1,347 @@
+"""The `fastbert` command.
+
+Torch and transformers are imported inside the commands: help must be quick, and Triton's interpreter can only be chosen
+before the kernels are defined.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .parity import Check, Report, Timing
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+CHECKPOINT_VARIABLE = "FASTBERT_CHECKPOINT"
+LOCAL_CHECKPOINT = Path(".cache/minilm")
+#: The longest sentence whose tokens can all be named in the heatmap.
+HEATMAP_TOKENS = 22
+
+
+@app.callback()
+def main() -> None:
+    """fastbert: a drop-in Hugging Face BertModel on fused Triton kernels."""
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of a BERT checkpoint, or a name on the Hugging Face hub. "
+            f"Default: ${CHECKPOINT_VARIABLE}, else {LOCAL_CHECKPOINT}.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A sentence to compare on; may be repeated.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A text file, one sentence a line.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16 (fp32, fp16, bf16).")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")] = None,
+    backend: Annotated[
+        str, typer.Option(help="auto, torch or triton. On the CPU, triton runs the kernels in Triton's interpreter.")
+    ] = "auto",
+    train: Annotated[bool, typer.Option("--train", help="Compare every parameter's gradient as well.")] = False,
+    json_file: Annotated[str | None, typer.Option("--json", help="Write the result as JSON; - is stdout.")] = None,
+    heatmap: Annotated[Path | None, typer.Option(help="Draw one sentence's attention maps into this PNG.")] = None,
+    repeats: Annotated[int, typer.Option(min=0, help="Timed repetitions; 0 for no timing.")] = 5,
+    max_length: Annotated[int | None, typer.Option(help="Cut sentences to this many tokens.")] = None,
+) -> None:
+    """Compare fastbert with Hugging Face on real text: outputs, gradients (--train), time.
+
+    Exit code 0: within bounds; 1: a bound is broken; 2: the input cannot be used.
+    """
+    sentences = _sentences(text, file)
+    model = model or _default_model()
+    _check_targets(json_file, heatmap)
+    _choose_interpreter(backend, device)
+
+    from rich.console import Console
+
+    # With JSON on stdout, people read on stderr.
+    console = Console(stderr=json_file == "-", highlight=False)
+    from fastbert_kernels import backend as use_backend
+
+    from .loading import SENTENCES, InputError
+    from .parity import compare
+
+    with _quiet(), Console(stderr=True).status("starting") as status:
+        try:
+            report = compare(
+                model,
+                sentences or SENTENCES,
+                dtype=dtype,
+                device=device,
+                backend=backend,
+                train=train,
+                repeats=repeats,
+                max_length=max_length,
+                progress=lambda message: status.update(f"{message} ..."),
+            )
+        except InputError as error:
+            _fail(str(error))
+        from .fusing import explain
+
+        with use_backend(backend):
+            explanation = explain(report.model)
+
+    _show(console, report, explanation)
+    if heatmap is not None:
+        _draw(report, heatmap)
+        console.print(f"\nheatmap: {heatmap}", markup=False)
+    if json_file is not None:
+        content = json.dumps(report.to_dict(), indent=2) + "\n"
+        if json_file == "-":
+            sys.stdout.write(content)
+        else:
+            Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+            Path(json_file).write_text(content, encoding="utf-8")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _sentences(text: list[str] | None, file: Path | None) -> list[str]:
+    """The sentences of --text and --file, none where neither is given."""
+    sentences = list(text or ())
+    for sentence in sentences:
+        if not sentence.strip():
+            _fail(f"--text {sentence!r} is empty: give it some text")
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            _fail(f"cannot read --file {str(file)!r} ({reason}): name a UTF-8 text file, one sentence a line")
+        if not any(lines):
+            _fail(f"--file {str(file)!r} has no text: write one sentence a line")
+        sentences += [line for line in lines if line]
+    return sentences
+
+
+def _default_model() -> str:
+    named = os.environ.get(CHECKPOINT_VARIABLE)
+    if named:
+        return named
+    if (LOCAL_CHECKPOINT / "config.json").is_file():
+        return str(LOCAL_CHECKPOINT)
+    _fail(
+        f"no model given and none in {str(LOCAL_CHECKPOINT)!r}: name a checkpoint folder, set {CHECKPOINT_VARIABLE}, "
+        "or run `make demo`, which fetches one"
+    )
+
+
+def _check_targets(json_file: str | None, heatmap: Path | None) -> None:
+    """Fail before the work, not after it, on files that cannot be written."""
+    if heatmap is not None and importlib.util.find_spec("matplotlib") is None:
+        _fail("--heatmap needs matplotlib, which is not installed: pip install 'fastbert[plot]'")
+    if heatmap is not None and heatmap.suffix.lower() != ".png":
+        _fail(f"--heatmap {str(heatmap)!r} is not a PNG: let its name end in .png")
+    for option, target in (("--json", json_file), ("--heatmap", heatmap)):
+        if target is None or target == "-":
+            continue
+        path = Path(target)
+        if path.is_dir():
+            _fail(f"{option} {str(target)!r} is a folder: name a file")
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
+            _fail(f"{option} {str(target)!r} cannot be written: choose another place")
+
+
+def _choose_interpreter(backend: str, device: str | None) -> None:
+    """Turn on Triton's interpreter where the triton backend is asked for on a CPU."""
+    if backend != "triton":
+        return
+    import torch
+
+    on_cpu = device.startswith("cpu") if device else not torch.cuda.is_available()
+    if not on_cpu:
+        return
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    from fastbert_kernels.backend import INTERPRETED
+
+    if not INTERPRETED:
+        _fail("--backend triton on the CPU needs Triton's interpreter: set TRITON_INTERPRET=1 before starting")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what transformers says while it loads: this command reports on its own."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _show(console: "Console", report: "Report", explanation: Any) -> None:
+    from .parity import GRADIENT_BOUND, HALF_RATIO, OUTPUT_BOUND
+
+    about = report.provenance
+    heads, size = about["heads"], about["hidden_size"] // about["heads"]
+    fill = f"{about['tokens']} tokens in {about['sentences']} x {about['seq']} positions (fill {about['fill']:.0%})"
+    cut = f", {about['truncated']} cut to length" if about["truncated"] else ""
+    lines = {
+        "model": f"{about['model']}: {about['layers']} layers, {heads} heads of {size}",
+        "batch": f"{fill}{cut}",
+        "runs as": f"{about['dtype']} on {about['device']}, kernels: {about['backend']}",
+        "versions": ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value),
+    }
+    for name, value in lines.items():
+        console.print(f"{name:<9}{value}", markup=False, soft_wrap=True)
+
+    half = about["dtype"] != "float32"
+    limit = f"{HALF_RATIO:g} x HF's own error" if half else f"{OUTPUT_BOUND:.0e}"
+    console.print()
+    _table(
+        console,
+        f"Largest error against float64 (bound: {limit})",
+        ("output", "shape"),
+        [((check.name, _shape(check.shape)), check) for check in report.outputs],
+    )
+    if report.gradients:
+        limit = f"{HALF_RATIO:g} x HF's own error" if half else f"{GRADIENT_BOUND:.0e}"
+        console.print()
+        _table(
+            console,
+            f"Largest relative error of a gradient (bound: {limit})",
+            ("part", "worst parameter"),
+            _worst(report.gradients),
+        )
+
+    broken = [check for check in [*report.outputs, *report.gradients] if not check.ok]
+    count = len(report.outputs) + len(report.gradients)
+    console.print()
+    if broken:
+        console.print(f"[bold red]✗ {len(broken)} of {count} tensors are out of bounds[/]")
+    else:
+        console.print(f"[bold green]✓ all {count} tensors are within their bounds[/]")
+
+    console.print()
+    if report.timings:
+        _times(console, report.timings)
+    else:
+        console.print(f"Not timed: {report.timing_skipped}.", markup=False)
+
+    console.print()
+    console.print(str(explanation), markup=False, soft_wrap=True)
+
+    console.print()
+    shapes = {check.name: check.shape for check in report.outputs}
+    console.print("The four outputs")
+    for name in ("last_hidden_state", "pooler_output", "hidden_states", "attentions"):
+        several = [shape for key, shape in shapes.items() if key.startswith(f"{name}[")]
+        shape = f"{len(several)} x {_shape(several[0])}" if several else _shape(shapes[name])
+        console.print(f"  {name:<18} {shape}", markup=False)
+
+
+def _table(
+    console: "Console", title: str, heading: Sequence[str], rows: Sequence[tuple[Sequence[str], "Check"]]
+) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in heading:
+        table.add_column(name, overflow="fold")
+    for name in ("fastbert", "HF", "ratio", "bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("ok")
+    for cells, check in rows:
+        ratio = Text("-" if check.ratio is None else f"{check.ratio:.2f}")
+        if check.ratio is not None and check.ratio > 1:
+            ratio.stylize("yellow")
+        verdict = Text("✓", "green") if check.ok else Text(f"✗ {check.problem or ''}".strip(), "bold red")
+        numbers = [Text(f"{value:.1e}") for value in (check.error, check.hf_error)]
+        table.add_row(*map(Text, cells), *numbers, ratio, Text(f"{check.bound:.1e}"), verdict)
+    console.print(table)
+
+
+def _worst(gradients: Sequence["Check"]) -> list[tuple[tuple[str, str], "Check"]]:
+    """Per part of the model, the gradient closest to its bound or furthest over it."""
+    from .parity import gradient_group
+
+    def badness(check: "Check") -> tuple[bool, float]:
+        return not check.ok, check.error / (check.bound or 1.0)
+
+    worst: dict[str, Check] = {}
+    for check in gradients:
+        part = gradient_group(check.name)
+        if part not in worst or badness(check) > badness(worst[part]):
+            worst[part] = check
+    return [((part, _short(check.name)), check) for part, check in worst.items()]
+
+
+def _short(parameter: str) -> str:
+    """A parameter's name without the part of the model it belongs to, short enough for a terminal's 80 columns."""
+    parts = parameter.split(".")
+    if parts[:2] == ["encoder", "layer"]:
+        parts = parts[4:] if parts[3] == "attention" else parts[3:]
+    else:
+        parts = parts[1:]
+    return ".".join(part for part in parts if part != "dense")
+
+
+def _times(console: "Console", timings: Sequence["Timing"]) -> None:
+    from rich.table import Table
+
+    table = Table(
+        title="Median time; right: Hugging Face / fastbert",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("work", overflow="fold")
+    for name in ("fastbert", "HF eager", "HF sdpa", "eager", "sdpa"):
+        table.add_column(name, justify="right")
+    for timing in timings:
+        sdpa = "-" if timing.hf_sdpa is None else f"{1e3 * timing.hf_sdpa:.1f} ms"
+        ratio = "-" if timing.sdpa_ratio is None else f"{timing.sdpa_ratio:.2f}x"
+        times = [f"{1e3 * seconds:.1f} ms" for seconds in (timing.fastbert, timing.hf_eager)]
+        table.add_row(timing.name, *times, sdpa, f"{timing.eager_ratio:.2f}x", ratio)
+    console.print(table)
+
+
+def _draw(report: "Report", path: Path) -> None:
+    """The longest sentence whose tokens can be named, or the shortest of all."""
+    from .plots import attention_heatmap
+
+    if not report.attentions:
+        _fail("--heatmap: the model returned no attentions to draw")
+    lengths = [len(tokens) for tokens in report.tokens]
+    fitting = [length for length in lengths if length <= HEATMAP_TOKENS]
+    sentence = lengths.index(max(fitting) if fitting else min(lengths))
+    title = f"fastbert attentions, {Path(report.provenance['model']).name}, {report.provenance['dtype']}"
+    attention_heatmap(report.attentions, report.tokens[sentence], path, sentence=sentence, title=title)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return f"({', '.join(map(str, shape))})" if shape else "-"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,493 @@
+"""Is fastbert right, and how long does it take: one comparison with Hugging Face, judged by float64.
+
+Three models carry the same weights: Hugging Face's eager model in float64 on the CPU, which is the truth; the same in
+the working dtype, which shows the error that dtype costs anyone; and fastbert in the working dtype. All three see the
+weights rounded to the working dtype, so that only arithmetic differs.
+
+Nothing here prints: `compare` returns a `Report`.
+"""
+
+import copy
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+from torch import Tensor
+from transformers import BertModel
+
+from fastbert_kernels import backend as use_backend
+from fastbert_kernels import uses_triton
+from fastbert_kernels.backend import INTERPRETED
+
+from .loading import SENTENCES, Batch, InputError, encode, load, parse_device, parse_dtype
+
+#: float32: the absolute error allowed of an output, and the relative one of a gradient.
+OUTPUT_BOUND = 1e-5
+GRADIENT_BOUND = 1e-4
+#: Half precision: the multiple of Hugging Face's own error allowed, and what is allowed on top.
+HALF_RATIO = 2.0
+HALF_SLACK = 1e-5
+#: A gradient this much smaller than the largest of its layer is zero in exact arithmetic. The key bias's always is:
+#: it moves all scores of a row alike, which softmax does not see.
+VANISHING = 1e-9
+
+Fuse = Callable[..., BertModel]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tensor of fastbert's against the float64 truth.
+
+    Attributes:
+        name: e.g. `hidden_states[3]`, `attentions[0]`, or a parameter's name.
+        shape: the shape Hugging Face gives it.
+        error: fastbert's largest error; absolute for outputs, relative to the largest true value for gradients.
+        hf_error: the same of Hugging Face's eager model in the working dtype.
+        bound: the largest `error` that passes.
+        problem: what no number can say (missing, wrong shape, not finite, ...), or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    error: float
+    hf_error: float
+    bound: float
+    problem: str | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """`error / hf_error`; None where Hugging Face is exact or fastbert has no error to speak of."""
+        return self.error / self.hf_error if self.hf_error > 0 and math.isfinite(self.error) else None
+
+    @property
+    def ok(self) -> bool:
+        """Whether this tensor is within its bound and has no other problem."""
+        return self.problem is None and self.error <= self.bound
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; what is not finite becomes null."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "error": _finite(self.error),
+            "hf_error": _finite(self.hf_error),
+            "ratio": self.ratio,
+            "bound": _finite(self.bound),
+            "ok": self.ok,
+            "problem": self.problem,
+        }
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of one piece of work; `hf_sdpa` is None where sdpa cannot do it."""
+
+    name: str
+    fastbert: float
+    hf_eager: float
+    hf_sdpa: float | None
+
+    @property
+    def eager_ratio(self) -> float:
+        """Hugging Face eager over fastbert: above 1, fastbert is faster."""
+        return self.hf_eager / self.fastbert
+
+    @property
+    def sdpa_ratio(self) -> float | None:
+        """Hugging Face sdpa over fastbert."""
+        return None if self.hf_sdpa is None else self.hf_sdpa / self.fastbert
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, times in milliseconds."""
+        return {
+            "name": self.name,
+            "fastbert_ms": 1e3 * self.fastbert,
+            "hf_eager_ms": 1e3 * self.hf_eager,
+            "hf_sdpa_ms": None if self.hf_sdpa is None else 1e3 * self.hf_sdpa,
+            "eager_ratio": self.eager_ratio,
+            "sdpa_ratio": self.sdpa_ratio,
+        }
+
+
+@dataclass
+class Report:
+    """What `compare` found.
+
+    Attributes:
+        provenance: what ran where: versions, device, dtype, backend, model, batch. Plain JSON values.
+        outputs: a check per output, hidden state and attention map.
+        gradients: a check per parameter; empty unless asked for.
+        timings: empty when `timing_skipped` says why.
+        attentions: fastbert's maps on the CPU in float32, (batch, heads, seq, seq) a layer; missing ones left out.
+        tokens: each sentence's tokens.
+        model: the fused model that was checked.
+    """
+
+    provenance: dict[str, Any]
+    outputs: list[Check]
+    gradients: list[Check]
+    model: BertModel = field(repr=False)
+    attentions: list[Tensor] = field(repr=False)
+    tokens: list[list[str]] = field(repr=False)
+    timings: list[Timing] = field(default_factory=list)
+    timing_skipped: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every output and every gradient is within its bound."""
+        return all(check.ok for check in [*self.outputs, *self.gradients])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON."""
+        return {
+            "ok": self.ok,
+            "provenance": self.provenance,
+            "outputs": [check.to_dict() for check in self.outputs],
+            "gradients": [check.to_dict() for check in self.gradients],
+            "timings": [timing.to_dict() for timing in self.timings],
+            "timing_skipped": self.timing_skipped,
+        }
+
+
+def compare(
+    model: str | os.PathLike[str],
+    sentences: Sequence[str] = SENTENCES,
+    *,
+    dtype: str | torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    train: bool = False,
+    repeats: int = 5,
+    max_length: int | None = None,
+    packing: bool = True,
+    fuse: Fuse | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Report:
+    """Check fastbert against Hugging Face on one batch, then time both.
+
+    Only tokens are compared: with packing, what fastbert returns at padding must be exactly zero; without, padding is
+    compared like everything else.
+
+    Args:
+        model: a BERT checkpoint with its tokenizer: a folder, or a name on the Hugging Face hub.
+        sentences: the batch, one sentence a row.
+        dtype: the working dtype: float32, float16 or bfloat16 (fp32, fp16, bf16).
+        device: where fastbert and Hugging Face run; None: the GPU if there is one.
+        backend: `"auto"`, `"torch"` or `"triton"`: which life of the kernels is checked.
+        train: also compare every parameter's gradient, with all four outputs in the loss and dropout at 0.
+        repeats: timed repetitions, of which the median counts; 0 for no timing.
+        max_length: the length to cut sentences to; None: the model's own limit.
+        packing: handed to `fuse`.
+        fuse: called as `fuse(model, packing=packing)`; None: `fastbert.fuse`.
+        progress: told, in a few words, what runs now.
+
+    Raises:
+        InputError: for a model, text, dtype, device or backend that cannot be used.
+    """
+    dtype, device = parse_dtype(dtype), parse_device(device)
+    if backend not in ("auto", "torch", "triton"):
+        raise InputError(f"unknown backend {backend!r}: use auto, torch or triton")
+    if repeats < 0:
+        raise InputError(f"cannot repeat {repeats} times: repeats is 0 (no timing) or more")
+    if fuse is None:
+        from .fusing import fuse as fastbert_fuse
+
+        fuse = fastbert_fuse
+
+    progress("loading the model")
+    hf: Any  # transformers wraps `to` in a way that type checkers misread
+    hf, tokenizer = load(model)
+    batch = encode(tokenizer, sentences, max_length, hf.config.max_position_embeddings)
+    hf = hf.to(dtype).eval()
+    truth = copy.deepcopy(hf).double()
+    hf = hf.to(device)
+    with use_backend(backend):
+        try:
+            triton_runs = uses_triton(torch.empty(0, dtype=dtype, device=device))
+        except (RuntimeError, TypeError) as error:
+            raise InputError(str(error)) from error
+        fused = fuse(copy.deepcopy(hf), packing=packing)
+
+        life = ("triton, interpreted" if INTERPRETED else "triton, compiled") if triton_runs else "torch"
+        report = Report(_provenance(str(model), hf, batch, dtype, device, life), [], [], fused, [], batch.tokens)
+        _check_outputs(report, truth, hf, fused, batch, packing, progress)
+        if train:
+            _check_gradients(report, truth, hf, fused, batch, packing, progress)
+        del truth
+
+        if repeats == 0:
+            report.timing_skipped = "no repeats asked for"
+        elif not report.ok:
+            report.timing_skipped = "a result is out of bounds, and the speed of a wrong answer means nothing"
+        elif triton_runs and INTERPRETED:
+            report.timing_skipped = "Triton's interpreter runs the kernels, and its time says nothing about a GPU's"
+        else:
+            progress("timing")
+            report.timings = _time(hf, fused, batch, train, repeats)
+    return report
+
+
+def gradient_group(parameter: str) -> str:
+    """The part of the model a parameter belongs to, e.g. `"layer 3 attention"`, `"layer 3 mlp"`."""
+    match = re.match(r"encoder\.layer\.(\d+)\.(attention\.)?", parameter)
+    if match is None:
+        return parameter.split(".")[0]
+    return f"layer {match[1]} {'attention' if match[2] else 'mlp'}"
+
+
+def _check_outputs(
+    report: Report,
+    truth: BertModel,
+    hf: BertModel,
+    fused: BertModel,
+    batch: Batch,
+    packing: bool,
+    progress: Callable[[str], None],
+) -> None:
+    with torch.no_grad():
+        progress("Hugging Face eager in float64, the truth")
+        true = _run(truth, batch)
+        progress("Hugging Face eager in the working dtype")
+        theirs = _run(hf, batch)
+        progress("fastbert")
+        ours = _run(fused, batch)
+    maps = ours.attentions or ()
+    report.attentions = [layer.float().cpu() for layer in maps if isinstance(layer, Tensor)]
+
+    if not isinstance(ours, type(theirs)):
+        wrong = f"is a {type(ours).__name__} instead of a {type(theirs).__name__}"
+        report.outputs.append(Check("the output", (), math.nan, 0.0, 0.0, wrong))
+    got, expected = dict(_named(ours)), dict(_named(theirs))
+    exact = dict(_named(true))
+    for name, want in expected.items():
+        visible = _visible(name, batch.mask if packing else torch.ones_like(batch.mask))
+        problem = _problem(got.get(name), want, visible)
+        error = math.nan if problem else _largest(got[name], exact[name], visible)
+        hf_error = _largest(want, exact[name], visible)
+        bound = OUTPUT_BOUND if want.dtype == torch.float32 else HALF_RATIO * hf_error + HALF_SLACK
+        report.outputs.append(Check(name, tuple(want.shape), error, hf_error, bound, problem))
+    for name in got.keys() - expected.keys():
+        report.outputs.append(Check(name, (), math.nan, 0.0, 0.0, "Hugging Face returns no such output"))
+
+
+def _check_gradients(
+    report: Report,
+    truth: BertModel,
+    hf: BertModel,
+    fused: BertModel,
+    batch: Batch,
+    packing: bool,
+    progress: Callable[[str], None],
+) -> None:
+    dtype = hf.dtype
+    progress("gradients of the truth")
+    true = _gradients(truth, batch, dtype, packing)
+    progress("gradients of Hugging Face eager")
+    theirs = _gradients(hf, batch, dtype, packing)
+    progress("gradients of fastbert")
+    ours = _gradients(fused, batch, dtype, packing)
+
+    largest = {name: float(grad.abs().max()) for name, grad in true.items()}
+    of_group: dict[str, float] = {}
+    for name, value in largest.items():
+        of_group[gradient_group(name)] = max(of_group.get(gradient_group(name), 0.0), value)
+    for name, want in true.items():
+        group = of_group[gradient_group(name)]
+        scale = (largest[name] if largest[name] > VANISHING * group else group) or 1.0
+        hf_error = float((theirs[name] - want).abs().max()) / scale
+        got = ours.get(name)
+        problem = "no gradient" if got is None else None
+        if got is not None and got.shape != want.shape:
+            problem = f"has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+        elif got is not None and not got.isfinite().all():
+            problem = "not finite"
+        error = math.nan if got is None or problem else float((got - want).abs().max()) / scale
+        bound = GRADIENT_BOUND if dtype == torch.float32 else HALF_RATIO * hf_error + HALF_SLACK
+        report.gradients.append(Check(name, tuple(want.shape), error, hf_error, bound, problem))
+
+
+def _run(model: BertModel, batch: Batch, everything: bool = True) -> Any:
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    return model(**inputs, output_hidden_states=everything, output_attentions=everything)
+
+
+def _named(output: Any) -> Iterator[tuple[str, Any]]:
+    """The four outputs, one name a tensor."""
+    yield "last_hidden_state", output.last_hidden_state
+    yield "pooler_output", output.pooler_output
+    for name in ("hidden_states", "attentions"):
+        for i, tensor in enumerate(getattr(output, name) or ()):
+            yield f"{name}[{i}]", tensor
+
+
+def _visible(name: str, mask: Tensor) -> Tensor:
+    """Where an output belongs to tokens: bool, broadcastable to its shape."""
+    if name.startswith("attentions"):
+        return mask[:, None, :, None] & mask[:, None, None, :]
+    return mask[:, :1] if name == "pooler_output" else mask[:, :, None]
+
+
+def _problem(got: Any, want: Tensor, visible: Tensor) -> str | None:
+    if not isinstance(got, Tensor):
+        return "missing" if got is None else f"is a {type(got).__name__}"
+    if got.shape != want.shape:
+        return f"has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+    if got.dtype != want.dtype or got.device != want.device:
+        return f"is {got.dtype} on {got.device} instead of {want.dtype} on {want.device}"
+    visible = visible.to(got.device)
+    if not got.masked_fill(~visible, 0.0).isfinite().all():
+        return "not finite"
+    if got.masked_fill(visible, 0.0).count_nonzero() > 0:
+        return "not zero at padding"
+    return None
+
+
+def _largest(got: Tensor, exact: Tensor, visible: Tensor) -> float:
+    difference = (got.double().cpu() - exact).abs()
+    return float(difference.masked_fill(~visible, 0.0).max())
+
+
+def _cotangents(output: Any, mask: Tensor, dtype: torch.dtype, everything: bool = True) -> dict[str, Tensor]:
+    """The gradient of one loss at each output: the same noise for every model, zero at padding.
+
+    Rounded to the working dtype for the truth as well, so that all start from the same numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    cotangents = {}
+    for name, tensor in _named(output):
+        noise = torch.randn(tensor.shape, generator=generator) * _visible(name, mask)
+        if everything or name in ("last_hidden_state", "pooler_output"):
+            cotangents[name] = noise.to(dtype).to(tensor)
+    return cotangents
+
+
+def _backward(output: Any, cotangents: dict[str, Tensor]) -> None:
+    """Backward through every output that has a graph. One that lost it shows in the gradients."""
+    roots = [(name, out) for name, out in _named(output) if name in cotangents and out.requires_grad]
+    torch.autograd.backward([out for _, out in roots], [cotangents[name] for name, _ in roots])
+
+
+def _gradients(model: BertModel, batch: Batch, dtype: torch.dtype, packing: bool) -> dict[str, Tensor]:
+    """Every parameter's gradient, float64 on the CPU. The model is in train mode only meanwhile."""
+    mask = batch.mask if packing else torch.ones_like(batch.mask)
+    model.train()
+    model.zero_grad(set_to_none=True)
+    output = _run(model, batch)
+    _backward(output, _cotangents(output, mask, dtype))
+    gradients = {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    return gradients
+
+
+def _time(hf: BertModel, fused: BertModel, batch: Batch, train: bool, repeats: int) -> list[Timing]:
+    """Forward, and with `train` forward and backward, each without and with hidden states and attentions."""
+    sdpa = copy.deepcopy(hf)
+    sdpa.set_attn_implementation("sdpa")
+    mask = batch.mask
+    batch = Batch({name: t.to(hf.device) for name, t in batch.inputs.items()}, batch.tokens, batch.truncated)
+
+    def forward(model: BertModel, everything: bool) -> None:
+        with torch.no_grad():
+            _run(model, batch, everything)
+
+    def step(model: BertModel, everything: bool) -> None:
+        _backward(_run(model, batch, everything), cotangents[everything])
+        model.zero_grad(set_to_none=True)
+
+    def turn(what: str, work: Callable[[BertModel, bool], None]) -> list[Timing]:
+        few = _medians(what, work, {"fastbert": fused, "hf_eager": hf, "hf_sdpa": sdpa}, False, repeats)
+        # sdpa has no attentions to give.
+        every = _medians(f"{what}, all outputs", work, {"fastbert": fused, "hf_eager": hf}, True, repeats)
+        return [few, every]
+
+    timings = turn("forward", forward)
+    if not train:
+        return timings
+    with torch.no_grad():
+        output = _run(hf, batch)
+    cotangents = {every: _cotangents(output, mask, hf.dtype, every) for every in (False, True)}
+    for model in (hf, fused, sdpa):
+        model.train()
+    timings += turn("forward+backward", step)
+    for model in (hf, fused, sdpa):
+        model.eval()
+    return timings
+
+
+def _medians(
+    what: str,
+    work: Callable[[BertModel, bool], None],
+    models: dict[str, BertModel],
+    everything: bool,
+    repeats: int,
+) -> Timing:
+    """Median seconds of `work` per model, the models taking turns so that a busy machine slows all alike."""
+    wait = torch.cuda.synchronize if models["hf_eager"].device.type == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        work(model, everything)
+    for repeat in range(repeats):
+        order = list(models.items())
+        for name, model in order if repeat % 2 else reversed(order):
+            wait()
+            start = time.perf_counter()
+            work(model, everything)
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return Timing(what, medians["fastbert"], medians["hf_eager"], medians.get("hf_sdpa"))
+
+
+def _provenance(
+    model: str, hf: BertModel, batch: Batch, dtype: torch.dtype, device: torch.device, life: str
+) -> dict[str, Any]:
+    rows, seq = batch.mask.shape
+    tokens = int(batch.mask.sum())
+    return {
+        "model": model,
+        "layers": hf.config.num_hidden_layers,
+        "heads": hf.config.num_attention_heads,
+        "hidden_size": hf.config.hidden_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "backend": life,
+        "versions": {
+            "fastbert": importlib.metadata.version("fastbert"),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+        },
+        "sentences": rows,
+        "seq": seq,
+        "tokens": tokens,
+        "fill": tokens / (rows * seq),
+        "truncated": batch.truncated,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        names = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = None
+    return names[1] if names else platform.processor() or platform.machine()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
