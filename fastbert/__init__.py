@@ -1,34 +1,52 @@
 """A drop-in Hugging Face `BertModel` on fused Triton kernels, forward and backward, attentions included."""
 
-from importlib.metadata import version
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
-from .fusing import Explanation, explain, fuse, unfuse
-from .modeling import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertLMHeadModel,
-    BertModel,
-)
+if TYPE_CHECKING:
+    from .fusing import Explanation as Explanation
+    from .fusing import explain as explain
+    from .fusing import fuse as fuse
+    from .fusing import unfuse as unfuse
+    from .modeling import BertForMaskedLM as BertForMaskedLM
+    from .modeling import BertForMultipleChoice as BertForMultipleChoice
+    from .modeling import BertForNextSentencePrediction as BertForNextSentencePrediction
+    from .modeling import BertForPreTraining as BertForPreTraining
+    from .modeling import BertForQuestionAnswering as BertForQuestionAnswering
+    from .modeling import BertForSequenceClassification as BertForSequenceClassification
+    from .modeling import BertForTokenClassification as BertForTokenClassification
+    from .modeling import BertLMHeadModel as BertLMHeadModel
+    from .modeling import BertModel as BertModel
 
-__version__ = version("fastbert")
+__version__ = importlib.metadata.version("fastbert")
 
-__all__ = [
-    "BertForMaskedLM",
-    "BertForMultipleChoice",
-    "BertForNextSentencePrediction",
-    "BertForPreTraining",
-    "BertForQuestionAnswering",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertLMHeadModel",
-    "BertModel",
-    "Explanation",
-    "explain",
-    "fuse",
-    "unfuse",
-]
+#: Public name -> the module it lives in. Loaded when first used: the command line has to choose how kernels run, which
+#: Triton reads when they are defined, and its help should not wait for torch.
+_HOMES = {
+    "BertForMaskedLM": "modeling",
+    "BertForMultipleChoice": "modeling",
+    "BertForNextSentencePrediction": "modeling",
+    "BertForPreTraining": "modeling",
+    "BertForQuestionAnswering": "modeling",
+    "BertForSequenceClassification": "modeling",
+    "BertForTokenClassification": "modeling",
+    "BertLMHeadModel": "modeling",
+    "BertModel": "modeling",
+    "Explanation": "fusing",
+    "explain": "fusing",
+    "fuse": "fusing",
+    "unfuse": "fusing",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

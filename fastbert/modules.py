@@ -18,7 +18,7 @@ from fastbert_kernels import add_layer_norm, attention, bias_activation, embed, 
 from fastbert_kernels.attention import MAX_HEAD_DIM
 
 from .notices import warn_once
-from .plain import is_plain_dropout, is_plain_embedding, is_plain_layer_norm, is_plain_linear
+from .plain import is_plain_dropout, is_plain_embedding, is_plain_layer_norm, is_plain_linear, wants_grad_output
 from .projection import can_stack, project, project_qkv, qkv_parameters, rehome, separate
 
 #: Module class of an activation -> the kernels' name for its formula.
@@ -104,6 +104,8 @@ class FusedEmbeddings(hf.BertEmbeddings):
             seed=_seed(seed, dropout_p, table),
             stream=self.dropout_stream,
         )
+        if wants_grad_output(self.word_embeddings) and torch.is_grad_enabled() and not y.requires_grad:
+            y.requires_grad_()
         return y.view(batch, seq, y.shape[1])
 
 

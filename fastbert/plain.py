@@ -8,15 +8,26 @@ from typing import TypeGuard
 
 from torch import nn
 
-#: Hooks that belong to the machinery around a model, not to someone who looks inside it.
-_INFRASTRUCTURE = ("torch.distributed", "transformers.utils.output_capturing", "deepspeed")
+#: Where hooks come from that belong to the machinery around a model, not to someone who looks inside it.
+_INFRASTRUCTURE = ("torch.distributed", "transformers.", "peft.", "deepspeed.")
+
+#: The hook by which transformers and PEFT make the embeddings' output require a gradient, for reentrant checkpointing
+#: of a model whose embeddings are frozen. The fused embeddings do what it does.
+_REQUIRE_GRADS = "make_inputs_require_grads"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_called(module: nn.Module) -> bool:
     """Whether someone relies on the module being called: a hook, or a replaced `forward`."""
-    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
+    return "forward" in module.__dict__ or any(
+        getattr(hook, "__name__", "") != _REQUIRE_GRADS for hooks in _HOOKS for hook in getattr(module, hooks).values()
+    )
+
+
+def wants_grad_output(module: nn.Module) -> bool:
+    """Whether a hook is there to make the module's output require a gradient."""
+    return any(getattr(hook, "__name__", "") == _REQUIRE_GRADS for hook in module._forward_hooks.values())
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

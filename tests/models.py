@@ -53,7 +53,9 @@ def mask_of(lengths: list[int], seq: int, device: torch.device | str = "cpu") ->
     return (torch.arange(seq)[None, :] < torch.tensor(lengths)[:, None]).long().to(device)
 
 
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, where: torch.Tensor | None = None, atol: float = 2e-5) -> None:
+def assert_close(
+    ours: torch.Tensor, theirs: torch.Tensor, where: torch.Tensor | None = None, atol: float = 2e-5
+) -> None:
     """Equal within float32 rounding, at the marked places."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype

@@ -36,7 +36,9 @@ def test_four_outputs_equal_eager(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.long, torch.float32])
-def test_ragged_batch_equals_eager_at_tokens_and_is_zero_at_padding(device: torch.device, mask_dtype: torch.dtype) -> None:
+def test_ragged_batch_equals_eager_at_tokens_and_is_zero_at_padding(
+    device: torch.device, mask_dtype: torch.dtype
+) -> None:
     plain, fused = pair(device)
     x, mask = ids(device=device), mask_of([11, 1, 6], 11, device)
     types = torch.randint(0, 2, x.shape, device=device)
@@ -80,9 +82,7 @@ def test_head_mask_multiplies_probabilities_and_has_a_gradient(device: torch.dev
     maps = []
     for i, layer in enumerate(plain.encoder.layer):
         block = layer.attention.self
-        q, k, v = (
-            proj(hidden).view(3, 11, 4, 8).transpose(1, 2) for proj in (block.query, block.key, block.value)
-        )
+        q, k, v = (proj(hidden).view(3, 11, 4, 8).transpose(1, 2) for proj in (block.query, block.key, block.value))
         probs = torch.softmax(q @ k.transpose(2, 3) * 8**-0.5 + bias, -1) * reference_mask[i][None, :, None, None]
         maps.append(probs)
         context = (probs @ v).transpose(1, 2).reshape(3, 11, 32)
@@ -355,7 +355,12 @@ def test_a_hook_inside_sees_hugging_faces_shapes(device: torch.device) -> None:
     plain, fused = pair(device)
     x, mask = ids(device=device), mask_of([11, 4, 6], 11, device)
     seen: dict[str, torch.Size] = {}
-    names = ("embeddings", "encoder.layer.1", "encoder.layer.0.attention.self.query", "encoder.layer.0.intermediate.dense")
+    names = (
+        "embeddings",
+        "encoder.layer.1",
+        "encoder.layer.0.attention.self.query",
+        "encoder.layer.0.intermediate.dense",
+    )
     handles = [
         fused.get_submodule(name).register_forward_hook(
             lambda module, args, output, name=name: seen.__setitem__(name, output.shape)
@@ -404,7 +409,9 @@ def test_torch_compile_fullgraph(device: torch.device, life: str, flags: dict[st
     compiled_grad = fused.encoder.layer[0].attention.self.key.weight.grad.clone()
     fused.zero_grad()
     wanted.last_hidden_state.square().sum().backward()
-    torch.testing.assert_close(compiled_grad, fused.encoder.layer[0].attention.self.key.weight.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        compiled_grad, fused.encoder.layer[0].attention.self.key.weight.grad, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu", "silu", "quick_gelu"])
