@@ -114,17 +114,17 @@ def test_definition_is_softmax_attention_in_float64(device: torch.device, mask: 
 
 
 def test_definition_has_the_right_gradients(device: torch.device) -> None:
-    lengths = [3, 0, 5]
-    qkv = torch.randn(8, 3, 2, 4, dtype=torch.float64, device=device, requires_grad=True)
+    lengths = [2, 0, 4]
+    qkv = torch.randn(6, 3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
     head_mask = torch.tensor([0.0, 0.7], dtype=torch.float64, device=device, requires_grad=True)
-    bias = torch.randn(3, 1, 5, 5, dtype=torch.float64, device=device)
-    bias[2, :, 1] = -torch.inf
+    bias = torch.randn(3, 1, 4, 4, dtype=torch.float64, device=device)
     bias[0, :, :, 1] = -torch.inf
-    keep = reference.dropout_keep(SEED, STREAM, 6, 5, 5, 0.3).view(3, 2, 5, 5).to(device)
+    bias[2, :, 2, 2:] = -torch.inf
+    keep = reference.dropout_keep(SEED, STREAM, 6, 4, 4, 0.3).view(3, 2, 4, 4).to(device)
 
     def op(qkv: torch.Tensor, head_mask: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return reference.attention(
-            qkv, lengths, bias=bias, head_mask=head_mask, scale=0.5, dropout_p=0.3, keep=keep, probs_shape=(3, 6)
+            qkv, lengths, bias=bias, head_mask=head_mask, scale=0.5, dropout_p=0.3, keep=keep, probs_shape=(3, 5)
         )
 
     assert torch.autograd.gradcheck(op, (qkv, head_mask))
@@ -150,7 +150,7 @@ def test_lengths_around_a_tile(device: torch.device, dtype: torch.dtype, lengths
 @pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 32)])
 def test_many_tiles(device: torch.device, dtype: torch.dtype, tile: tuple[int, int], attention_tile: Tile) -> None:
     attention_tile(*tile)
-    compare(device, dtype, [65, 0, 33], head_dim=24)
+    compare(device, dtype, [50, 0, 17], heads=1, head_dim=24)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -567,7 +567,7 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
         ({"dropout_p": 0.1}, "dropout_p=0.1 needs a seed"),
         ({"max_seqlen": 0}, "max_seqlen must be at least 1, got 0"),
         ({"cu_seqlens": None}, "max_seqlen=9 tokens, but qkv has 14 tokens"),
-        ({"cu_seqlens": torch.tensor([0, 9, 14])}, "cu_seqlens must be int32 of shape (batch + 1,), got torch.int64 (3,)"),
+        ({"cu_seqlens": torch.tensor([0, 9, 14])}, "must be int32 of shape (batch + 1,), got torch.int64 (3,)"),
         ({"cu_seqlens": torch.zeros(2, 2, dtype=torch.int32)}, "got torch.int32 (2, 2)"),
         ({"bias": torch.zeros(9, 9)}, "must broadcast to (batch, heads, seq, seq) = (2, 2, 9, 9), got (9, 9)"),
         ({"bias": torch.zeros(3, 1, 9, 9)}, "= (2, 2, 9, 9), got (3, 1, 9, 9)"),
