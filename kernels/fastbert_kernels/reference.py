@@ -158,13 +158,15 @@ def _attention_without_probs(
 
 
 def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """f(x + bias): x (..., features), bias (features,) or None, f one of gelu, gelu_tanh, relu, silu."""
-    x = x if bias is None else (upcast(x) + bias).to(x.dtype) if x.dtype == bias.dtype else x + bias
+    """f(x + bias), in x's dtype: x (..., features), bias (features,) or None, f one of gelu, gelu_tanh, relu, silu."""
+    z = upcast(x) if bias is None else upcast(x) + bias
     if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    return F.relu(x) if activation == "relu" else F.silu(x)
+        y = F.gelu(z)
+    elif activation == "gelu_tanh":
+        y = F.gelu(z, approximate="tanh")
+    else:
+        y = F.relu(z) if activation == "relu" else F.silu(z)
+    return y.to(x.dtype)
 
 
 def add_layer_norm(
