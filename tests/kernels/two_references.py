@@ -39,6 +39,7 @@ def two_references(
     inputs: Mapping[str, torch.Tensor],
     *,
     summed_rows: Mapping[str, int] | None = None,
+    plain: Callable[..., Outputs] | None = None,
 ) -> None:
     """Hold the outputs of `kernel(**inputs)` and the gradients of all inputs against `definition(**inputs)`.
 
@@ -49,8 +50,9 @@ def two_references(
         definition: the same in plain PyTorch, which float64 inputs put through in float64.
         inputs: float tensors by the name of their argument, in the dtypes under test; each gets a gradient.
         summed_rows: how many terms the gradient of an input sums; the floor of its bound grows with the square root.
+        plain: what gives the bound in the dtype under test, where that is not the definition.
     """
-    own, own_grads, cotangents = _run(definition, inputs, None)
+    own, own_grads, cotangents = _run(plain or definition, inputs, None)
     exact, exact_grads, _ = _run(definition, {name: x.double() for name, x in inputs.items()}, cotangents)
     got, got_grads, _ = _run(kernel, inputs, cotangents)
     assert got.keys() == own.keys()
