@@ -28,7 +28,7 @@ def dropout(x: torch.Tensor, p: float, keep: torch.Tensor | None = None) -> torc
         return x
     if keep is None:
         return F.dropout(x, p, training=True)
-    return torch.where(keep, x / (1.0 - p), 0.0) if p < 1.0 else torch.zeros_like(x)
+    return torch.where(keep, x / (1.0 - p), 0.0) if p < 1.0 else x * 0.0
 
 
 def dropout_threshold(p: float) -> int:
