@@ -29,7 +29,7 @@ def test_philox_known_answers() -> None:
     pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     assert philox_4x32(0, (0, 0, 0, 0), 7) == (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
     assert philox_4x32(2**64 - 1, (ones,) * 4, 7) == (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)
-    assert philox_4x32(0x299F31D0_A4093822, pi, 7) == (0x4DFCCAAF, 0x190A87F0, 0xC47362BA, 0xB6B5242A)
+    assert philox_4x32(0x299F31D0_A4093822, pi, 7) == (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)
     assert philox_4x32(0, (0, 0, 0, 0), 10) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 
