@@ -323,16 +323,16 @@ def attention(
         bias = bias.expand(_batch(qkv, cu_seqlens, max_seqlen), qkv.shape[2], max(max_seqlen, bias.shape[2]), -1)
     out, _, probs = _forward(
         qkv.contiguous(),
-        cu_seqlens,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
         max_seqlen,
         bias,
-        head_mask,
+        None if head_mask is None else head_mask.contiguous(),
         scale,
         dropout_p,
         seed,
         stream,
         probs_seq or 0,
-        columns,
+        None if columns is None else columns.contiguous(),
     )
     return out, probs if probs_seq is not None else None
 

@@ -170,4 +170,5 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str 
     check_same_device("bias_activation", x=x, bias=bias)
     if not uses_triton(x):
         return reference.bias_activation(x, bias, activation)
+    bias = None if bias is None else bias.contiguous()
     return _forward(x.reshape(-1, features).contiguous(), bias, activation).view(x.shape)

@@ -250,7 +250,8 @@ def _backward_fake(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(dy), weight.new_empty(2, weight.shape[0])
+    dz = torch.empty_like(dy, dtype=torch.promote_types(dy.dtype, position_table.dtype))
+    return dz, weight.new_empty(2, weight.shape[0])
 
 
 @register_op("embed_backward", _backward_fake)
@@ -272,7 +273,8 @@ def _backward(
     """Gradients of the sum of the three embeddings (count, features), and the rows dweight, dnorm_bias."""
     count, features = dy.shape
     dy = dy.contiguous()
-    dz = torch.empty_like(dy)
+    # Vectors may be narrower than the tables, whose gradients sum over many tokens.
+    dz = torch.empty_like(dy, dtype=torch.promote_types(dy.dtype, position_table.dtype))
     tiles = row_tiles(features)
     programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
     partials = dy.new_empty(2, programs, features, dtype=torch.float32)
@@ -314,7 +316,7 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor 
         return torch.ops.aten.embedding_dense_backward(dz, ids, table.shape[0], padding_idx, False).to(table.dtype)
 
     need = ctx.needs_input_grad
-    dwords = dz if word_table is None and need[0] else None
+    dwords = dz.to(words.dtype) if word_table is None and need[0] else None
     dword_table = scatter(words, word_table, ctx.padding_idx) if word_table is not None and need[3] else None
     dposition_table = scatter(positions, position_table, -1) if need[4] else None
     dtoken_type_table = scatter(token_types, token_type_table, -1) if need[5] else None
@@ -376,7 +378,8 @@ def embed(
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     check_same_device(
         "embed", words=words, positions=positions, token_types=token_types, word_table=word_table,
-        position_table=position_table, token_type_table=token_type_table, weight=weight, seed=seed,
+        position_table=position_table, token_type_table=token_type_table, weight=weight, norm_bias=norm_bias,
+        seed=seed,
     )  # fmt: skip
     tables = {"words": (words, word_table), "positions": (positions, position_table)}
     tables["token_types"] = (token_types, token_type_table)
@@ -395,11 +398,11 @@ def embed(
         words.contiguous(),
         positions.contiguous(),
         token_types.contiguous(),
-        word_table,
-        position_table,
-        token_type_table,
-        weight,
-        norm_bias,
+        None if word_table is None else word_table.contiguous(),
+        position_table.contiguous(),
+        token_type_table.contiguous(),
+        weight.contiguous(),
+        norm_bias.contiguous(),
         eps,
         -1 if padding_idx is None else padding_idx,
         dropout_p,

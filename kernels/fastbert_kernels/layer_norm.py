@@ -373,5 +373,7 @@ def add_layer_norm(
         raise ValueError(f"add_layer_norm with dropout_p={dropout_p} needs a seed: an int64 scalar on {x.device}")
     flat = x.reshape(-1, features).contiguous()
     flat_residual = None if residual is None else residual.reshape(-1, features).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    weight, norm_bias = weight.contiguous(), norm_bias.contiguous()
     y, _, _ = _forward(flat, bias, flat_residual, weight, norm_bias, eps, dropout_p, seed, stream)
     return y.view(x.shape)

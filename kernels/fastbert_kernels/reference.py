@@ -28,7 +28,7 @@ def dropout(x: torch.Tensor, p: float, keep: torch.Tensor | None = None) -> torc
         return x
     if keep is None:
         return F.dropout(x, p, training=True)
-    return torch.where(keep, x / (1.0 - p), 0.0) if p < 1.0 else torch.zeros_like(x)
+    return torch.where(keep, x / (1.0 - p), 0.0) if p < 1.0 else x * 0.0
 
 
 def dropout_threshold(p: float) -> int:
@@ -93,13 +93,13 @@ def attention(
     Returns:
         The context (tokens, heads, head_dim), and the probabilities (batch, heads, seq, seq) or None.
     """
-    heads, head_dim = qkv.shape[2:]
+    heads = qkv.shape[2]
     if bias is not None:
         bias = additive(bias).expand(len(lengths), heads, -1, -1)
     if probs_shape is None and head_mask is None and keep is None:
         return _attention_without_probs(qkv, lengths, bias, scale, dropout_p), None
 
-    contexts, maps = [qkv.new_empty(0, heads, head_dim)], []
+    contexts, maps = [qkv[:0, 2]], []  # of qkv, so that no token at all still has a gradient
     start = 0
     for b, length in enumerate(lengths):
         q, k, v = upcast(qkv[start : start + length]).permute(1, 2, 0, 3)  # each (heads, length, head_dim)
@@ -117,6 +117,8 @@ def attention(
     context = torch.cat(contexts)
     if probs_shape is None:
         return context, None
+    if not maps:
+        return context, qkv.new_zeros(0, heads, probs_shape[1], probs_shape[1])
     return context, torch.stack(maps).to(qkv.dtype)
 
 
@@ -136,7 +138,8 @@ def _attention_without_probs(
     """The context alone, by torch's own fused attention: one call for equal lengths, else one a sequence."""
     tokens, _, heads, head_dim = qkv.shape
     if bias is not None and bias.dtype != qkv.dtype:  # a masked entry is under the range of a half-precision dtype
-        return _attention_without_probs(qkv.to(bias.dtype), lengths, bias, scale, dropout_p).to(qkv.dtype)
+        wide = torch.promote_types(qkv.dtype, bias.dtype)
+        return _attention_without_probs(qkv.to(wide), lengths, bias.to(wide), scale, dropout_p).to(qkv.dtype)
 
     def sdpa(part: torch.Tensor, batch: int, mask: torch.Tensor | None) -> torch.Tensor:
         q, k, v = part.view(batch, -1, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
@@ -144,8 +147,8 @@ def _attention_without_probs(
         return context.transpose(1, 2).reshape(-1, heads, head_dim)
 
     if len(set(lengths)) == 1 and lengths[0] * len(lengths) == tokens and tokens > 0:
-        return sdpa(qkv, len(lengths), bias)
-    contexts, start = [qkv.new_empty(0, heads, head_dim)], 0
+        return sdpa(qkv, len(lengths), None if bias is None else bias[:, :, : lengths[0], : lengths[0]])
+    contexts, start = [qkv[:0, 2]], 0
     for b, length in enumerate(lengths):
         if length > 0:
             mask = None if bias is None else bias[b : b + 1, :, :length, :length]
@@ -155,13 +158,15 @@ def _attention_without_probs(
 
 
 def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """f(x + bias): x (..., features), bias (features,) or None, f one of gelu, gelu_tanh, relu, silu."""
-    x = x if bias is None else (upcast(x) + bias).to(x.dtype) if x.dtype == bias.dtype else x + bias
+    """f(x + bias), in x's dtype: x (..., features), bias (features,) or None, f one of gelu, gelu_tanh, relu, silu."""
+    z = upcast(x) if bias is None else upcast(x) + bias
     if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    return F.relu(x) if activation == "relu" else F.silu(x)
+        y = F.gelu(z)
+    elif activation == "gelu_tanh":
+        y = F.gelu(z, approximate="tanh")
+    else:
+        y = F.relu(z) if activation == "relu" else F.silu(z)
+    return y.to(x.dtype)
 
 
 def add_layer_norm(
