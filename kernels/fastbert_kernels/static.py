@@ -58,7 +58,7 @@ KERNELS: dict[str, Any] = {
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HEAD_DIMS = (8, 32, 48, 64, 80, 96, 128)
 
-#: The dtype of each pointer argument; None is the case's own. Absent tensors are never read, so their dtype is no matter.
+#: The dtype of each pointer argument; None is the case's own. Absent tensors are never read: any dtype will do.
 _POINTERS: dict[str, torch.dtype | None] = {
     **dict.fromkeys(("qkv_ptr", "out_ptr", "probs_ptr", "dout_ptr", "dprobs_ptr", "dqkv_ptr", "head_mask_ptr")),
     **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "norm_bias_ptr", "y_ptr", "dy_ptr", "dz_ptr", "dx_ptr")),
@@ -265,7 +265,8 @@ def launch_tiles(case: Case, target: str) -> Tiles:
     """The tiles and compile options with which the host launches a case."""
     if case.kernel.startswith("attention_"):
         kernel = case.kernel.removeprefix("attention_")
-        return attention_table(target, kernel, DTYPES[case.dtype].itemsize, case.width)
+        maps = not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags)
+        return attention_table(target, kernel, DTYPES[case.dtype].itemsize, case.width, maps)
     if case.kernel.startswith("bias_activation_"):
         return COLUMN_TILES
     return column_sums.TILES if case.kernel == "column_sums" else row_tiles(case.width)
