@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,13 +200,13 @@ def cases(full: bool) -> list[Case]:
     """The configurations to compile.
 
     Args:
-        full: every dtype, width, activation and switch that ships, sizes aligned and not; else a representative part:
-            bfloat16, head_dim 64 and 32, 384 and 768 features, inference, training, probabilities, and a bias mask.
+        full: every dtype, width, activation and set of switches that ships; else a representative part: bfloat16,
+            head_dim 64 and 32, 384 and 768 features, inference, training, probabilities, and a bias mask.
     """
     return list(dict.fromkeys(_all_cases() if full else _representative_cases()))
 
 
-def _attention_cases(dtype: str, head_dim: int, switches: Iterable[str], aligned: bool = False) -> Iterator[Case]:
+def _attention_cases(dtype: str, head_dim: int, *switches: str, aligned: bool = False) -> Iterator[Case]:
     """The three attention kernels; PROBS stands for probabilities asked for and, in the backward pass, used."""
     for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv"):
         flags = (flag.replace("PROBS", "PROBS" if kernel == "attention_forward" else "DPROBS") for flag in switches)
@@ -215,17 +215,17 @@ def _attention_cases(dtype: str, head_dim: int, switches: Iterable[str], aligned
 
 def _representative_cases() -> Iterator[Case]:
     for head_dim in (64, 32):
-        yield from _attention_cases("bfloat16", head_dim, ["CU_SEQLENS"])
-        yield from _attention_cases("bfloat16", head_dim, ["CU_SEQLENS", "DROPOUT"])
-    yield from _attention_cases("bfloat16", 64, ["CU_SEQLENS", "DROPOUT", "PROBS"])
-    yield from _attention_cases("bfloat16", 64, ["BIAS"])
+        yield Case("attention_forward", "bfloat16", head_dim, ("CU_SEQLENS",))
+        yield from _attention_cases("bfloat16", head_dim, "CU_SEQLENS", "DROPOUT")
+    yield from _attention_cases("bfloat16", 64, "CU_SEQLENS", "DROPOUT", "PROBS")
+    yield from _attention_cases("bfloat16", 64, "BIAS")
     for features in (384, 768):
-        for dropout in ((), ("DROPOUT",)):
-            norm = ("BIAS", "RESIDUAL", *dropout)
-            yield Case("add_layer_norm_forward", "bfloat16", features, norm)
-            yield Case("embed_forward", "bfloat16", features, ("WORD_TABLE", *dropout))
-        yield Case("add_layer_norm_backward", "bfloat16", features, norm)
-        yield Case("embed_backward", "bfloat16", features, ("WORD_TABLE", "DROPOUT"))
+        for direction in ("forward", "backward"):
+            norm = ("BIAS", "RESIDUAL", "DROPOUT")
+            yield Case(f"add_layer_norm_{direction}", "bfloat16", features, norm)
+            yield Case(f"embed_{direction}", "bfloat16", features, ("WORD_TABLE", "DROPOUT"))
+    yield Case("add_layer_norm_forward", "bfloat16", 768, ("BIAS", "RESIDUAL"))
+    yield Case("embed_forward", "bfloat16", 768, ("WORD_TABLE",))
     for kernel in ("bias_activation_forward", "bias_activation_backward"):
         yield Case(kernel, "bfloat16", 768, ("BIAS",), activation="gelu")
     yield Case("column_sums", "bfloat16", 768)
@@ -239,14 +239,13 @@ def _subsets(*flags: str) -> Iterator[tuple[str, ...]]:
 def _all_cases() -> Iterator[Case]:
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
         for switches in _subsets("BIAS", "HEAD_MASK", "DROPOUT", "PROBS"):
-            # COLUMNS is read with PROBS alone. A batch that is packed, as columns are, may have no CU_SEQLENS: the
-            # switch changes two scalar loads, so it is compiled with each half of the others.
-            packed = () if "BIAS" in switches else ("CU_SEQLENS",)
-            columns = ("COLUMNS",) if "PROBS" in switches else ()
-            yield from _attention_cases(dtype, head_dim, (*packed, *switches))
-            yield from _attention_cases(dtype, head_dim, ("CU_SEQLENS", *columns, *switches))
-        yield from _attention_cases(dtype, head_dim, ["CU_SEQLENS"], aligned=True)
-        yield from _attention_cases(dtype, head_dim, ["BIAS", "DROPOUT", "PROBS"], aligned=True)
+            # The model packs where there is no bias, and only packed tokens have columns, read with PROBS alone.
+            packed = () if "BIAS" in switches else ("CU_SEQLENS", "COLUMNS") if "PROBS" in switches else ("CU_SEQLENS",)
+            yield from _attention_cases(dtype, head_dim, *packed, *switches)
+        yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "DROPOUT", "PROBS")
+        yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS")
+        yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", aligned=True)
+        yield from _attention_cases(dtype, head_dim, "BIAS", "DROPOUT", "PROBS", aligned=True)
     for dtype, features in itertools.product(DTYPES, (37, 128, 384, 768, 1024, 1023, 4096, 8192, 16384)):
         for switches in _subsets("BIAS", "RESIDUAL", "DROPOUT"):
             yield Case("add_layer_norm_forward", dtype, features, switches)

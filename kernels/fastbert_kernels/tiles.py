@@ -36,7 +36,7 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
         (128, _attention(64, 32, 8, 2), _attention(64, 32, 8, 2)),
     ],
     ("sm_80", "backward_dkv"): [
-        (64, _attention(32, 128, 8, 2), _attention(32, 64, 8, 2)),
+        (64, _attention(32, 128, 8, 2), _attention(16, 128, 8, 2)),
         (128, _attention(32, 64, 8, 2), _attention(32, 64, 8, 2)),
     ],
     ("sm_90", "forward"): [
@@ -53,7 +53,7 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
     ],
     ("sm_100", "forward"): [
         (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
-        (128, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
+        (128, _attention(128, 64, 8, 2), _attention(64, 32, 8, 2)),
     ],
     ("sm_100", "backward_dq"): [
         (64, _attention(64, 64, 8, 2), _attention(64, 32, 8, 2)),
