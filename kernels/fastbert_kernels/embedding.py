@@ -15,7 +15,9 @@ from .backend import check_mode, check_same_device, forbid_double_backward, regi
 from .column_sums import column_sums, partial_rows
 from .layer_norm import (
     MAX_FEATURES,
+    MAX_FEATURES_WITH_SUMS,
     _dropout_arguments,
+    add_column_sums,
     load_rows,
     load_vector,
     normalize,
@@ -127,9 +129,16 @@ def _embed_backward(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
-    weight = load_vector(weight_ptr, cols, features)
+    in_memory: tl.constexpr = BLOCK_N > MAX_FEATURES_WITH_SUMS
+    dweight_ptr = partials_ptr + program.to(tl.int64) * features
+    dnorm_bias_ptr = dweight_ptr + programs.to(tl.int64) * features
     dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
+    if in_memory:
+        tl.store(dweight_ptr + cols, dweight, mask=cols < features)
+        tl.store(dnorm_bias_ptr + cols, dnorm_bias, mask=cols < features)
+    else:
+        weight = load_vector(weight_ptr, cols, features)
     for row_start in range(program * BLOCK_M, count, programs * BLOCK_M):
         rows = row_start + tl.arange(0, BLOCK_M)
         mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)
@@ -143,13 +152,20 @@ def _embed_backward(
             rows, cols, count, vocab_rows, position_rows, token_type_rows, features, HAS_WORD_TABLE,
         )  # fmt: skip
         normed = tl.where(cols[None, :] < features, (z - mean[:, None]) * rstd[:, None], 0.0)
+        if in_memory:
+            # Summed before dz exists, and the weight read no sooner than that: three rows do not fit in registers.
+            add_column_sums(dweight_ptr, dy * normed, cols, features)
+            add_column_sums(dnorm_bias_ptr, dy, cols, features)
+            tl.debug_barrier()
+            weight = load_vector(weight_ptr, cols, features)
+        else:
+            dweight += tl.sum(dy * normed, axis=0)
+            dnorm_bias += tl.sum(dy, axis=0)
         dz = normalize_backward(dy * weight, normed, rstd, cols, features)
         store_rows(dz_ptr, dz, rows, cols, count, features)
-        dweight += tl.sum(dy * normed, axis=0)
-        dnorm_bias += tl.sum(dy, axis=0)
-    partials_ptr += program.to(tl.int64) * features + cols
-    tl.store(partials_ptr, dweight, mask=cols < features)
-    tl.store(partials_ptr + programs.to(tl.int64) * features, dnorm_bias, mask=cols < features)
+    if not in_memory:
+        tl.store(dweight_ptr + cols, dweight, mask=cols < features)
+        tl.store(dnorm_bias_ptr + cols, dnorm_bias, mask=cols < features)
 
 
 def _common_arguments(

@@ -19,6 +19,10 @@ from .tiles import row_tiles
 #: Features of a row that one program can hold.
 MAX_FEATURES = 16384
 
+#: Features up to which a backward pass holds its column sums in registers too. Wider, they would spill, and are added
+#: up in memory.
+MAX_FEATURES_WITH_SUMS: tl.constexpr = tl.constexpr(4096)
+
 
 @triton.jit
 def load_rows(ptr, rows, cols, count, features):
@@ -60,6 +64,13 @@ def normalize_backward(dnormed, normed, rstd, cols, features):
     mean_grad_normed = tl.sum(dnormed * normed, axis=1) / features
     dz = (dnormed - mean_grad[:, None] - normed * mean_grad_normed[:, None]) * rstd[:, None]
     return tl.where(cols[None, :] < features, dz, 0.0)
+
+
+@triton.jit
+def add_column_sums(ptr, x, cols, features):
+    """Add the column sums of a tile to a float32 vector in memory that no other program touches."""
+    mask = cols < features
+    tl.store(ptr + cols, tl.load(ptr + cols, mask=mask, other=0.0) + tl.sum(x, axis=0), mask=mask)
 
 
 @triton.jit
@@ -144,10 +155,20 @@ def _add_layer_norm_backward(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
-    weight = load_vector(weight_ptr, cols, features)
+    in_memory: tl.constexpr = BLOCK_N > MAX_FEATURES_WITH_SUMS
+    dweight_ptr = partials_ptr + program.to(tl.int64) * features
+    dnorm_bias_ptr = dweight_ptr + programs.to(tl.int64) * features
+    dbias_ptr = dnorm_bias_ptr + programs.to(tl.int64) * features
     dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
+    if in_memory:
+        tl.store(dweight_ptr + cols, dweight, mask=cols < features)
+        tl.store(dnorm_bias_ptr + cols, dnorm_bias, mask=cols < features)
+        if HAS_BIAS:
+            tl.store(dbias_ptr + cols, dbias, mask=cols < features)
+    else:
+        weight = load_vector(weight_ptr, cols, features)
     for row_start in range(program * BLOCK_M, count, programs * BLOCK_M):
         rows = row_start + tl.arange(0, BLOCK_M)
         mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)
@@ -158,22 +179,32 @@ def _add_layer_norm_backward(
             BLOCK_N, HAS_BIAS, HAS_RESIDUAL, HAS_DROPOUT,
         )  # fmt: skip
         normed = tl.where(cols[None, :] < features, (z - mean[:, None]) * rstd[:, None], 0.0)
+        if in_memory:
+            # Summed before dz exists, and the weight read no sooner than that: three rows do not fit in registers.
+            add_column_sums(dweight_ptr, dy * normed, cols, features)
+            add_column_sums(dnorm_bias_ptr, dy, cols, features)
+            tl.debug_barrier()
+            weight = load_vector(weight_ptr, cols, features)
+        else:
+            dweight += tl.sum(dy * normed, axis=0)
+            dnorm_bias += tl.sum(dy, axis=0)
         dz = normalize_backward(dy * weight, normed, rstd, cols, features)
         store_rows(dz_ptr, dz, rows, cols, count, features)
-        dweight += tl.sum(dy * normed, axis=0)
-        dnorm_bias += tl.sum(dy, axis=0)
         dx = dz
         if HAS_DROPOUT:
             keep = dropout_keep(seed_ptr, stream, 0, rows, 0, keep_threshold, BLOCK_N)
             dx = tl.where(keep, dz * keep_scale, 0.0)
             store_rows(dx_ptr, dx, rows, cols, count, features)
         if HAS_BIAS:
-            dbias += tl.sum(dx, axis=0)
-    partials_ptr += program.to(tl.int64) * features + cols
-    tl.store(partials_ptr, dweight, mask=cols < features)
-    tl.store(partials_ptr + programs.to(tl.int64) * features, dnorm_bias, mask=cols < features)
-    if HAS_BIAS:
-        tl.store(partials_ptr + 2 * programs.to(tl.int64) * features, dbias, mask=cols < features)
+            if in_memory:
+                add_column_sums(dbias_ptr, dx, cols, features)
+            else:
+                dbias += tl.sum(dx, axis=0)
+    if not in_memory:
+        tl.store(dweight_ptr + cols, dweight, mask=cols < features)
+        tl.store(dnorm_bias_ptr + cols, dnorm_bias, mask=cols < features)
+        if HAS_BIAS:
+            tl.store(dbias_ptr + cols, dbias, mask=cols < features)
 
 
 def _forward_fake(

@@ -80,16 +80,16 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
 #: float32 has no tensor-core product of full precision, so its tiles are small: one table for every architecture.
 _ATTENTION_FLOAT: dict[str, _Rows] = {
     "forward": [
-        (64, _attention(32, 32, 4, 1), _attention(32, 32, 4, 1)),
-        (128, _attention(32, 16, 8, 1), _attention(32, 16, 8, 1)),
+        (64, _attention(32, 32, 4, 2), _attention(32, 16, 8, 2)),
+        (128, _attention(32, 16, 8, 2), _attention(16, 16, 8, 2)),
     ],
     "backward_dq": [
-        (64, _attention(32, 16, 8, 1), _attention(32, 16, 8, 1)),
-        (128, _attention(16, 16, 8, 1), _attention(16, 16, 8, 1)),
+        (64, _attention(32, 16, 8, 2), _attention(32, 16, 8, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
     ],
     "backward_dkv": [
-        (64, _attention(16, 32, 8, 1), _attention(16, 32, 8, 1)),
-        (128, _attention(16, 16, 8, 1), _attention(16, 16, 8, 1)),
+        (64, _attention(16, 32, 8, 2), _attention(16, 32, 8, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
     ],
 }
 
