@@ -1,7 +1,8 @@
 """Tile shapes by kernel, architecture, dtype and width: data, not timing at the first call.
 
 The same call gets the same kernel in every process and on every rank. Chosen so that no kernel spills on any NVIDIA
-target (`python -m fastbert_kernels.static` shows registers, spills and shared memory of each).
+target (`python -m fastbert_kernels.static` shows registers, spills and shared memory of each); the one exception known
+is the backward pass of LayerNorm and embeddings over rows of more than 8192 features.
 """
 
 import functools
@@ -25,7 +26,9 @@ def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> T
 #: costs so much that smaller products are not what is waited for.
 _Rows = list[tuple[int, Tiles, Tiles]]
 
-#: (architecture, kernel) -> rows, for two-byte dtypes.
+#: (architecture, kernel) -> rows, for two-byte dtypes. On sm_90, 128 rows (forward, dQ) or keys (dK and dV) a program
+#: on 8 warps, two warp groups: as many warps resident as with 64 on 4, and half the traffic from L2. On sm_80, smaller
+#: where that leaves more warps resident. On sm_100, what fits with dropout's random numbers in registers.
 _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
     ("sm_80", "forward"): [
         (64, _attention(64, 64, 4, 2), _attention(64, 32, 4, 2)),
@@ -78,6 +81,7 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
 }
 
 #: float32 has no tensor-core product of full precision, so its tiles are small: one table for every architecture.
+#: Two stages everywhere: with one, operands are held in registers whole, 255 of them instead of about 80.
 _ATTENTION_FLOAT: dict[str, _Rows] = {
     "forward": [
         (64, _attention(32, 32, 4, 2), _attention(32, 16, 8, 2)),
