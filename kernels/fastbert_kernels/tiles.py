@@ -31,7 +31,8 @@ _Rows = list[tuple[int, Tiles, Tiles]]
 #: where that leaves more warps resident. On sm_100, what fits with dropout's random numbers in registers.
 _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
     ("sm_80", "forward"): [
-        (64, _attention(64, 64, 4, 2), _attention(64, 32, 4, 2)),
+        (32, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
+        (64, _attention(64, 64, 4, 3), _attention(64, 32, 4, 2)),
         (128, _attention(128, 32, 8, 2), _attention(64, 32, 4, 2)),
     ],
     ("sm_80", "backward_dq"): [
