@@ -117,7 +117,7 @@ def _forward(
     arguments = _common_arguments(
         qkv, cu_seqlens, columns, bias, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq, scale
     )
-    tiles = attention_tiles("forward", qkv)
+    tiles = attention_tiles("forward", qkv, bias is not None or probs_seq > 0)
     grid = (triton.cdiv(max(max_seqlen, probs_seq), tiles["BLOCK_M"]) * heads * batch,)
     if grid[0] > 0:
         wrap_triton(attention_forward)[grid](
@@ -189,7 +189,8 @@ def _backward(
         "lse_ptr": lse,
         "HAS_DPROBS": dprobs is not None,
     }
-    tiles = attention_tiles("backward_dq", qkv)
+    maps = bias is not None or dprobs is not None
+    tiles = attention_tiles("backward_dq", qkv, maps)
     blocks = triton.cdiv(max_seqlen, tiles["BLOCK_M"])
     delta = torch.empty_like(lse)
     dqkv = torch.empty_like(qkv)
@@ -207,7 +208,7 @@ def _backward(
             **arguments,
             **tiles,
         )
-        tiles = attention_tiles("backward_dkv", qkv)
+        tiles = attention_tiles("backward_dkv", qkv, maps)
         blocks = triton.cdiv(max_seqlen, tiles["BLOCK_N"])
         wrap_triton(attention_backward_dkv)[(blocks * heads * batch,)](
             delta_ptr=delta, dqkv_ptr=dqkv, **arguments, **tiles

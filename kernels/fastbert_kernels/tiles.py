@@ -1,7 +1,8 @@
 """Tile shapes by kernel, architecture, dtype and width: data, not timing at the first call.
 
 The same call gets the same kernel in every process and on every rank. Chosen so that no kernel spills on any NVIDIA
-target (`python -m fastbert_kernels.static` shows registers, spills and shared memory of each).
+target (`python -m fastbert_kernels.static` shows registers, spills and shared memory of each); the one exception known
+is the backward pass of LayerNorm and embeddings over rows of more than 8192 features.
 """
 
 import functools
@@ -20,27 +21,81 @@ def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> T
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-#: (architecture, kernel) -> head_dim up to which, and tiles, for two-byte dtypes.
-_ATTENTION_HALF: dict[tuple[str, str], list[tuple[int, Tiles]]] = {
-    ("sm_80", "forward"): [(64, _attention(64, 64, 4, 3)), (128, _attention(64, 32, 4, 2))],
-    ("sm_80", "backward_dq"): [(64, _attention(64, 32, 4, 2)), (128, _attention(64, 32, 8, 2))],
-    ("sm_80", "backward_dkv"): [(64, _attention(32, 64, 4, 2)), (128, _attention(32, 64, 8, 2))],
-    ("sm_90", "forward"): [(64, _attention(64, 64, 4, 2)), (128, _attention(64, 64, 4, 2))],
-    ("sm_90", "backward_dq"): [(64, _attention(64, 64, 4, 2)), (128, _attention(64, 32, 4, 2))],
-    ("sm_90", "backward_dkv"): [(64, _attention(64, 64, 4, 2)), (128, _attention(32, 64, 4, 2))],
-    ("sm_100", "forward"): [(64, _attention(64, 64, 4, 2)), (128, _attention(64, 64, 8, 2))],
-    ("sm_100", "backward_dq"): [(64, _attention(64, 64, 8, 2)), (128, _attention(64, 32, 8, 2))],
-    ("sm_100", "backward_dkv"): [(64, _attention(64, 64, 8, 2)), (128, _attention(32, 64, 8, 2))],
-    ("gfx942", "forward"): [(64, _attention(64, 64, 4, 1)), (128, _attention(64, 32, 4, 1))],
-    ("gfx942", "backward_dq"): [(64, _attention(64, 32, 4, 1)), (128, _attention(64, 32, 8, 1))],
-    ("gfx942", "backward_dkv"): [(64, _attention(32, 64, 4, 1)), (128, _attention(32, 64, 8, 1))],
+#: Rows of a table: head_dim up to which, tiles, and tiles where maps are read or written. Maps are the tensors of
+#: (seq, seq) planes: the bias, the probabilities and their gradient. Their pointers cost registers, and moving them
+#: costs so much that smaller products are not what is waited for.
+_Rows = list[tuple[int, Tiles, Tiles]]
+
+#: (architecture, kernel) -> rows, for two-byte dtypes. On sm_90, 128 rows (forward, dQ) or keys (dK and dV) a program
+#: on 8 warps, two warp groups: as many warps resident as with 64 on 4, and half the traffic from L2. On sm_80, smaller
+#: where that leaves more warps resident. On sm_100, what fits with dropout's random numbers in registers.
+_ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
+    ("sm_80", "forward"): [
+        (32, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
+        (64, _attention(64, 64, 4, 3), _attention(64, 32, 4, 2)),
+        (128, _attention(128, 32, 8, 2), _attention(64, 32, 4, 2)),
+    ],
+    ("sm_80", "backward_dq"): [
+        (64, _attention(128, 32, 8, 2), _attention(64, 32, 8, 2)),
+        (128, _attention(64, 32, 8, 2), _attention(64, 32, 8, 2)),
+    ],
+    ("sm_80", "backward_dkv"): [
+        (64, _attention(32, 128, 8, 2), _attention(16, 128, 8, 2)),
+        (128, _attention(32, 64, 8, 2), _attention(32, 64, 8, 2)),
+    ],
+    ("sm_90", "forward"): [
+        (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
+        (128, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
+    ],
+    ("sm_90", "backward_dq"): [
+        (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
+        (128, _attention(128, 32, 8, 2), _attention(64, 32, 8, 2)),
+    ],
+    ("sm_90", "backward_dkv"): [
+        (64, _attention(64, 128, 8, 2), _attention(32, 128, 8, 2)),
+        (128, _attention(32, 64, 8, 2), _attention(32, 64, 8, 2)),
+    ],
+    ("sm_100", "forward"): [
+        (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
+        (128, _attention(128, 64, 8, 2), _attention(64, 32, 8, 2)),
+    ],
+    ("sm_100", "backward_dq"): [
+        (64, _attention(64, 64, 8, 2), _attention(64, 32, 8, 2)),
+        (128, _attention(64, 32, 8, 2), _attention(64, 32, 8, 2)),
+    ],
+    ("sm_100", "backward_dkv"): [
+        (64, _attention(64, 64, 8, 2), _attention(32, 64, 8, 2)),
+        (128, _attention(32, 64, 8, 2), _attention(32, 64, 8, 2)),
+    ],
+    ("gfx942", "forward"): [
+        (64, _attention(64, 64, 4, 1), _attention(64, 64, 4, 1)),
+        (128, _attention(64, 32, 4, 1), _attention(64, 32, 4, 1)),
+    ],
+    ("gfx942", "backward_dq"): [
+        (64, _attention(64, 32, 4, 1), _attention(64, 32, 4, 1)),
+        (128, _attention(64, 32, 8, 1), _attention(64, 32, 8, 1)),
+    ],
+    ("gfx942", "backward_dkv"): [
+        (64, _attention(32, 64, 4, 1), _attention(32, 64, 4, 1)),
+        (128, _attention(32, 64, 8, 1), _attention(32, 64, 8, 1)),
+    ],
 }
 
-#: float32 has no tensor-core product of full precision, so its tiles are small: one row for every architecture.
-_ATTENTION_FLOAT: dict[str, list[tuple[int, Tiles]]] = {
-    "forward": [(64, _attention(32, 32, 4, 1)), (128, _attention(32, 16, 8, 1))],
-    "backward_dq": [(64, _attention(32, 16, 8, 1)), (128, _attention(16, 16, 8, 1))],
-    "backward_dkv": [(64, _attention(16, 32, 8, 1)), (128, _attention(16, 16, 8, 1))],
+#: float32 has no tensor-core product of full precision, so its tiles are small: one table for every architecture.
+#: Two stages everywhere: with one, operands are held in registers whole, 255 of them instead of about 80.
+_ATTENTION_FLOAT: dict[str, _Rows] = {
+    "forward": [
+        (64, _attention(32, 32, 4, 2), _attention(32, 16, 8, 2)),
+        (128, _attention(32, 16, 8, 2), _attention(16, 16, 8, 2)),
+    ],
+    "backward_dq": [
+        (64, _attention(32, 16, 8, 2), _attention(32, 16, 8, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
+    ],
+    "backward_dkv": [
+        (64, _attention(16, 32, 8, 2), _attention(16, 32, 8, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
+    ],
 }
 
 #: The interpreter pays by the program, not by the register.
@@ -48,16 +103,26 @@ _ATTENTION_INTERPRETED = _attention(64, 64, 4, 1)
 
 
 @functools.cache
-def attention_table(target: str, kernel: str, itemsize: int, head_dim: int) -> Tiles:
-    """Tiles of an attention kernel: `kernel` is "forward", "backward_dq" or "backward_dkv"."""
+def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps: bool = True) -> Tiles:
+    """Tiles of an attention kernel.
+
+    Args:
+        target: what `backend.arch` says.
+        kernel: "forward", "backward_dq" or "backward_dkv".
+        itemsize: bytes of an element of qkv.
+        head_dim: up to 128.
+        maps: whether the launch has a bias, or probabilities to write, or a gradient of them to read. Tiles for a
+            launch that does are right, if slower, for one that does not.
+    """
     if target == "interpreter":
         return _ATTENTION_INTERPRETED
     rows = _ATTENTION_FLOAT[kernel] if itemsize == 4 else _ATTENTION_HALF[target, kernel]
-    return next(tiles for widest, tiles in rows if head_dim <= widest)
+    return next(with_maps if maps else plain for widest, plain, with_maps in rows if head_dim <= widest)
 
 
-def attention_tiles(kernel: str, qkv: torch.Tensor) -> Tiles:
-    return attention_table(arch(qkv.device), kernel, qkv.element_size(), qkv.shape[3])
+def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool = True) -> Tiles:
+    """`attention_table` for qkv (tokens, 3, heads, head_dim), on the device it is on."""
+    return attention_table(arch(qkv.device), kernel, qkv.element_size(), qkv.shape[3], maps)
 
 
 @functools.cache
