@@ -51,7 +51,7 @@ def _common_arguments(
         "bias_batch_stride": strides[0],
         "bias_head_stride": strides[1],
         "bias_row_stride": strides[2],
-        "masked_below": 0.0 if bias is None else torch.finfo(bias.dtype).min / 2,
+        "masked_below": 0.0 if bias is None else reference.masked_below(bias.dtype),
         "scale": scale,
         "stream": stream,
         "keep_threshold": reference.dropout_threshold(dropout_p),
@@ -395,6 +395,11 @@ def _check(
         raise ValueError(
             f"columns must be int32 of shape (tokens,) = ({qkv.shape[0]},), got {columns.dtype} {tuple(columns.shape)}"
         )
+    reads_back = (not qkv.is_cuda or check_mode()) and not torch.compiler.is_compiling()
+    if columns is not None and probs_seq is not None and columns.numel() > 0 and reads_back:
+        low, high = (int(x) for x in torch.aminmax(columns))
+        if low < 0 or high >= probs_seq:
+            raise ValueError(f"columns must lie in maps of side probs_seq={probs_seq}, got {low} to {high}")
     check_same_device(
         "attention", qkv=qkv, cu_seqlens=cu_seqlens, bias=bias, head_mask=head_mask, seed=seed, columns=columns
     )

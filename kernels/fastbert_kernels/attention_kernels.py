@@ -6,7 +6,7 @@ The derivation stands in `attention.py`. Scores are in base 2 throughout, statis
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, MASKED, cast, dot, dropout_keep
+from .numerics import LOG2E, MASKED, cast, dot, dropout_keep
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _softmax_tile(s, lse, valid, length, HAS_BIAS: tl.constexpr):
 def attention_forward(
     qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
     out_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
-    lse_ptr,  # (heads, tokens) float32, natural log-sum-exp
+    lse_ptr,  # (heads, tokens) float32, log-sum-exp of the base-2 scores
     probs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_PROBS
     cu_seqlens_ptr,  # (batch + 1,) int32; unused without HAS_CU_SEQLENS
     columns_ptr,  # (tokens,) int32; unused without HAS_COLUMNS
@@ -163,7 +163,7 @@ def attention_forward(
     out_ptr += start * heads * HEAD_DIM + h * HEAD_DIM
     _store_heads(out_ptr, acc * (factor / row_sum)[:, None], rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
     lse = row_max + tl.log2(row_sum)
-    tl.store(lse_ptr + h.to(tl.int64) * tokens + start + rows, lse * LN2, mask=rows < length)
+    tl.store(lse_ptr + h.to(tl.int64) * tokens + start + rows, lse, mask=rows < length)
 
     if HAS_PROBS:
         if HAS_COLUMNS:
@@ -179,7 +179,7 @@ def attention_forward(
             if HAS_BIAS:
                 s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
             valid = (rows[:, None] < length) & (cols[None, :] < length)
-            p = _softmax_tile(s, lse[:, None], valid, length, HAS_BIAS) * factor
+            p = tl.where(valid, tl.exp2(s - row_max[:, None]) * (factor / row_sum)[:, None], 0.0)
             if HAS_DROPOUT:
                 keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
@@ -267,7 +267,7 @@ def attention_backward_dq(
     dout = _load_heads(dout_ptr + head_offset, rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
     out = _load_heads(out_ptr + head_offset, rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
     row_offset = h.to(tl.int64) * tokens + start + rows
-    lse = tl.load(lse_ptr + row_offset, mask=rows < length, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + row_offset, mask=rows < length, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
 
     if HAS_DPROBS:
@@ -396,7 +396,7 @@ def attention_backward_dkv(
         rows = row_start + tl.arange(0, BLOCK_M)
         q = _load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
         dout = _load_heads(dout_ptr, rows, third, length, HEAD_DIM, BLOCK_D)
-        lse = tl.load(lse_ptr + rows, mask=rows < length, other=0.0) * LOG2E
+        lse = tl.load(lse_ptr + rows, mask=rows < length, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
         s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)) * scale_log2
         if HAS_BIAS:

@@ -104,9 +104,24 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
         raise ValueError(f"{op} needs every tensor on one device, got {listing}: move them with .to(device)")
 
 
+class _Launcher:
+    """A kernel to be launched with the compile options that Triton's defaults may change."""
+
+    __slots__ = ("kernel",)
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return functools.partial(self.kernel[grid], enable_fp_fusion=True)
+
+
 def wrap_triton(kernel: Any) -> Any:
-    """Make a kernel visible to `torch.compile`; under the interpreter, which nothing traces, the kernel itself."""
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    """Make a kernel visible to `torch.compile`, which has its own compile options; else ready to launch."""
+    if INTERPRETED:
+        return kernel
+    wrapped = torch.library.wrap_triton(kernel)
+    return _Launcher(kernel) if wrapped is kernel else wrapped
 
 
 def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

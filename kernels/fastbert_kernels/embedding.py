@@ -178,6 +178,13 @@ def _common_arguments(
     }
 
 
+def _empty_output(words: torch.Tensor, word_table: torch.Tensor | None, position_table: torch.Tensor) -> torch.Tensor:
+    """(tokens, features) in the dtype that adding the embeddings gives."""
+    vectors = words if word_table is None else word_table
+    dtype = torch.promote_types(vectors.dtype, position_table.dtype)
+    return position_table.new_empty(words.shape[0], position_table.shape[1], dtype=dtype)
+
+
 def _forward_fake(
     words: torch.Tensor,
     positions: torch.Tensor,
@@ -193,9 +200,8 @@ def _forward_fake(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    like = words if word_table is None else word_table
-    y = like.new_empty(words.shape[0], position_table.shape[1])
-    mean = like.new_empty(words.shape[0], dtype=torch.float32)
+    y = _empty_output(words, word_table, position_table)
+    mean = y.new_empty(words.shape[0], dtype=torch.float32)
     return y, mean, torch.empty_like(mean)
 
 
@@ -215,10 +221,9 @@ def _forward(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    like = words if word_table is None else word_table
-    count, features = words.shape[0], position_table.shape[1]
-    y = like.new_empty(count, features)
-    mean = like.new_empty(count, dtype=torch.float32)
+    y = _empty_output(words, word_table, position_table)
+    count, features = y.shape
+    mean = y.new_empty(count, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     tiles = row_tiles(features)
     if count > 0:
@@ -250,8 +255,7 @@ def _backward_fake(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dz = torch.empty_like(dy, dtype=torch.promote_types(dy.dtype, position_table.dtype))
-    return dz, weight.new_empty(2, weight.shape[0])
+    return torch.empty_like(dy), weight.new_empty(2, weight.shape[0])
 
 
 @register_op("embed_backward", _backward_fake)
@@ -273,8 +277,7 @@ def _backward(
     """Gradients of the sum of the three embeddings (count, features), and the rows dweight, dnorm_bias."""
     count, features = dy.shape
     dy = dy.contiguous()
-    # Vectors may be narrower than the tables, whose gradients sum over many tokens.
-    dz = torch.empty_like(dy, dtype=torch.promote_types(dy.dtype, position_table.dtype))
+    dz = torch.empty_like(dy)
     tiles = row_tiles(features)
     programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
     partials = dy.new_empty(2, programs, features, dtype=torch.float32)
@@ -354,10 +357,10 @@ def embed(
         dropout_p, seed, stream: as in `attention.attention`.
 
     Returns:
-        (tokens, features) in the dtype of the word table or vectors.
+        (tokens, features) in the dtype that adding the embeddings gives.
 
     Raises:
-        ValueError: for shapes that do not fit each other, over 16384 features, a missing seed, mixed devices.
+        ValueError: for shapes that do not fit each other, over 4096 features, a missing seed, mixed devices.
         IndexError: for an id outside its table; on a GPU only with FASTBERT_CHECK=1, else its vector reads as zero.
         TypeError: for a dtype that no kernel has.
     """

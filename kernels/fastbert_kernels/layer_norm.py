@@ -17,7 +17,7 @@ from .numerics import cast, dropout_keep
 from .tiles import row_tiles
 
 #: Features of a row that one program can hold.
-MAX_FEATURES = 16384
+MAX_FEATURES = 4096
 
 
 @triton.jit
@@ -351,7 +351,7 @@ def add_layer_norm(
         Like x, in the residual's dtype (x's without one).
 
     Raises:
-        ValueError: for shapes that do not fit each other, over 16384 features, a missing seed, mixed devices.
+        ValueError: for shapes that do not fit each other, over 4096 features, a missing seed, mixed devices.
         TypeError: for a dtype that no kernel has.
     """
     features = x.shape[-1]

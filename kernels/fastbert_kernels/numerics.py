@@ -17,7 +17,6 @@ INTERPRETED: tl.constexpr = tl.constexpr(_INTERPRETED)
 MASKED: tl.constexpr = tl.constexpr(-1.0e30)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 #: Philox rounds per draw: seven is the fewest that passes BigCrush (Salmon et al., "Parallel random numbers: as easy
 #: as 1, 2, 3", SC 2011, table 2).

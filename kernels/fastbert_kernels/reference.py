@@ -58,15 +58,19 @@ def dropout_keep(seed: int, stream: int, planes: int, rows: int, columns: int, p
     return draws[:, :, :columns] >> 1 >= dropout_threshold(p)
 
 
+def masked_below(dtype: torch.dtype) -> float:
+    """The additive score at and under which a key is masked: what `finfo.min`, half of it, and -inf all are."""
+    return max(torch.finfo(dtype).min / 2, MASKED)
+
+
 def additive(bias: torch.Tensor) -> torch.Tensor:
     """An additive mask as float32 (or float64), with every masked entry at `MASKED`.
 
-    Masked are the entries at or under half the lowest finite value of the mask's dtype: what `finfo.min`, -inf and
-    their sums with real scores look like. A bool mask is True where a key is visible.
+    Masked are the entries at or under `masked_below`. A bool mask is True where a key is visible.
     """
     if bias.dtype == torch.bool:
         return torch.zeros(bias.shape, dtype=torch.float32, device=bias.device).masked_fill(~bias, MASKED)
-    return upcast(bias).masked_fill(bias <= torch.finfo(bias.dtype).min / 2, MASKED)
+    return upcast(bias).masked_fill(bias <= masked_below(bias.dtype), MASKED)
 
 
 def attention(
@@ -215,4 +219,4 @@ def embed(
     vectors = words if word_table is None else F.embedding(words, word_table, padding_idx)
     z = upcast(vectors) + F.embedding(token_types, token_type_table) + F.embedding(positions, position_table)
     normed = F.layer_norm(z, z.shape[-1:], weight.to(z.dtype), norm_bias.to(z.dtype), eps)
-    return dropout(normed, dropout_p, keep).to(vectors.dtype)
+    return dropout(normed, dropout_p, keep).to(torch.promote_types(vectors.dtype, position_table.dtype))

@@ -1,8 +1,7 @@
 """Tile shapes by kernel, architecture, dtype and width: data, not timing at the first call.
 
 The same call gets the same kernel in every process and on every rank. Chosen so that no kernel spills on any NVIDIA
-target (`python -m fastbert_kernels.static` shows registers, spills and shared memory of each); the one exception known
-is the backward pass of LayerNorm and embeddings over rows of more than 8192 features.
+target: `python -m fastbert_kernels.static` shows registers, spills and shared memory of each.
 """
 
 import functools
@@ -103,7 +102,7 @@ _ATTENTION_INTERPRETED = _attention(64, 64, 4, 1)
 
 
 @functools.cache
-def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps: bool = True) -> Tiles:
+def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps: bool) -> Tiles:
     """Tiles of an attention kernel.
 
     Args:
@@ -120,7 +119,7 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
     return next(with_maps if maps else plain for widest, plain, with_maps in rows if head_dim <= widest)
 
 
-def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool = True) -> Tiles:
+def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool) -> Tiles:
     """`attention_table` for qkv (tokens, 3, heads, head_dim), on the device it is on."""
     return attention_table(arch(qkv.device), kernel, qkv.element_size(), qkv.shape[3], maps)
 
