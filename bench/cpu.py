@@ -7,6 +7,7 @@ compared before anything is timed. The figures are ratios of this run and say no
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -98,7 +99,7 @@ def main(
             for model in models.values():
                 model.train(kind == "training")
             check(models, batch, 1e-4)
-            times = interleaved({n: lambda m=m: step(m, batch) for n, m in models.items()}, rounds)  # type: ignore[misc]
+            times = interleaved({name: partial(step, m, batch) for name, m in models.items()}, rounds)
             medians = {name: statistics.median(seconds) for name, seconds in times.items()}
             ours = medians["fastbert"]
             ratios = [f"{medians[peer] / ours:.2f}x (0.9/fill: {0.9 / fill:.2f})" for peer in ("HF eager", "HF sdpa")]

@@ -1,7 +1,7 @@
 """Kernel launches of a forward and a backward pass, counted without a GPU.
 
 Each ATen call that would launch a kernel counts as one (views and allocations do not), and each Triton launch as one.
-The Triton path runs in the interpreter, `python -m bench.launches` sets it up.
+`TRITON_INTERPRET=1 python -m bench.launches` shows the counts of one layer beside Hugging Face's.
 """
 
 import contextlib
@@ -11,20 +11,19 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastbert_kernels
+import fastbert
+from fastbert_kernels import backend
 
-_ALLOCATIONS = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "detach",
-    "alias",
-    "_unsafe_view",
-}
+#: Calls that launch nothing although their schema does not say so.
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view"}
+
+#: A CPU's dropout is three calls, a GPU's one (native_dropout): the draw and the division are not counted.
+_CPU_DROPOUT = {"bernoulli_", "div_"}
 
 
 def _is_view(op: Any) -> bool:
@@ -58,8 +57,7 @@ def counted() -> Iterator[Counter[str]]:
 
     with contextlib.ExitStack() as stack:
         for module in ("attention", "bias_gelu", "column_sums", "embedding", "layer_norm"):
-            path = f"{fastbert_kernels.__name__}.{module}.wrap_triton"
-            stack.enter_context(mock.patch(path, counting))
+            stack.enter_context(mock.patch(f"fastbert_kernels.{module}.wrap_triton", counting))
         stack.enter_context(_AtenCalls(launches))
         yield launches
 
@@ -86,3 +84,41 @@ def launches_per_layer(build: Callable[[int], torch.nn.Module], **inputs: Any) -
         counts.append((forward, backward))
     (forward2, backward2), (forward3, backward3) = counts
     return forward3 - forward2, backward3 - backward2
+
+
+def count(attention: str = "fastbert") -> tuple[Counter[str], Counter[str]]:
+    """Launches of one training layer, dropout on, ragged batch: "fastbert", or Hugging Face's "eager" or "sdpa"."""
+
+    def build(layers: int) -> torch.nn.Module:
+        config = transformers.BertConfig(
+            hidden_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            intermediate_size=128,
+            vocab_size=50,
+            attn_implementation="eager" if attention == "fastbert" else attention,
+        )
+        return (fastbert if attention == "fastbert" else transformers).BertModel(config)
+
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, 4:] = 0
+    inputs = {"input_ids": torch.randint(1, 50, (3, 7)), "attention_mask": mask}
+    if attention != "fastbert":
+        return launches_per_layer(build, **inputs)
+    with backend("triton"):
+        return launches_per_layer(build, **inputs)
+
+
+def main() -> None:
+    """Print the counts."""
+    console = Console()
+    table = Table("model", "forward", "backward", "what", title="launches of one layer, training with dropout")
+    for name in ("fastbert", "eager", "sdpa"):
+        forward, backward = count(name)
+        what = "; ".join(", ".join(f"{k} {v}" for k, v in c.most_common()) for c in (forward, backward))
+        table.add_row(name, str(forward.total()), str(backward.total()), what)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

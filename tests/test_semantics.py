@@ -280,7 +280,7 @@ def test_empty_batches_are_an_error(device: torch.device, shape: tuple[int, int]
 
 def test_too_long_is_an_error_with_both_lengths(device: torch.device) -> None:
     _, fused = pair(device)
-    with pytest.raises(ValueError, match="length 41 is over .*max_position_embeddings=40"):
+    with pytest.raises(ValueError, match=r"length 41 is over .*max_position_embeddings=40"):
         fused(ids(1, 41, device))
     positions = (torch.arange(41, device=device) % 40)[None]
     assert fused(ids(1, 41, device), position_ids=positions).last_hidden_state.shape == (1, 41, 32)

@@ -200,7 +200,7 @@ def test_definition_is_layer_norm_in_float64(device: torch.device) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", [384, 1024, 4096, 16384])
+@pytest.mark.parametrize("features", [384, 1024, 4096])
 def test_sweep(device: torch.device, dtype: torch.dtype, features: int) -> None:
     compare(random_inputs((300,), features, dtype, device, residual_mean=5.0), 0.1)
 
@@ -262,8 +262,8 @@ def test_bad_input(device: torch.device, change: dict, message: str) -> None:
 
 
 def test_row_too_wide(device: torch.device) -> None:
-    inputs = random_inputs((1,), 16385, torch.float32, device)
-    with backend("triton"), pytest.raises(ValueError, match="rows up to 16384, got 16385"):
+    inputs = random_inputs((1,), 4097, torch.float32, device)
+    with backend("triton"), pytest.raises(ValueError, match="rows up to 4096, got 4097"):
         add_layer_norm(**inputs, eps=EPS)
 
 

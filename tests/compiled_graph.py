@@ -1,0 +1,80 @@
+"""Trace a training step through torch.compile as it would be on a GPU, and print what the graphs launch, as JSON.
+
+Run as a script without the interpreter. There is no GPU to run on: the choice of backend, of tiles and of compile
+target is made as on one, and tracing stops where a kernel would start.
+"""
+
+import collections
+import json
+import sys
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+import triton
+from torch._dynamo.backends.common import aot_autograd
+from triton.backends.compiler import GPUTarget
+
+import fastbert
+import fastbert.modeling
+
+
+class Traced(Exception):
+    """All graphs are traced."""
+
+
+def main() -> None:
+    """Print the number of Triton launches and of opaque fastbert ops in the forward and the backward graph."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        if len(graphs) == 2:
+            raise Traced
+        return graph
+
+    config = transformers.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=50,
+        attn_implementation="eager",
+    )
+    model = fastbert.BertModel(config).train()
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, 4:] = 0
+    target = mock.Mock()
+    target.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    patches = [
+        mock.patch("fastbert_kernels.tiles.arch", lambda device: "sm_90"),
+        mock.patch.object(type(triton.runtime.driver), "active", property(lambda self: target)),
+    ]
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("fastbert") and hasattr(module, "uses_triton"):
+            patches.append(mock.patch.object(module, "uses_triton", lambda tensor: True))
+    for patch in patches:
+        patch.start()
+    # Traced eagerly, as a graph whose backward pass is compiled ahead of it.
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    try:
+        with mock.patch("torch._functorch.config.force_non_lazy_backward_lowering", True):
+            compiled(torch.randint(1, 50, (3, 7)), mask, output_attentions=True)
+    except Exception as error:
+        if "Traced" not in repr(error) and len(graphs) < 2:
+            raise
+    counts = [
+        collections.Counter(
+            name.split(".")[0]
+            for name in (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            if name.startswith(("triton_kernel_wrapper", "fastbert"))
+        )
+        for graph in graphs
+    ]
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()

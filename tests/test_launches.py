@@ -1,0 +1,22 @@
+"""Kernel launches per layer, which decide small batches."""
+
+import pytest
+import torch
+
+from bench.launches import count
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counted through the interpreter")
+def test_launches_per_layer() -> None:
+    forward, backward = count("fastbert")
+    assert forward.total() <= 8, forward
+    assert backward.total() <= 22, backward
+    assert forward["attention_forward"] == 1
+    assert backward["attention_backward_dq"] == 1
+
+
+def test_the_count_sees_hugging_faces_launches() -> None:
+    forward, backward = count("eager")
+    assert forward.total() >= 20
+    assert forward["addmm"] == 6
+    assert backward["mm"] == 12
