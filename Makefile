@@ -35,10 +35,10 @@ demo: $(VENV)/.installed $(CHECKPOINT)/config.json
 	$(BIN)/fastbert verify $(CHECKPOINT) --heatmap $(DEMO)/attentions.png
 
 test: $(VENV)/.installed $(CHECKPOINT)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: $(VENV)/.installed $(CHECKPOINT)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ import fastbert
 import fastbert.modeling
 
 
-class Traced(Exception):
+class TracedError(Exception):
     """All graphs are traced."""
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append(graph)
         if len(graphs) == 2:
-            raise Traced
+            raise TracedError
         return graph
 
     config = transformers.BertConfig(
@@ -47,13 +47,14 @@ def main() -> None:
     mask[0, 4:] = 0
     target = mock.Mock()
     target.get_current_target.return_value = GPUTarget("cuda", 90, 32)
-    patches = [
-        mock.patch("fastbert_kernels.tiles.arch", lambda device: "sm_90"),
-        mock.patch.object(type(triton.runtime.driver), "active", property(lambda self: target)),
+    active = property(lambda self: target)
+    patches: list[Any] = [
+        mock.patch("fastbert_kernels.tiles.arch", return_value="sm_90"),
+        mock.patch.object(type(triton.runtime.driver), "active", active),
     ]
     for module in list(sys.modules.values()):
         if module.__name__.startswith("fastbert") and hasattr(module, "uses_triton"):
-            patches.append(mock.patch.object(module, "uses_triton", lambda tensor: True))
+            patches.append(mock.patch.object(module, "uses_triton", return_value=True))
     for patch in patches:
         patch.start()
     # Traced eagerly, as a graph whose backward pass is compiled ahead of it.
@@ -63,7 +64,7 @@ def main() -> None:
         with mock.patch("torch._functorch.config.force_non_lazy_backward_lowering", True):
             compiled(torch.randint(1, 50, (3, 7)), mask, output_attentions=True)
     except Exception as error:
-        if "Traced" not in repr(error) and len(graphs) < 2:
+        if TracedError.__name__ not in repr(error) and len(graphs) < 2:
             raise
     counts = [
         collections.Counter(

@@ -434,7 +434,7 @@ def test_chunked_feed_forward(device: torch.device) -> None:
 def test_dropout_repeats_with_the_seed_and_drops_its_fraction(device: torch.device) -> None:
     _, fused = pair(device, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
     fused.train()
-    x, mask = ids(8, 24, device), mask_of([24, 9, 24, 17, 24, 24, 3, 20], 24, device)
+    x, mask = ids(4, 24, device), mask_of([24, 9, 24, 17], 24, device)
 
     def run(seed: int) -> transformers.utils.ModelOutput:
         torch.manual_seed(seed)
@@ -446,8 +446,8 @@ def test_dropout_repeats_with_the_seed_and_drops_its_fraction(device: torch.devi
     tokens = mask.bool()
     squares = (tokens[:, None, :, None] & tokens[:, None, None, :]).expand(-1, 4, -1, -1)
     for probs in first.attentions:
-        assert abs((probs[squares] == 0).float().mean().item() - 0.3) < 0.02  # 11 thousand draws
-    assert abs((first.hidden_states[0][tokens] == 0).float().mean().item() - 0.3) < 0.02
+        assert abs((probs[squares] == 0).float().mean().item() - 0.3) < 0.03  # 7 thousand draws
+    assert abs((first.hidden_states[0][tokens] == 0).float().mean().item() - 0.3) < 0.03
     assert not torch.equal(first.attentions[0] == 0, first.attentions[1] == 0)  # every layer draws its own
 
 

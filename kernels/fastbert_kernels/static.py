@@ -295,11 +295,11 @@ def arguments(case: Case, target: str) -> dict[str, Any]:
         known[name] = torch.empty(1, dtype=fixed or dtype, device="meta")
     if case.kernel.startswith("attention_"):
         known["bias_ptr"] = torch.empty(1, dtype=torch.float32, device="meta")  # an additive mask, not a parameter
-    unknown = [param.name for param in kernel.params if param.name not in known]
+    unknown = [name for name in kernel.arg_names if name not in known]
     unknown += [f"HAS_{flag}" for flag in case.flags if f"HAS_{flag}" not in kernel.arg_names]
     if unknown:
         raise KeyError(f"{case.kernel}: static.py does not know {', '.join(unknown)}: add it to the argument tables")
-    return {param.name: known[param.name] for param in kernel.params}
+    return {name: known[name] for name in kernel.arg_names}
 
 
 def compile_case(case: Case, target: str, tiles: Tiles | None = None) -> KernelReport:
