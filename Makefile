@@ -31,7 +31,10 @@ $(CHECKPOINT)/config.json: checkpoint.txt | $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed $(CHECKPOINT)/config.json
-	$(BIN)/fastbert verify $(CHECKPOINT) --text "Hello, my dog is cute"
+	@printf '\n== one sentence, by the Triton kernels themselves (in the interpreter where there is no GPU)\n\n'
+	$(BIN)/fastbert verify $(CHECKPOINT) --backend triton --text "Hello, my dog is cute"
+	@printf '\n== a ragged batch, the way this machine runs it\n\n'
+	@mkdir -p $(DEMO)
 	$(BIN)/fastbert verify $(CHECKPOINT) --heatmap $(DEMO)/attentions.png
 
 test: $(VENV)/.installed $(CHECKPOINT)/config.json

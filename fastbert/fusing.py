@@ -14,7 +14,7 @@ from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
 from .modeling import BertModel, _FusedHead
-from .modules import FUSED, FusedSelfAttention, fuse_modules
+from .modules import FUSED, FusedLayer, FusedSelfAttention, fuse_modules
 from .notices import warn_once
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -170,5 +170,8 @@ def explain(model: nn.Module) -> Explanation:
             context = f"{type(bert).__name__} is not fused: call fastbert.fuse(model)"
         parts.append(_explain_part(None, "embeddings", bert.embeddings, context))
         for i, layer in enumerate(bert.encoder.layer):
-            parts += [_explain_part(i, name, layer.get_submodule(name), context) for name in _PARTS]
+            if context is None and not isinstance(layer, FusedLayer):
+                parts.append(Part(i, "layer", False, f"{type(layer).__name__} is not Hugging Face's BertLayer"))
+            else:
+                parts += [_explain_part(i, name, layer.get_submodule(name), context) for name in _PARTS]
     return Explanation(tuple(parts))

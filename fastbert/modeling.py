@@ -20,7 +20,7 @@ from fastbert_kernels import uses_triton
 from fastbert_kernels.backend import check_same_device
 
 from .masks import dense_bias, layer_head_masks, token_mask
-from .modules import draw_seed, fuse_modules
+from .modules import FusedEmbeddings, attends_fused, draw_seed, fuse_modules
 from .notices import warn_once
 from .packing import Layout, dense_layout, packed_layout
 from .plain import foreign_hooks
@@ -143,8 +143,9 @@ class BertModel(transformers.BertModel):
         self._warn_of_detached_maps(map_layers)
 
         layout = batch.layout
+        seeded = {"seed": seed} if isinstance(self.embeddings, FusedEmbeddings) else {}
         encoded = self.encoder(
-            self.embeddings(**batch.embeddings, seed=seed),
+            self.embeddings(**batch.embeddings, **seeded),
             batch.bias,
             head_masks=layer_head_masks(head_mask, layers, self.config.num_attention_heads),
             state_layers=state_layers,
@@ -234,10 +235,13 @@ class BertModel(transformers.BertModel):
         for a number of tokens that depends on the data, and where someone's hook inside expects it."""
         if not self.packing or torch.compiler.is_compiling():
             return True
-        hooked = foreign_hooks(self)
+        hooked = [name for name in foreign_hooks(self) if not name.startswith("pooler")]  # outside both doors
         if hooked:
             warn_once(f"fastbert: padding is kept because of forward hooks on {', '.join(hooked[:3])}")
-        return bool(hooked)
+        unfused = [i for i, layer in enumerate(self.encoder.layer) if not attends_fused(layer)]
+        if unfused:
+            warn_once(f"fastbert: padding is kept because attention is not fused in layers {unfused}")
+        return bool(hooked or unfused)
 
     def _draw_seed(self) -> torch.Tensor | None:
         """One seed for all dropout of this forward pass, or None where the kernels draw none."""
@@ -255,8 +259,8 @@ class BertModel(transformers.BertModel):
             return "it was given encoder_hidden_states"
         if past_key_values is not None:
             return "it was given past_key_values"
-        if kwargs.get("is_causal"):
-            return "it was given is_causal=True"
+        if kwargs.get("is_causal", getattr(self.config, "is_causal", False)):
+            return "its attention is causal (is_causal)"
         return None
 
     def _warn_of_detached_maps(self, map_layers: set[int]) -> None:

@@ -153,6 +153,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
         seed: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
+        maps: list[torch.Tensor] | None = None,
         map_seq: int | None = None,
         map_columns: torch.Tensor | None = None,
         **kwargs: Any,
@@ -164,6 +165,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             attention_mask: additive or bool (batch | 1, heads | 1, seq | 1, seq); None when packed.
             head_mask: (heads,).
             cu_seq_lens_q, max_length_q: the packed sequences.
+            maps: where to leave the probabilities too: nothing between here and the encoder returns them.
             map_seq: also return the probabilities, in maps of this side.
             map_columns: int32 (tokens,), each token's column in its map.
 
@@ -177,10 +179,15 @@ class FusedSelfAttention(hf.BertSelfAttention):
             _leave(self, reason)
             if cu_seq_lens_q is not None or head_mask is not None:
                 raise ValueError(
-                    f"unfused attention ({reason}) knows neither packed sequences nor head_mask: "
-                    "set packing=False and drop head_mask"
+                    f"unfused attention ({reason}) knows neither packed sequences nor head_mask: pass a padded batch, "
+                    "and leave head_mask out"
                 )
-            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+            if attention_mask is not None:
+                lowest = torch.finfo(hidden_states.dtype).min
+                attention_mask = attention_mask.clamp(min=lowest).to(hidden_states.dtype)
+            context, probs = super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+            _leave_map(maps, probs)
+            return context, probs
         batch, seq = hidden_states.shape[:2]
         if map_seq is None and kwargs.get("output_attentions"):  # called the Hugging Face way
             map_seq = seq
@@ -200,7 +207,13 @@ class FusedSelfAttention(hf.BertSelfAttention):
             probs_seq=map_seq,
             columns=map_columns,
         )
+        _leave_map(maps, probs)
         return context.reshape(batch, seq, self.all_head_size), probs
+
+
+def _leave_map(maps: list[torch.Tensor] | None, probs: torch.Tensor | None) -> None:
+    if maps is not None and not maps and probs is not None:  # a checkpointed layer comes here twice
+        maps.append(probs)
 
 
 class _FusedAddNorm:
@@ -285,7 +298,7 @@ class FusedAttention(hf.BertAttention):
 
 
 class FusedLayer(hf.BertLayer):
-    """One encoder layer. Returns the hidden states alone, as Hugging Face's does; the map goes into `maps`."""
+    """One encoder layer. Returns the hidden states alone, as Hugging Face's does."""
 
     def forward(
         self,
@@ -296,7 +309,6 @@ class FusedLayer(hf.BertLayer):
         past_key_values: Any = None,
         *,
         seed: torch.Tensor | None = None,
-        maps: list[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """One layer on (batch, seq, hidden), or packed (1, tokens, hidden); the keywords go to the attention."""
@@ -309,9 +321,7 @@ class FusedLayer(hf.BertLayer):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        attended, probs = self.attention(hidden_states, attention_mask, seed=seed, **kwargs)
-        if maps is not None and not maps and probs is not None:  # a checkpointed layer comes here twice
-            maps.append(probs)
+        attended, _ = self.attention(hidden_states, attention_mask, seed=seed, **kwargs)
         if self.chunk_size_feed_forward > 0:
             # Every chunk draws a seed of its own, or all would drop the same elements.
             chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
@@ -382,6 +392,12 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     hf.BertLayer: FusedLayer,
     hf.BertEncoder: FusedEncoder,
 }
+
+
+def attends_fused(layer: Any) -> bool:
+    """Whether a layer's attention runs on the kernel, which packed sequences need."""
+    attention = getattr(getattr(layer, "attention", None), "self", None)
+    return isinstance(attention, FusedSelfAttention) and attention.unfused_reason() is None
 
 
 def fuse_modules(bert: Any) -> None:

@@ -62,7 +62,7 @@ def rehome(parts: tuple[nn.Parameter, ...]) -> bool:
         return True
     if not all(_owns_storage(p) for p in parts) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # a parameter made in inference mode could not be trained
         home = torch.cat([p.detach() for p in parts])
         start = 0
         for p in parts:

@@ -200,13 +200,42 @@ def test_a_replaced_module_runs_unfused_and_says_so(
     plain = plain_model()
     owner, attribute = plain.encoder.layer[0].get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     setattr(owner, attribute, replacement)
-    fused = fastbert.fuse(copy.deepcopy(plain), packing=False)
+    fused = fastbert.fuse(copy.deepcopy(plain))
     x, mask = ids(), mask_of([11, 3, 7], 11)
     with caplog.at_level(logging.WARNING, "fastbert"):
         got = fused(x, mask).last_hidden_state
     assert reason in caplog.text
     assert reason in str(fastbert.explain(fused))
-    assert_close(got, plain(x, mask).last_hidden_state)
+    assert_close(got, plain(x, mask).last_hidden_state, mask.bool())
+    theirs, ours = plain(x, output_attentions=True), fused(x, output_attentions=True)
+    for a, b in zip(ours.attentions, theirs.attentions, strict=True):
+        assert_close(a, b)
+
+
+def test_someone_elses_layer_and_attention_get_a_padded_batch() -> None:
+    class MyAttention(hf.BertSelfAttention):
+        pass
+
+    class MyLayer(hf.BertLayer):
+        pass
+
+    plain = plain_model()
+    plain.encoder.layer[0].attention.self.__class__ = MyAttention
+    plain.encoder.layer[1].__class__ = MyLayer
+    fused = fastbert.fuse(copy.deepcopy(plain))
+    x, mask = ids(), mask_of([11, 3, 7], 11)
+    assert_close(fused(x, mask).last_hidden_state, plain(x, mask).last_hidden_state, mask.bool())
+    assert_close(fused(x, output_attentions=True).attentions[1], plain(x, output_attentions=True).attentions[1])
+    report = str(fastbert.explain(fused))
+    assert "MyAttention" in report
+    assert "MyLayer" in report
+
+
+def test_heads_wider_than_the_kernels_run_unfused() -> None:
+    plain, fused = pair(hidden_size=272, num_attention_heads=2)
+    x, mask = ids(), mask_of([11, 3, 7], 11)
+    assert_close(fused(x, mask).last_hidden_state, plain(x, mask).last_hidden_state, mask.bool(), atol=1e-4)
+    assert "head_dim 136 is over the kernels' 128" in str(fastbert.explain(fused))
 
 
 def test_captum_style_hooks_see_their_modules_called() -> None:

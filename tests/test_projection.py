@@ -104,3 +104,12 @@ def test_copies_do_not_share() -> None:
     weights = tuple(linear.weight for linear in twin)
     assert rehome(weights)
     assert adjacent(weights)
+
+
+def test_parameters_that_moved_in_inference_mode_can_be_trained() -> None:
+    linears = three()
+    with torch.inference_mode():
+        project_qkv(*linears, torch.randn(2, 6))
+    assert adjacent(tuple(linear.weight for linear in linears))
+    project_qkv(*linears, torch.randn(2, 6)).sum().backward()
+    assert linears[2].weight.grad is not None
