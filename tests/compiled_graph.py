@@ -49,12 +49,12 @@ def main() -> None:
     target.get_current_target.return_value = GPUTarget("cuda", 90, 32)
     active = property(lambda self: target)
     patches: list[Any] = [
-        mock.patch("fastbert_kernels.tiles.arch", return_value="sm_90"),
+        mock.patch("fastbert_kernels.tiles.arch", lambda device: "sm_90"),  # noqa: PT008 - dynamo traces a lambda
         mock.patch.object(type(triton.runtime.driver), "active", active),
     ]
     for module in list(sys.modules.values()):
         if module.__name__.startswith("fastbert") and hasattr(module, "uses_triton"):
-            patches.append(mock.patch.object(module, "uses_triton", return_value=True))
+            patches.append(mock.patch.object(module, "uses_triton", lambda tensor: True))  # noqa: PT008
     for patch in patches:
         patch.start()
     # Traced eagerly, as a graph whose backward pass is compiled ahead of it.

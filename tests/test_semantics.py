@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from models import assert_close, ids, mask_of, pair, randomize, tiny_config
+from transformers.utils import output_capturing
 
 import fastbert
 from fastbert_kernels import backend
@@ -158,6 +159,8 @@ def test_checkpointing_gives_the_same_gradients_and_the_same_dropout(
 
 @pytest.mark.parametrize("selection", [[0, -1], [1], [7, -9], [], 0, 2, -1, True, False])
 def test_hidden_states_selection_is_hugging_faces(device: torch.device, selection: object) -> None:
+    if not isinstance(selection, bool) and not hasattr(output_capturing, "selected_hidden_states"):
+        pytest.skip("this transformers cannot select hidden states")
     plain, fused = pair(device)
     x = ids(device=device)
     theirs, ours = plain(x, output_hidden_states=selection), fused(x, output_hidden_states=selection)
