@@ -68,9 +68,15 @@ def unfuse(model: Model) -> Model:
     Also takes fastbert's own classes back to Hugging Face's.
 
     Raises:
-        ValueError: when there is no `BertModel` inside.
+        ValueError: when there is no `BertModel` inside, or one whose class derives from fastbert's.
     """
-    for bert in _berts(model):
+    berts = _berts(model)
+    for module in model.modules():
+        if isinstance(module, BertModel | _FusedHead) and type(module).__module__ != BertModel.__module__:
+            raise ValueError(
+                f"{type(module).__name__} derives from fastbert's class: derive it from transformers' to unfuse"
+            )
+    for bert in berts:
         for module in bert.modules():
             if isinstance(module, FusedSelfAttention):
                 module.separate()
@@ -104,7 +110,7 @@ class Part:
     Attributes:
         layer: the encoder layer, or None for the embeddings.
         name: its path in the layer.
-        fused: whether it runs on a kernel.
+        fused: whether it is on fastbert's path: a kernel on a GPU, the same op in plain PyTorch on a CPU.
         reason: why not, or what inside it is called as a module although it does.
     """
 
@@ -122,7 +128,7 @@ class Explanation:
 
     @property
     def fused(self) -> bool:
-        """Whether every part runs on a kernel."""
+        """Whether every part is on fastbert's path."""
         return all(part.fused for part in self.parts)
 
     def __rich__(self) -> Table | str:
@@ -153,7 +159,7 @@ def _explain_part(layer: int | None, name: str, module: Any, context: str | None
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Which parts of a model run on kernels, and why the others do not.
+    """Which parts of a model are on the fast path, and why the others are not.
 
     Args:
         model: a `BertModel`, or anything that holds some.

@@ -16,7 +16,9 @@ def token_mask(mask: torch.Tensor, batch: int, seq: int) -> torch.Tensor:
             f"attention_mask must have shape (batch, seq) = ({batch}, {seq}) like the input, or be 3-D or 4-D, got "
             f"{tuple(mask.shape)}"
         )
-    if mask.is_floating_point() and not torch.compiler.is_compiling() and bool(((mask != 0) & (mask != 1)).any()):
+    if mask.is_floating_point() and torch.compiler.is_compiling():
+        torch._assert_async(((mask == 0) | (mask == 1)).all(), "a 2-D attention_mask holds only 0 and 1")
+    elif mask.is_floating_point() and bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(
             f"a 2-D attention_mask marks tokens with 1 and padding with 0, got values from {mask.min().item():g} to "
             f"{mask.max().item():g}: pass an additive mask with four dimensions, or (mask == 0) if this is one"

@@ -120,9 +120,9 @@ class BertModel(transformers.BertModel):
         return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         wants_maps = self.config.output_attentions if output_attentions is None else output_attentions
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        reason = self._leaves_fast_path(encoder_hidden_states, past_key_values, use_cache, kwargs)
+        reason = self._leaves_fast_path(encoder_hidden_states, past_key_values)
         if reason is not None:
-            warn_once(f"fastbert: BertModel runs unfused: {reason}")
+            warn_once(f"fastbert: BertModel takes Hugging Face's own path: {reason}")
             if head_mask is not None:
                 raise ValueError(f"head_mask has no effect on Hugging Face's own path ({reason}): leave it out")
             return super().forward(
@@ -132,6 +132,8 @@ class BertModel(transformers.BertModel):
                 output_attentions=wants_maps, output_hidden_states=wants_states, return_dict=return_dict, **kwargs,
             )  # fmt: skip
 
+        if kwargs.get("is_causal"):
+            raise ValueError("is_causal=True is for decoders: pass a 4-D attention_mask, or use fastbert.unfuse(model)")
         packed = {name: kwargs.get(name) for name in _PACKED_KEYWORDS}
         batch = self._check_in(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, head_mask, packed
@@ -226,6 +228,11 @@ class BertModel(transformers.BertModel):
             bias = dense_bias(mask[:, None, None, :], batch, self.config.num_attention_heads, seq)
             return _Batch(layout, bias, mask if self.packing else None, embeddings)
         layout = packed_layout(mask)
+        if layout.columns is not None and self.pooler is not None:
+            warn_once(
+                "fastbert: padding is not at the end of every row; where it is at the start, pooler_output is made of "
+                "padding: pad on the right, or set packing=False"
+            )
         if layout.indices is not None and position_ids is None:
             embeddings["position_ids"] = self.embeddings.position_ids[:, :seq].expand(batch, seq)
         return _Batch(layout, None, None, {k: None if v is None else layout.pack(v) for k, v in embeddings.items()})
@@ -250,17 +257,13 @@ class BertModel(transformers.BertModel):
             return None
         return draw_seed(weight.device)
 
-    def _leaves_fast_path(
-        self, encoder_hidden_states: Any, past_key_values: Any, use_cache: bool | None, kwargs: dict[str, Any]
-    ) -> str | None:
+    def _leaves_fast_path(self, encoder_hidden_states: Any, past_key_values: Any) -> str | None:
         if self.config.is_decoder:
             return "it is a decoder (config.is_decoder)"
         if encoder_hidden_states is not None:
             return "it was given encoder_hidden_states"
         if past_key_values is not None:
             return "it was given past_key_values"
-        if kwargs.get("is_causal", getattr(self.config, "is_causal", False)):
-            return "its attention is causal (is_causal)"
         return None
 
     def _warn_of_detached_maps(self, map_layers: set[int]) -> None:

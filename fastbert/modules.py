@@ -18,7 +18,14 @@ from fastbert_kernels import add_layer_norm, attention, bias_activation, embed, 
 from fastbert_kernels.attention import MAX_HEAD_DIM
 
 from .notices import warn_once
-from .plain import is_plain_dropout, is_plain_embedding, is_plain_layer_norm, is_plain_linear, wants_grad_output
+from .plain import (
+    is_called,
+    is_plain_dropout,
+    is_plain_embedding,
+    is_plain_layer_norm,
+    is_plain_linear,
+    wants_grad_output,
+)
 from .projection import can_stack, project, project_qkv, qkv_parameters, rehome, separate
 
 #: Module class of an activation -> the kernels' name for its formula.
@@ -41,6 +48,22 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 def _leave(module: nn.Module, reason: str) -> None:
     warn_once(f"fastbert: {type(module).__mro__[1].__name__} runs unfused: {reason}")
+
+
+class MapSlot:
+    """Where a layer leaves its attention map. Not a container: wrappers that move or cast arguments rebuild those."""
+
+    probs: torch.Tensor | None = None
+
+
+def _leave_map(slot: MapSlot | None, probs: torch.Tensor | None) -> None:
+    if slot is not None and slot.probs is None:  # a checkpointed layer comes here twice
+        slot.probs = probs
+
+
+def _mask_like(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    """An additive mask as Hugging Face's own attention takes it: in the dtype of the scores, finite."""
+    return None if mask is None else mask.clamp(min=torch.finfo(hidden.dtype).min).to(hidden.dtype)
 
 
 def _called(**modules: nn.Module) -> str | None:
@@ -153,7 +176,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
         seed: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
-        maps: list[torch.Tensor] | None = None,
+        map_slot: MapSlot | None = None,
         map_seq: int | None = None,
         map_columns: torch.Tensor | None = None,
         **kwargs: Any,
@@ -165,7 +188,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             attention_mask: additive or bool (batch | 1, heads | 1, seq | 1, seq); None when packed.
             head_mask: (heads,).
             cu_seq_lens_q, max_length_q: the packed sequences.
-            maps: where to leave the probabilities too: nothing between here and the encoder returns them.
+            map_slot: where to leave the probabilities too: nothing between here and the encoder returns them.
             map_seq: also return the probabilities, in maps of this side.
             map_columns: int32 (tokens,), each token's column in its map.
 
@@ -182,11 +205,9 @@ class FusedSelfAttention(hf.BertSelfAttention):
                     f"unfused attention ({reason}) knows neither packed sequences nor head_mask: pass a padded batch, "
                     "and leave head_mask out"
                 )
-            if attention_mask is not None:
-                lowest = torch.finfo(hidden_states.dtype).min
-                attention_mask = attention_mask.clamp(min=lowest).to(hidden_states.dtype)
+            attention_mask = _mask_like(attention_mask, hidden_states)
             context, probs = super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
-            _leave_map(maps, probs)
+            _leave_map(map_slot, probs)
             return context, probs
         batch, seq = hidden_states.shape[:2]
         if map_seq is None and kwargs.get("output_attentions"):  # called the Hugging Face way
@@ -207,13 +228,8 @@ class FusedSelfAttention(hf.BertSelfAttention):
             probs_seq=map_seq,
             columns=map_columns,
         )
-        _leave_map(maps, probs)
+        _leave_map(map_slot, probs)
         return context.reshape(batch, seq, self.all_head_size), probs
-
-
-def _leave_map(maps: list[torch.Tensor] | None, probs: torch.Tensor | None) -> None:
-    if maps is not None and not maps and probs is not None:  # a checkpointed layer comes here twice
-        maps.append(probs)
 
 
 class _FusedAddNorm:
@@ -267,9 +283,8 @@ class FusedIntermediate(hf.BertIntermediate):
     """The feed-forward block's first product, then bias and activation in one kernel."""
 
     def unfused_reason(self) -> str | None:
-        kernel = KERNEL_ACTIVATIONS.get(type(self.intermediate_act_fn))
-        if kernel is not None:
-            return None
+        if KERNEL_ACTIVATIONS.get(type(self.intermediate_act_fn)) is not None:
+            return "the activation is hooked" if is_called(self.intermediate_act_fn) else None
         return f"no kernel has the activation {getattr(self.intermediate_act_fn, '__name__', self.intermediate_act_fn)}"
 
     def note(self) -> str | None:
@@ -293,6 +308,15 @@ class FusedAttention(hf.BertAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.is_cross_attention or args:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if not isinstance(self.self, FusedSelfAttention):
+            if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("head_mask") is not None:
+                raise ValueError(
+                    f"{type(self.self).__name__} is not fastbert's and knows neither packed sequences nor head_mask: "
+                    "pass a padded batch, and leave head_mask out"
+                )
+            context, probs = self.self(hidden_states, _mask_like(attention_mask, hidden_states), **kwargs)
+            _leave_map(kwargs.get("map_slot"), probs)
+            return self.output(context, hidden_states), probs
         context, probs = self.self(hidden_states, attention_mask, **kwargs)
         return self.output(context, hidden_states, kwargs.get("seed")), probs
 
@@ -362,18 +386,22 @@ class FusedEncoder(hf.BertEncoder):
         maps: list[torch.Tensor | None] = []
         for i, layer in enumerate(self.layer):
             wanted = i in map_layers
-            found: list[torch.Tensor] = []
+            slot = MapSlot()
             hidden_states = layer(
                 hidden_states,
                 attention_mask,
                 head_mask=head_masks[i],
-                maps=found if wanted else None,
+                map_slot=slot if wanted else None,
                 map_seq=map_seq if wanted else None,
                 map_columns=map_columns if wanted else None,
                 **kwargs,
             )
             states.append(hidden_states if i + 1 in state_layers else None)
-            maps.append(found[0] if found else None)
+            if wanted and slot.probs is None:
+                raise ValueError(
+                    f"layer {i} ({type(layer).__name__}) gave no attentions: leave it out of output_attentions"
+                )
+            maps.append(slot.probs)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
             hidden_states=tuple(states),

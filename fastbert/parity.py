@@ -313,7 +313,12 @@ def _check_gradients(
         elif got is not None and not got.isfinite().all():
             problem = "not finite"
         error = math.nan if got is None or problem else float((got - want).abs().max()) / scale
-        bound = GRADIENT_BOUND if dtype == torch.float32 else HALF_RATIO * hf_error + HALF_SLACK
+        # A vanishing gradient is rounding noise in both. How Hugging Face's fell in this one tensor is no bound for
+        # ours; its largest error in the group, on the same scale, is.
+        vanishes = largest[name] <= VANISHING * group
+        peers = [n for n in true if gradient_group(n) == gradient_group(name)] if vanishes else [name]
+        allowed = max(float((theirs[n] - true[n]).abs().max()) / scale for n in peers)
+        bound = GRADIENT_BOUND if dtype == torch.float32 else HALF_RATIO * allowed + HALF_SLACK
         report.gradients.append(Check(name, tuple(want.shape), error, hf_error, bound, problem))
 
 

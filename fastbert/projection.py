@@ -12,6 +12,7 @@ from torch import nn
 
 from fastbert_kernels import uses_triton
 
+from .notices import warn_once
 from .plain import is_plain_linear
 
 
@@ -26,10 +27,17 @@ def project(dense: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
         (..., out_features), and `dense.bias` if it was left out: (out_features,) or None.
     """
     if not is_plain_linear(dense):
+        _say_called(dense)
         return dense(x), None
     if uses_triton(x):
         return F.linear(x, dense.weight), dense.bias
     return F.linear(x, dense.weight, dense.bias), None
+
+
+def _say_called(module: nn.Module) -> None:
+    if not is_plain_linear(module):
+        kind = f"a hooked or sharded {type(module).__name__}" if type(module) is nn.Linear else type(module).__name__
+        warn_once(f"fastbert: {kind} is called as a module; the layer around it stays fused")
 
 
 def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
@@ -109,6 +117,8 @@ def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Ten
     """The three projections side by side: x (..., in) to (..., 3 * out), as one product if all three are plain."""
     linears = (query, key, value)
     if not can_stack(*linears):
+        for linear in linears:
+            _say_called(linear)
         return torch.cat([linear(x) for linear in linears], dim=-1)
     stacked = [stack_parameters(parts) for parts in qkv_parameters(*linears)]
     return F.linear(x, *stacked)

@@ -34,6 +34,7 @@ def fused_model(**changes: object) -> torch.nn.Module:
         ({"input_ids": ids(), "token_type_ids": torch.zeros(3, 5, dtype=torch.long)}, ValueError, r"got \(3, 5\)"),
         ({"input_ids": ids(), "head_mask": torch.ones(3)}, ValueError, r"\(4,\) or .* \(2, 4\), got \(3,\)"),
         ({"input_ids": ids(), "head_mask": torch.ones(2, 1, 4, 1, 1)}, ValueError, r"got \(2, 1, 4, 1, 1\)"),
+        ({"input_ids": ids(), "is_causal": True}, ValueError, "pass a 4-D attention_mask"),
         ({"input_ids": ids() + 100}, IndexError, "outside the 60 rows"),
         ({"input_ids": -ids()}, IndexError, "words holds -"),
     ],

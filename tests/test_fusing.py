@@ -227,6 +227,13 @@ def test_someone_elses_layer_and_attention_get_a_padded_batch() -> None:
     assert_close(fused(x, mask).last_hidden_state, plain(x, mask).last_hidden_state, mask.bool())
     assert_close(fused(x, output_attentions=True).attentions[1], plain(x, output_attentions=True).attentions[1])
     report = str(fastbert.explain(fused))
+    with pytest.raises(ValueError, match="MyAttention is not fastbert's"):
+        fused(x, head_mask=torch.ones(4))
+    cu = torch.tensor([0, 5, 11], dtype=torch.int32)
+    with pytest.raises(ValueError, match="neither packed sequences"):
+        fused(x[:1], cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=6, max_length_k=6)
+    half = mask_of([11, 3, 7], 11)
+    assert fused.bfloat16()(x, half).last_hidden_state.dtype == torch.bfloat16
     assert "MyAttention" in report
     assert "MyLayer" in report
 
@@ -279,3 +286,42 @@ def test_lazy_package_names() -> None:
     assert all(getattr(fastbert, name) for name in fastbert.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Bert'"):
         fastbert.Bert  # noqa: B018
+
+
+def test_wrappers_that_rebuild_arguments_do_not_lose_the_attentions() -> None:
+    _, fused = pair()
+
+    def rebuild(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[object, object]:
+        return torch.utils._pytree.tree_map(lambda leaf: leaf, (args, kwargs))
+
+    fused.encoder.layer[0].register_forward_pre_hook(rebuild, with_kwargs=True)
+    assert all(probs is not None for probs in fused(ids(), output_attentions=True).attentions)
+
+
+def test_a_hooked_activation_is_called() -> None:
+    plain, fused = pair()
+    seen = []
+    act = fused.encoder.layer[1].intermediate.intermediate_act_fn
+    act.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    x = ids()
+    assert_close(fused(x).last_hidden_state, plain(x).last_hidden_state)
+    assert seen == [(3, 11, 48)]
+    assert "the activation is hooked" in str(fastbert.explain(fused))
+
+
+def test_unfuse_refuses_classes_built_on_fastberts() -> None:
+    class Mine(fastbert.BertModel):
+        pass
+
+    with pytest.raises(ValueError, match="Mine derives from fastbert's class"):
+        fastbert.unfuse(Mine(tiny_config()))
+
+
+def test_left_padding_warns_of_the_pooler(caplog: pytest.LogCaptureFixture) -> None:
+    notices._warn.cache_clear()
+    _, fused = pair()
+    with caplog.at_level(logging.WARNING, "fastbert"):
+        fused(ids(), mask_of([11, 3, 7], 11))
+        assert "pooler_output" not in caplog.text
+        fused(ids(), mask_of([11, 3, 7], 11).flip(1))
+    assert "pooler_output is made of padding" in caplog.text

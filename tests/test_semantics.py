@@ -331,13 +331,29 @@ def test_cross_attention_takes_hugging_faces_path(device: torch.device) -> None:
     assert len(ours.cross_attentions) == 2
 
 
-def test_causal_call_takes_hugging_faces_path_with_its_attentions(device: torch.device) -> None:
+def test_past_key_values_take_hugging_faces_path_with_its_attentions(device: torch.device) -> None:
     plain, fused = pair(device)
     x = ids(device=device)
-    theirs, ours = (m(x, is_causal=True, **both_flags()) for m in (plain, fused))
+    theirs, ours = (m(x, past_key_values=transformers.DynamicCache(), **both_flags()) for m in (plain, fused))
     assert_close(ours.last_hidden_state, theirs.last_hidden_state)
     for a, b in zip(ours.attentions, theirs.attentions, strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("low", [float("-inf"), torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("maps", [False, True])
+def test_gradients_of_a_row_with_no_visible_key_equal_eagers(device: torch.device, low: float, maps: bool) -> None:
+    plain, fused = pair(device)
+    x = ids(device=device)
+    mask = torch.zeros(3, 1, 11, 11, device=device)
+    mask[0, :, 2] = low
+    mask[2] = low
+    cotangent = torch.randn(3, 11, 32, device=device)
+    finite = mask.clamp(min=torch.finfo(torch.float32).min)
+    (plain(x, finite).last_hidden_state * cotangent).sum().backward()
+    (fused(x, mask, output_attentions=maps).last_hidden_state * cotangent).sum().backward()
+    for theirs, ours in zip(plain.encoder.parameters(), fused.encoder.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3 * theirs.grad.abs().max().item() + 1e-4)
 
 
 def test_inputs_embeds(device: torch.device) -> None:

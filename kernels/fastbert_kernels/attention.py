@@ -6,7 +6,8 @@ With S = scale * Q K^T + bias, P = softmax(S), D the inverted dropout mask and g
     O  = P~ V                 the context
 
 The softmax streams over key tiles with a running maximum (Milakov and Gimelshein, arXiv:1805.02867; Dao et al.,
-arXiv:2205.14135), in base 2, in float32. Only the log-sum-exp of each row is kept for the backward pass.
+arXiv:2205.14135), in base 2, in float32. Only the log-sum-exp of each row is kept
+for the backward pass, as its maximum and the logarithm of its sum.
 """
 
 import itertools
@@ -85,9 +86,9 @@ def _forward_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(tokens, heads, head_dim)
-    lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
+    stats = qkv.new_empty(2, heads, tokens, dtype=torch.float32)
     shape = (_batch(qkv, cu_seqlens, max_seqlen), heads, probs_seq, probs_seq) if probs_seq > 0 else (0,)
-    return out, lse, qkv.new_empty(shape)
+    return out, stats, qkv.new_empty(shape)
 
 
 @register_op("attention", _forward_fake)
@@ -107,7 +108,7 @@ def _forward(
     tokens, _, heads, head_dim = qkv.shape
     batch = _batch(qkv, cu_seqlens, max_seqlen)
     out = qkv.new_empty(tokens, heads, head_dim)
-    lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
+    stats = qkv.new_empty(2, heads, tokens, dtype=torch.float32)
     if probs_seq == 0:
         probs = qkv.new_empty(0)
     elif columns is None:
@@ -121,9 +122,9 @@ def _forward(
     grid = (triton.cdiv(max(max_seqlen, probs_seq), tiles["BLOCK_M"]) * heads * batch,)
     if grid[0] > 0:
         wrap_triton(attention_forward)[grid](
-            qkv_ptr=qkv, out_ptr=out, lse_ptr=lse, probs_ptr=probs, HAS_PROBS=probs_seq > 0, **arguments, **tiles
+            qkv_ptr=qkv, out_ptr=out, stats_ptr=stats, probs_ptr=probs, HAS_PROBS=probs_seq > 0, **arguments, **tiles
         )
-    return out, lse, probs
+    return out, stats, probs
 
 
 def _backward_fake(
@@ -131,7 +132,7 @@ def _backward_fake(
     dprobs: torch.Tensor | None,
     qkv: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int,
     bias: torch.Tensor | None,
@@ -152,7 +153,7 @@ def _backward(
     dprobs: torch.Tensor | None,
     qkv: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int,
     bias: torch.Tensor | None,
@@ -186,13 +187,13 @@ def _backward(
         "dout_ptr": dout,
         "dprobs_ptr": qkv if dprobs is None else dprobs,
         "qkv_ptr": qkv,
-        "lse_ptr": lse,
+        "stats_ptr": stats,
         "HAS_DPROBS": dprobs is not None,
     }
     maps = bias is not None or dprobs is not None
     tiles = attention_tiles("backward_dq", qkv, maps)
     blocks = triton.cdiv(max_seqlen, tiles["BLOCK_M"])
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(stats[0])
     dqkv = torch.empty_like(qkv)
     if head_mask is None:
         dhead_mask = partials = qkv.new_empty(0)
@@ -223,17 +224,17 @@ forbid_double_backward(_backward, "attention")
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, _, columns = inputs
-    out, lse, _ = output
-    ctx.save_for_backward(qkv, out, lse, cu_seqlens, bias, head_mask, seed, columns)
+    out, stats, _ = output
+    ctx.save_for_backward(qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns)
     ctx.scalars = (max_seqlen, scale, dropout_p, stream)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
+    ctx.mark_non_differentiable(stats)
 
 
 def _autograd(
-    ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None, dprobs: torch.Tensor | None
+    ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | None, dprobs: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    qkv, out, lse, cu_seqlens, bias, head_mask, seed, columns = ctx.saved_tensors
+    qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns = ctx.saved_tensors
     max_seqlen, scale, dropout_p, stream = ctx.scalars
     dqkv = dhead_mask = None
     if dout is not None or dprobs is not None:
@@ -244,7 +245,7 @@ def _autograd(
             dprobs,
             qkv,
             out,
-            lse,
+            stats,
             cu_seqlens,
             max_seqlen,
             bias,

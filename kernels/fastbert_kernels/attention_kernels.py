@@ -60,22 +60,19 @@ def _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS: tl.c
 
 
 @triton.jit
-def _softmax_tile(s, lse, valid, length, HAS_BIAS: tl.constexpr):
-    """P of one tile from base-2 scores and the base-2 log-sum-exp, zero where not valid.
+def _softmax_tile(s, row_max, log_sum, valid):
+    """P of one tile from base-2 scores and the two parts of the log-sum-exp, zero where not valid.
 
-    In a row with no visible key the maximum swallows log(sum); such a row is uniform over its sequence.
+    The parts stay apart because the maximum of a row with no visible key would swallow the logarithm.
     """
-    p = tl.exp2(s - lse)
-    if HAS_BIAS:
-        p = tl.where(lse < 0.5 * MASKED, 1.0 / length, p)
-    return tl.where(valid, p, 0.0)
+    return tl.where(valid, tl.exp2(s - row_max - log_sum), 0.0)
 
 
 @triton.jit(do_not_specialize=["stream", "keep_threshold"])
 def attention_forward(
     qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
     out_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
-    lse_ptr,  # (heads, tokens) float32, log-sum-exp of the base-2 scores
+    stats_ptr,  # (2, heads, tokens) float32: of base-2 scores, each row's maximum and log2 of its sum
     probs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_PROBS
     cu_seqlens_ptr,  # (batch + 1,) int32; unused without HAS_CU_SEQLENS
     columns_ptr,  # (tokens,) int32; unused without HAS_COLUMNS
@@ -162,8 +159,9 @@ def attention_forward(
         factor *= tl.load(head_mask_ptr + h).to(tl.float32)
     out_ptr += start * heads * HEAD_DIM + h * HEAD_DIM
     _store_heads(out_ptr, acc * (factor / row_sum)[:, None], rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
-    lse = row_max + tl.log2(row_sum)
-    tl.store(lse_ptr + h.to(tl.int64) * tokens + start + rows, lse, mask=rows < length)
+    stats_ptr += h.to(tl.int64) * tokens + start
+    tl.store(stats_ptr + rows, row_max, mask=rows < length)
+    tl.store(stats_ptr + tl.cast(heads, tl.int64) * tokens + rows, tl.log2(row_sum), mask=rows < length)
 
     if HAS_PROBS:
         if HAS_COLUMNS:
@@ -197,7 +195,7 @@ def attention_backward_dq(
     dprobs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_DPROBS
     qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
     out_ptr,  # (tokens, heads, HEAD_DIM)
-    lse_ptr,  # (heads, tokens) float32
+    stats_ptr,  # (2, heads, tokens) float32, from the forward pass
     delta_ptr,  # (heads, tokens) float32, written here and read by attention_backward_dkv
     dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the query third is written
     dhead_mask_ptr,  # (heads, batch, blocks) float32 partial sums; unused without HAS_HEAD_MASK
@@ -267,7 +265,8 @@ def attention_backward_dq(
     dout = _load_heads(dout_ptr + head_offset, rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
     out = _load_heads(out_ptr + head_offset, rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
     row_offset = h.to(tl.int64) * tokens + start + rows
-    lse = tl.load(lse_ptr + row_offset, mask=rows < length, other=0.0)
+    row_max = tl.load(stats_ptr + row_offset, mask=rows < length, other=0.0)
+    log_sum = tl.load(stats_ptr + tl.cast(heads, tl.int64) * tokens + row_offset, mask=rows < length, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
 
     if HAS_DPROBS:
@@ -278,7 +277,7 @@ def attention_backward_dq(
             if HAS_BIAS:
                 s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
             valid = (rows[:, None] < length) & (cols[None, :] < length)
-            p = _softmax_tile(s, lse[:, None], valid, length, HAS_BIAS) * (factor * g)
+            p = _softmax_tile(s, row_max[:, None], log_sum[:, None], valid) * (factor * g)
             if HAS_DROPOUT:
                 keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
@@ -296,7 +295,7 @@ def attention_backward_dq(
         if HAS_BIAS:
             s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
         valid = (rows[:, None] < length) & (cols[None, :] < length)
-        p = _softmax_tile(s, lse[:, None], valid, length, HAS_BIAS)
+        p = _softmax_tile(s, row_max[:, None], log_sum[:, None], valid)
         v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
         dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
         if HAS_DPROBS:
@@ -323,7 +322,7 @@ def attention_backward_dkv(
     dout_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
     dprobs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_DPROBS
     qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
-    lse_ptr,  # (heads, tokens) float32
+    stats_ptr,  # (2, heads, tokens) float32, from the forward pass
     delta_ptr,  # (heads, tokens) float32, from attention_backward_dq
     dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the key and value thirds are written
     cu_seqlens_ptr,  # as in attention_forward, and so on
@@ -379,7 +378,8 @@ def attention_backward_dkv(
         dprobs_ptr += plane.to(tl.int64) * probs_seq * probs_seq
         if HAS_COLUMNS:
             columns_ptr += start
-    lse_ptr += h.to(tl.int64) * tokens + start
+    max_ptr = stats_ptr + h.to(tl.int64) * tokens + start
+    sum_ptr = max_ptr + tl.cast(heads, tl.int64) * tokens
     delta_ptr += h.to(tl.int64) * tokens + start
     scale_log2 = scale * LOG2E
     factor = 1.0
@@ -396,13 +396,14 @@ def attention_backward_dkv(
         rows = row_start + tl.arange(0, BLOCK_M)
         q = _load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
         dout = _load_heads(dout_ptr, rows, third, length, HEAD_DIM, BLOCK_D)
-        lse = tl.load(lse_ptr + rows, mask=rows < length, other=0.0)
+        row_max = tl.load(max_ptr + rows, mask=rows < length, other=0.0)
+        log_sum = tl.load(sum_ptr + rows, mask=rows < length, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
         s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)) * scale_log2
         if HAS_BIAS:
             s += tl.trans(_bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below))
         valid = (cols[:, None] < length) & (rows[None, :] < length)
-        p = _softmax_tile(s, lse[None, :], valid, length, HAS_BIAS)
+        p = _softmax_tile(s, row_max[None, :], log_sum[None, :], valid)
         dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
         if HAS_DPROBS:
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)

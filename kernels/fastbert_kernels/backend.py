@@ -105,7 +105,7 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 class _Launcher:
-    """A kernel to be launched with the compile options that Triton's defaults may change."""
+    """A kernel to be launched on its tensors' device, with the compile options whose defaults Triton may change."""
 
     __slots__ = ("kernel",)
 
@@ -113,7 +113,15 @@ class _Launcher:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return functools.partial(self.kernel[grid], enable_fp_fusion=True)
+        def launch(**arguments: Any) -> None:
+            device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+            if device.index == torch.cuda.current_device():
+                self.kernel[grid](enable_fp_fusion=True, **arguments)
+            else:
+                with torch.cuda.device(device):
+                    self.kernel[grid](enable_fp_fusion=True, **arguments)
+
+        return launch
 
 
 def wrap_triton(kernel: Any) -> Any:

@@ -316,7 +316,9 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor 
     dz, sums = _backward(dy, *tensors, ctx.dropout_p, seed, ctx.stream)
 
     def scatter(ids: torch.Tensor, table: torch.Tensor, padding_idx: int) -> torch.Tensor:
-        return torch.ops.aten.embedding_dense_backward(dz, ids, table.shape[0], padding_idx, False).to(table.dtype)
+        rows = table.shape[0]
+        ids = torch.where((ids >= 0) & (ids < rows), ids, padding_idx)  # what read as zero gets no gradient
+        return torch.ops.aten.embedding_dense_backward(dz, ids, rows, padding_idx, False).to(table.dtype)
 
     need = ctx.needs_input_grad
     dwords = dz.to(words.dtype) if word_table is None and need[0] else None

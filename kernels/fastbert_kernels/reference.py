@@ -100,7 +100,7 @@ def attention(
     heads = qkv.shape[2]
     if bias is not None:
         bias = additive(bias).expand(len(lengths), heads, -1, -1)
-    if probs_shape is None and head_mask is None and keep is None:
+    if probs_shape is None and head_mask is None and keep is None and not _hides_rows(bias):
         return _attention_without_probs(qkv, lengths, bias, scale, dropout_p), None
 
     contexts, maps = [qkv[:0, 2]], []  # of qkv, so that no token at all still has a gradient
@@ -124,6 +124,14 @@ def attention(
     if not maps:
         return context, qkv.new_zeros(0, heads, probs_shape[1], probs_shape[1])
     return context, torch.stack(maps).to(qkv.dtype)
+
+
+def _hides_rows(bias: torch.Tensor | None) -> bool:
+    """Whether a row's keys may all be so far down that the log-sum-exp torch's fused attention saves for its backward
+    pass loses the sum."""
+    if bias is None or not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or bool((bias.amax(-1) < -1e3).any())
 
 
 def _place(probs: torch.Tensor, seq: int, columns: torch.Tensor | None) -> torch.Tensor:

@@ -63,7 +63,9 @@ _POINTERS: dict[str, torch.dtype | None] = {
     **dict.fromkeys(("qkv_ptr", "out_ptr", "probs_ptr", "dout_ptr", "dprobs_ptr", "dqkv_ptr", "head_mask_ptr")),
     **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "norm_bias_ptr", "y_ptr", "dy_ptr", "dz_ptr", "dx_ptr")),
     **dict.fromkeys(("word_table_ptr", "position_table_ptr", "token_type_table_ptr", "bias_ptr")),
-    **dict.fromkeys(("lse_ptr", "delta_ptr", "dhead_mask_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), torch.float32),
+    **dict.fromkeys(
+        ("stats_ptr", "delta_ptr", "dhead_mask_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), torch.float32
+    ),
     **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr"), torch.int32),
     **dict.fromkeys(("seed_ptr", "words_ptr", "positions_ptr", "token_types_ptr"), torch.int64),
 }
@@ -104,8 +106,9 @@ _FLAGS = (
     *("RESIDUAL", "WORD_TABLE"),
 )
 
-#: Bytes of shared memory that one program may have.
-_SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+#: Bytes of shared memory that one program may have. The sm_80 row serves smaller GPUs of its family, which have less
+#: than the 163 KiB of the first.
+_SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,12 +47,12 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
         (128, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
     ],
     ("sm_90", "backward_dq"): [
-        (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
+        (64, _attention(128, 64, 8, 2), _attention(64, 32, 8, 2)),
         (128, _attention(128, 32, 8, 2), _attention(64, 32, 8, 2)),
     ],
     ("sm_90", "backward_dkv"): [
         (64, _attention(64, 128, 8, 2), _attention(32, 128, 8, 2)),
-        (128, _attention(32, 64, 8, 2), _attention(32, 64, 8, 2)),
+        (128, _attention(32, 64, 8, 2), _attention(16, 64, 8, 2)),
     ],
     ("sm_100", "forward"): [
         (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
@@ -84,12 +84,12 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
 #: Two stages everywhere: with one, operands are held in registers whole, 255 of them instead of about 80.
 _ATTENTION_FLOAT: dict[str, _Rows] = {
     "forward": [
-        (64, _attention(32, 32, 4, 2), _attention(32, 16, 8, 2)),
+        (64, _attention(32, 32, 4, 2), _attention(16, 16, 8, 2)),
         (128, _attention(32, 16, 8, 2), _attention(16, 16, 8, 2)),
     ],
     "backward_dq": [
-        (64, _attention(32, 16, 8, 2), _attention(32, 16, 8, 2)),
-        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
+        (64, _attention(16, 16, 4, 2), _attention(16, 16, 4, 2)),
+        (128, _attention(16, 16, 4, 2), _attention(16, 16, 4, 2)),
     ],
     "backward_dkv": [
         (64, _attention(16, 32, 8, 2), _attention(16, 32, 8, 2)),
@@ -133,7 +133,7 @@ def row_tiles(features: int, elements: int = 4096) -> Tiles:
     """
     block_n = max(16, triton.next_power_of_2(features))
     block_m = max(1, min(16, elements // block_n))
-    num_warps = min(16, max(1, block_m * block_n // 512))
+    num_warps = min(16, max(1, block_m * block_n // 256))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 1}
 
 
