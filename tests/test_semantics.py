@@ -433,6 +433,18 @@ def test_torch_compile_fullgraph(device: torch.device, life: str, flags: dict[st
     )
 
 
+def test_compiled_additive_2d_mask_is_an_error_too(device: torch.device, life: str) -> None:
+    if life == "triton" or device.type == "cuda":
+        pytest.skip("an assertion on a GPU ends its context")
+    _, fused = pair(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    mask = mask_of([11, 4, 6], 11, device)
+    compiled(ids(device=device), mask.float())
+    with pytest.raises(RuntimeError, match="holds only 0 and 1"):
+        compiled(ids(device=device), (1.0 - mask) * -10000.0)
+
+
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu", "silu", "quick_gelu"])
 def test_activations(device: torch.device, act: str, caplog: pytest.LogCaptureFixture) -> None:
     fastbert.notices._warn.cache_clear()

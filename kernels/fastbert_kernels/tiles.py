@@ -133,7 +133,8 @@ def row_tiles(features: int, elements: int = 4096) -> Tiles:
     """
     block_n = max(16, triton.next_power_of_2(features))
     block_m = max(1, min(16, elements // block_n))
-    num_warps = min(16, max(1, block_m * block_n // 256))
+    # Rows that 128-bit accesses do not fit hold an address for every element: half as many elements a thread.
+    num_warps = min(16, max(1, block_m * block_n // (512 if features % 8 == 0 else 256)))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 1}
 
 

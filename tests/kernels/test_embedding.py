@@ -298,3 +298,28 @@ def test_mixed_devices(device: torch.device, name: str) -> None:
 def test_dtype_without_a_kernel(device: torch.device) -> None:
     with backend("triton"), pytest.raises(TypeError, match=r"no fastbert kernel has dtype torch\.float64"):
         embed(**random_ids(9, device), **random_tables(37, torch.float64, device), eps=EPS)
+
+
+@pytest.mark.parametrize("padding_idx", [-1, 0])
+def test_an_unchecked_id_outside_its_table_reads_zero_and_gets_no_gradient(
+    device: torch.device, padding_idx: int
+) -> None:
+    ids, tables = random_ids(6, device), random_tables(37, torch.float32, device)
+    leaves = {name: table.clone().requires_grad_() for name, table in tables.items()}
+    outside = {name: x.clone() for name, x in ids.items()}
+    outside["words"][2], outside["positions"][4] = VOCABULARY + 7, -3
+    cotangent = torch.randn(6, 37, device=device)
+    y, _, _ = torch.ops.fastbert.embed(*outside.values(), *leaves.values(), EPS, padding_idx, 0.0, None, 0)
+    y.backward(cotangent)
+
+    z = tables["word_table"][ids["words"]] + tables["token_type_table"][ids["token_types"]]
+    z[2] -= tables["word_table"][ids["words"][2]]
+    z += tables["position_table"][ids["positions"]]
+    z[4] -= tables["position_table"][ids["positions"][4]]
+    wanted = torch.nn.functional.layer_norm(z, (37,), tables["weight"], tables["norm_bias"], EPS)
+    torch.testing.assert_close(y.detach(), wanted, rtol=1e-4, atol=1e-4)
+    expected_words = set(ids["words"][[0, 1, 3, 4, 5]].tolist()) - {padding_idx}
+    touched = leaves["word_table"].grad.abs().sum(1).nonzero().flatten().tolist()
+    assert set(touched) == expected_words
+    expected_positions = set(ids["positions"][[0, 1, 2, 3, 5]].tolist())
+    assert set(leaves["position_table"].grad.abs().sum(1).nonzero().flatten().tolist()) == expected_positions
