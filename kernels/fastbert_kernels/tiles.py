@@ -51,12 +51,12 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
         (128, _attention(128, 32, 8, 2), _attention(64, 32, 8, 2)),
     ],
     ("sm_90", "backward_dkv"): [
-        (64, _attention(64, 128, 8, 2), _attention(32, 128, 8, 2)),
+        (64, _attention(64, 128, 8, 2), _attention(16, 128, 8, 2)),
         (128, _attention(32, 64, 8, 2), _attention(16, 64, 8, 2)),
     ],
     ("sm_100", "forward"): [
         (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
-        (128, _attention(128, 64, 8, 2), _attention(64, 32, 8, 2)),
+        (128, _attention(128, 64, 8, 2), _attention(64, 16, 8, 2)),
     ],
     ("sm_100", "backward_dq"): [
         (64, _attention(64, 64, 8, 2), _attention(64, 32, 8, 2)),
@@ -64,7 +64,7 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
     ],
     ("sm_100", "backward_dkv"): [
         (64, _attention(64, 64, 8, 2), _attention(32, 64, 8, 2)),
-        (128, _attention(32, 64, 8, 2), _attention(32, 64, 8, 2)),
+        (128, _attention(32, 64, 8, 2), _attention(16, 64, 8, 2)),
     ],
     ("gfx942", "forward"): [
         (64, _attention(64, 64, 4, 1), _attention(64, 64, 4, 1)),
@@ -92,7 +92,7 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
         (128, _attention(16, 16, 4, 2), _attention(16, 16, 4, 2)),
     ],
     "backward_dkv": [
-        (64, _attention(16, 32, 8, 2), _attention(16, 32, 8, 2)),
+        (64, _attention(16, 32, 8, 2), _attention(16, 16, 4, 2)),
         (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
     ],
 }
