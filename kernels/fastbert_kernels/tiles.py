@@ -59,11 +59,11 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
         (128, _attention(128, 64, 8, 2), _attention(64, 16, 8, 2)),
     ],
     ("sm_100", "backward_dq"): [
-        (64, _attention(64, 64, 8, 2), _attention(64, 32, 8, 2)),
+        (64, _attention(64, 64, 8, 2), _attention(64, 16, 8, 2)),
         (128, _attention(64, 32, 8, 2), _attention(64, 32, 8, 2)),
     ],
     ("sm_100", "backward_dkv"): [
-        (64, _attention(64, 64, 8, 2), _attention(32, 64, 8, 2)),
+        (64, _attention(64, 64, 8, 2), _attention(16, 64, 8, 2)),
         (128, _attention(32, 64, 8, 2), _attention(16, 64, 8, 2)),
     ],
     ("gfx942", "forward"): [
