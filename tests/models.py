@@ -7,8 +7,6 @@ import transformers
 
 import fastbert
 
-KINDS = {"input_ids": torch.long}
-
 
 def tiny_config(**changes: Any) -> transformers.BertConfig:
     """Two layers, four heads of 8, dropout off."""

@@ -19,6 +19,7 @@ import triton
 from . import reference
 from .attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
 from .backend import check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .layer_norm import dropout_arguments
 from .tiles import attention_tiles
 
 MAX_HEAD_DIM = 128
@@ -44,7 +45,6 @@ def _common_arguments(
         "columns_ptr": qkv if columns is None else columns,
         "bias_ptr": qkv if bias is None else bias,
         "head_mask_ptr": qkv if head_mask is None else head_mask,
-        "seed_ptr": qkv if seed is None else seed,
         "tokens": qkv.shape[0],
         "heads": qkv.shape[2],
         "max_seqlen": max_seqlen,
@@ -54,16 +54,13 @@ def _common_arguments(
         "bias_row_stride": strides[2],
         "masked_below": 0.0 if bias is None else reference.masked_below(bias.dtype),
         "scale": scale,
-        "stream": stream,
-        "keep_threshold": reference.dropout_threshold(dropout_p),
-        "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
         "HEAD_DIM": qkv.shape[3],
         "BLOCK_D": max(16, triton.next_power_of_2(qkv.shape[3])),
         "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_COLUMNS": columns is not None,
         "HAS_BIAS": bias is not None,
         "HAS_HEAD_MASK": head_mask is not None,
-        "HAS_DROPOUT": dropout_p > 0.0,
+        **dropout_arguments(qkv, dropout_p, seed, stream),
     }
 
 

@@ -15,7 +15,7 @@ from .backend import check_mode, check_same_device, forbid_double_backward, regi
 from .column_sums import column_sums, partial_rows
 from .layer_norm import (
     MAX_FEATURES,
-    _dropout_arguments,
+    dropout_arguments,
     load_rows,
     load_vector,
     normalize,
@@ -234,7 +234,7 @@ def _forward(
             rstd_ptr=rstd,
             eps=eps,
             **_common_arguments(words, positions, token_types, word_table, position_table, token_type_table, weight),
-            **_dropout_arguments(y, dropout_p, seed, stream),
+            **dropout_arguments(y, dropout_p, seed, stream),
             **tiles,
         )
     return y, mean, rstd
@@ -288,7 +288,7 @@ def _backward(
         dz_ptr=dz,
         partials_ptr=partials,
         **_common_arguments(words, positions, token_types, word_table, position_table, token_type_table, weight),
-        **_dropout_arguments(dy, dropout_p, seed, stream),
+        **dropout_arguments(dy, dropout_p, seed, stream),
         **tiles,
     )
     return dz, column_sums(partials, weight.dtype)

@@ -191,7 +191,8 @@ def _forward_fake(
     return torch.empty_like(x if residual is None else residual), stats, torch.empty_like(stats)
 
 
-def _dropout_arguments(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, stream: int) -> dict[str, Any]:
+def dropout_arguments(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, stream: int) -> dict[str, Any]:
+    """The arguments by which every kernel draws its dropout. An absent seed is stood in for by x, never read."""
     return {
         "seed_ptr": x if seed is None else seed,
         "stream": stream,
@@ -233,7 +234,7 @@ def _forward(
             eps=eps,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
-            **_dropout_arguments(x, dropout_p, seed, stream),
+            **dropout_arguments(x, dropout_p, seed, stream),
             **tiles,
         )
     return y, mean, rstd
@@ -294,7 +295,7 @@ def _backward(
         features=features,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        **_dropout_arguments(x, dropout_p, seed, stream),
+        **dropout_arguments(x, dropout_p, seed, stream),
         **tiles,
     )
     return dz, dx, column_sums(partials, weight.dtype)
