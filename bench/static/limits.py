@@ -1,6 +1,7 @@
 """What a call must compute and move, and the least time that takes on a GPU: shared with the runs on a GPU.
 
-    floor(cost("attention_forward", lengths=[512] * 64, heads=12, width=64, dtype="bfloat16"), PEAKS["H200"], "bfloat16")
+    call = cost("attention_forward", lengths=[512] * 64, heads=12, width=64, dtype="bfloat16")
+    microseconds, bound = floor(call, PEAKS["H200"], "bfloat16")
 
 A cost is what the outputs need of the inputs: each input read once, each output written once, each product and each
 exponential computed once. Left out, because they are far below the rest: element-wise arithmetic, index vectors.
@@ -13,8 +14,10 @@ from typing import NamedTuple
 from fastbert_kernels.tiles import PARTIAL_SUMS
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-FLAGS = frozenset(
-    "CU_SEQLENS COLUMNS BIAS HEAD_MASK DROPOUT PROBS DPROBS RESIDUAL WORD_TABLE".split()  # the kernels' HAS_ switches
+#: Compile-time switches of the kernels, without their HAS_.
+FLAGS = (
+    *("CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS"),
+    *("RESIDUAL", "WORD_TABLE"),
 )
 #: Rows of BERT's word table.
 VOCABULARY = 30522
