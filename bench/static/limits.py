@@ -48,17 +48,23 @@ class Peaks:
     """FLOP/s in float32 outside the tensor cores, which would round to TF32."""
     copy: float
     """Bytes read and written."""
-    exps: float
-    """Exponentials: 16 a clock and multiprocessor (CUDA C++ Programming Guide, throughput of native instructions)."""
+    multiprocessors: int
+    clock: float
+    """Highest clock of the multiprocessors, in Hz."""
+
+    @property
+    def exps(self) -> float:
+        """Exponentials: 16 a clock (CUDA C++ Programming Guide; AMD CDNA 3 ISA, a quarter of the vector rate)."""
+        return 16 * self.multiprocessors * self.clock
 
 
-#: H200: matrix product and copy as measured; the rest, and all of A100 and B200, are the vendor's peaks, which no
-#: program reaches. A100 SXM 80 GB datasheet; H200 SXM datasheet; HGX B200 datasheet, an eighth of its eight GPUs.
-#: Exponentials: multiprocessors x 16 x highest clock.
+#: H200: matrix product and copy as measured on one. All else are the vendors' peaks, which no program reaches: data
+#: sheets of A100 SXM 80 GB, H200 SXM, HGX B200 (an eighth of its eight GPUs) and MI300X.
 PEAKS: dict[str, Peaks] = {
-    "A100": Peaks(tensor=312e12, float32=19.5e12, copy=2.04e12, exps=108 * 16 * 1.41e9),
-    "H200": Peaks(tensor=790e12, float32=67e12, copy=4.3e12, exps=132 * 16 * 1.98e9),
-    "B200": Peaks(tensor=2250e12, float32=75e12, copy=8e12, exps=148 * 16 * 1.965e9),
+    "A100": Peaks(tensor=312e12, float32=19.5e12, copy=2.04e12, multiprocessors=108, clock=1.41e9),
+    "H200": Peaks(tensor=790e12, float32=67e12, copy=4.3e12, multiprocessors=132, clock=1.98e9),
+    "B200": Peaks(tensor=2250e12, float32=75e12, copy=8e12, multiprocessors=148, clock=1.965e9),
+    "MI300X": Peaks(tensor=1307e12, float32=163e12, copy=5.3e12, multiprocessors=304, clock=2.1e9),
 }
 
 
