@@ -135,7 +135,7 @@ class Field:
     def __init__(
         self,
         model: str,
-        source: nn.Module,
+        source: Any,
         names: Sequence[str],
         *,
         dtype: torch.dtype,
@@ -272,7 +272,7 @@ def _error(got: tuple[list[Tensor], dict[str, Tensor]], want: tuple[list[Tensor]
     return torch.stack(errors).max().item()  # NaN if one is
 
 
-def random_source(config: transformers.BertConfig, task: Task) -> nn.Module:
+def random_source(config: transformers.BertConfig, task: Task) -> transformers.PreTrainedModel:
     """A Hugging Face BERT with fixed random weights, eager: with a classifier for "finetune", else the base model."""
     kind = transformers.BertForSequenceClassification if task == "finetune" else transformers.BertModel
     config = transformers.BertConfig(**(config.to_dict() | {"attn_implementation": "eager"}))

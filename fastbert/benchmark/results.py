@@ -13,6 +13,7 @@ from .measure import Row
 from .timing import Times
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
@@ -103,39 +104,48 @@ def save_json(path: str | os.PathLike[str], content: Any) -> None:
     beside.replace(path)
 
 
-def table(groups: Iterable[Group], title: str | None = None) -> "Table":
-    """All contenders on all workloads, wins and losses alike."""
+def show(console: "Console", groups: Iterable[Group]) -> None:
+    """Print every contender on every workload, wins and losses alike."""
+    for group in groups:
+        console.print(_heading(group.rows[0]), style="bold", soft_wrap=True)
+        console.print(_table(group))
+        for row in group.rows:
+            if row.times is None:
+                console.print(
+                    f"{CONTENDERS[row.contender]}: {row.problem}", style="yellow", markup=False, soft_wrap=True
+                )
+        console.print(f"{group.verdict}\n", style="bold")
+
+
+def _heading(row: Row) -> str:
+    shape = f"{row.batch} x {row.seq}, {row.tokens} tokens (fill {row.fill:.0%})"
+    least = "" if row.floor is None else f", floor {1e3 * row.floor:.3g} ms"
+    return f"{row.workload}: {row.task} of {row.model} in {row.dtype}, {shape}{least}"
+
+
+def _table(group: Group) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    shown.add_column("workload", overflow="fold")
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("contender", no_wrap=True)
-    for name in ("median ms", "20-80%", "tokens/s", "peer / fastbert", "T/Floor", "peak MiB"):
+    for name in ("median ms", "20-80%", "/ fastbert", "T/Floor", "MiB", "error"):
         shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("error", overflow="fold")
-    for group in groups:
-        first = group.rows[0]
-        about = f"{first.workload} {first.dtype}"
-        detail = f"{first.model}, {first.batch} x {first.seq}, fill {first.fill:.2f}"
-        labels = [about, detail, *[""] * len(group.rows)]
-        for label, row in zip(labels, group.rows, strict=False):
-            name = CONTENDERS[row.contender]
-            if row.times is None:
-                shown.add_row(label, name, *["-"] * 6, Text(row.problem or "", "yellow"))
-                continue
-            times, ratio = row.times, group.speedup(row.contender)
-            style = "" if ratio is None or row.contender == "fastbert" else "green" if ratio >= 1 else "red"
-            shown.add_row(
-                label,
-                name,
-                f"{1e3 * times.median:.2f}",
-                f"{1e3 * times.q20:.2f}-{1e3 * times.q80:.2f}",
-                f"{row.tokens / times.median:,.0f}",
-                Text("-" if ratio is None or row.contender == "fastbert" else f"{ratio:.2f}x", style),
-                "-" if row.floor is None else f"{times.median / row.floor:.2f}",
-                "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
-                f"{row.error:.0e}",
-            )
-        shown.add_row("", Text(group.verdict, "bold"), end_section=True)
+    for row in group.rows:
+        if row.times is None:
+            continue
+        times, ratio = row.times, group.speedup(row.contender)
+        if row.contender == "fastbert" or ratio is None:
+            against = Text("-")
+        else:
+            against = Text(f"{ratio:.2f}x", "green" if ratio >= 1 else "red")
+        shown.add_row(
+            CONTENDERS[row.contender],
+            f"{1e3 * times.median:.2f}",
+            f"{1e3 * times.q20:.2f}-{1e3 * times.q80:.2f}",
+            against,
+            "-" if row.floor is None else f"{times.median / row.floor:.2f}",
+            "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
+            f"{row.error:.0e}",
+        )
     return shown
