@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .contenders import CONTENDERS
 from .results import Group
@@ -264,7 +264,7 @@ def _why_not(group: Group, names: Sequence[str]) -> dict[str, str]:
 def _name(axes: "Axes", by_workload: dict[str, list[str]], panels: Sequence[dict[str, Group]], inches: float) -> None:
     """Workloads and peers, at the left of the first panel."""
     x = -_NAMES / inches
-    style = {"transform": axes.get_yaxis_transform(), "va": "center", "clip_on": False}
+    style: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "clip_on": False}
     y = 0.0
     for workload, names in by_workload.items():
         row = next(panel[workload] for panel in panels if workload in panel).rows[0]
