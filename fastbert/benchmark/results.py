@@ -35,6 +35,10 @@ class Results:
         """Write as JSON. A reader never sees half a file."""
         save_json(path, dataclasses.asdict(self))
 
+    def to_json(self) -> str:
+        """What `save` writes."""
+        return _json(dataclasses.asdict(self))
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Results":
         """Read what `save` wrote."""
@@ -100,8 +104,12 @@ def save_json(path: str | os.PathLike[str], content: Any) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.part")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(_json(content), encoding="utf-8")
     beside.replace(path)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 def show(console: "Console", groups: Iterable[Group]) -> None:

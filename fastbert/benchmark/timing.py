@@ -14,6 +14,9 @@ Run = Callable[[], Any]
 #: Written before a timed run that must find nothing of its own in the L2 cache, which is smaller on every GPU.
 FLUSH_BYTES = 256 * 1024 * 1024
 
+#: Clock cycles that the GPU is kept busy while a kernel's run is launched: half a millisecond.
+_LAUNCH_CYCLES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Times:
@@ -52,9 +55,8 @@ def interleaved(
         device: where they run. On a GPU the time is that between two events on the current stream.
         seconds: no new round starts after this time, once the fewest rounds are done.
         rounds: fewest and most rounds.
-        flush: for kernels. Empties the L2 cache before each run and does not wait for it: the launch hides behind the
-            flush as it does in a busy queue, and the GPU's own time is left. Without it each run starts on an idle GPU
-            and its launches count. A CPU has no such thing.
+        flush: for kernels. Empties the L2 cache before each run and keeps the GPU busy while the run is launched: its
+            own time is left. Without it each run starts on an idle GPU and its launches count. Nothing on a CPU.
         on_round: called after each round with the share of the work that is done, up to 1.
 
     Returns:
@@ -94,6 +96,7 @@ def _gpu_seconds(run: Run, cache: Tensor | None) -> float:
     torch.cuda.synchronize()
     if cache is not None:
         cache.zero_()
+        torch.cuda._sleep(_LAUNCH_CYCLES)
     start.record()
     run()
     end.record()
