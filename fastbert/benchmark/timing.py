@@ -73,7 +73,7 @@ def interleaved(
     taken: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     start = time.perf_counter()
-    for i in range(most):
+    for i in range(most if runs else 0):
         spent = time.perf_counter() - start
         if i >= fewest and spent >= seconds:
             break

@@ -152,7 +152,7 @@ def _read_histogram(path: Path) -> dict[int, int]:
         try:
             length, count = (int(cell) for cell in row)
         except ValueError:
-            if number == 1 and len(row) == 2:  # a heading
+            if number == 1 and not row[0].strip().isdigit():  # a heading
                 continue
             raise InputError(f"--lengths {str(path)!r}, line {number}: {','.join(row)!r}: {wanted}") from None
         if length < 1 or count < 0:

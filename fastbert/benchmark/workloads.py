@@ -71,9 +71,7 @@ def ragged(batch: int, seq: int, fill: float) -> tuple[int, ...]:
         low, high = (middle, high) if sum(lengths) > fill * batch * seq else (low, middle)
     reached = sum(lengths) / (batch * seq)
     if abs(reached - fill) > 0.02:
-        raise ValueError(
-            f"{batch} rows up to {seq} long, one of them {seq}, cannot have a fill of {fill}: {reached:.2f}"
-        )
+        raise ValueError(f"{batch} rows, one of them {seq} long, cannot have a fill of {fill}, only {reached:.2f}")
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(0)).tolist()
     return tuple(lengths[i] for i in order)
 
