@@ -14,7 +14,7 @@ from fastbert.benchmark.timing import Times
 
 _MAIN_VERSIONS = ("torch", "triton", "transformers")
 
-NONE_YET = "No results are committed yet: `make bench` measures on the machine it runs on."
+NONE_YET = "No results are committed yet."
 
 _LEGEND = """\
 Contenders take turns in one run, and are timed only after what they return was compared with plain PyTorch in float32.
