@@ -4,13 +4,14 @@
 are left alone.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bench.kernels import Row as KernelRow
+from fastbert.benchmark.contenders import named
 from fastbert.benchmark.results import Results
 from fastbert.benchmark.timing import Times
 
@@ -20,33 +21,6 @@ Content = TypeVar("Content")
 
 class ResultsError(ValueError):
     """A folder or file that holds no results."""
-
-
-@dataclass(frozen=True)
-class KernelRow:
-    """One contender on one call of a kernel.
-
-    Attributes:
-        kernel, case: the op with its direction, and its sizes, for people.
-        dtype: of the activations.
-        contender: who did it, for people; "fastbert" is ours.
-        times: None when it was not timed.
-        flops, bytes: what the call must compute and move.
-        floor: the least time, in seconds.
-        error: the largest error of a result.
-        problem: why it was not timed.
-    """
-
-    kernel: str
-    case: str
-    dtype: str
-    contender: str
-    times: Times | None
-    flops: float
-    bytes: float
-    floor: float
-    error: float | None
-    problem: str | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +105,7 @@ def _device(folder: Path) -> Device:
     found = [folder / name for name in MODELS if (folder / name).is_file()]
     if len(found) > 1:
         raise ResultsError(f"{str(folder)!r} has {' and '.join(MODELS)}: give each device a folder of its own")
-    models = _read(found[0], Results.load) if found else None
+    models = _read(found[0], _load_models) if found else None
     kernels = _read(folder / KERNELS, _load_kernels) if (folder / KERNELS).is_file() else None
     if models is None and kernels is None:
         raise ResultsError(f"{str(folder)!r} has no results: expected {', '.join((*MODELS, KERNELS))}")
@@ -150,11 +124,13 @@ def _read(path: Path, load: Callable[[Path], Content]) -> Content:
     return content
 
 
+def _load_models(path: Path) -> Results:
+    results = Results.load(path)
+    named([row.contender for row in results.rows])
+    return results
+
+
 def _load_kernels(path: Path) -> Kernels:
     content = json.loads(path.read_text(encoding="utf-8"))
-    names = [field.name for field in dataclasses.fields(KernelRow)]
-    rows = [
-        KernelRow(**{name: row[name] for name in names} | {"times": row["times"] and Times(**row["times"])})
-        for row in content["rows"]
-    ]
+    rows = [KernelRow(**row | {"times": row["times"] and Times(**row["times"])}) for row in content["rows"]]
     return Kernels(content["facts"], rows, content["finished"])
