@@ -29,12 +29,12 @@ def field(dtype: str, task: Task) -> Field:
     return Field(MODEL, random_source(CONFIGS[MODEL], task), EVERYDAY, dtype=getattr(torch, dtype), device=DEVICE)
 
 
-def _unless(everyday: bool) -> tuple[pytest.MarkDecorator, ...]:
+def _marks(everyday: bool) -> tuple[pytest.MarkDecorator, ...]:
     return () if everyday else (pytest.mark.slow,)
 
 
-@pytest.mark.parametrize("contender", [pytest.param(name, marks=_unless(name in EVERYDAY)) for name in CONTENDERS])
-@pytest.mark.parametrize("dtype", [pytest.param(name, marks=_unless(name == DTYPES[0])) for name in DTYPES])
+@pytest.mark.parametrize("contender", [pytest.param(name, marks=_marks(name in EVERYDAY)) for name in CONTENDERS])
+@pytest.mark.parametrize("dtype", [pytest.param(name, marks=_marks(name == DTYPES[0])) for name in DTYPES])
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_model(workload: str, dtype: str, contender: str, timed: Callable[[str, str, Run], None]) -> None:
     what = WORKLOADS[workload]

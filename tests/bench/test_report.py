@@ -14,7 +14,8 @@ from matplotlib import image
 from typer.testing import CliRunner, Result
 
 from bench import curves, kernels, report
-from bench.collect import ResultsError, collect
+from bench.collect import Device, Kernels, ResultsError, collect
+from bench.roofline import roofline
 from fastbert.benchmark.measure import Row
 from fastbert.benchmark.results import Results
 from fastbert.benchmark.timing import Times
@@ -296,6 +297,30 @@ def test_time_is_drawn_over_tokens_and_memory_for_each_token(place: Place) -> No
     (memory,) = curves.memory_panels(groups)
     assert memory.points["fastbert"] == [(10, 3.0, "ragged"), (30, 1.0, "full")]
     assert "floor" not in memory.points
+
+
+def test_the_roofline_shows_each_kernel_and_its_best_peer(tmp_path: Path) -> None:
+    def draw(rows: list[Any]) -> np.ndarray:
+        return image.imread(roofline(Kernels(FACTS, rows, True), tmp_path / "roofline.png", "note"))
+
+    whole = draw(KERNELS)
+    for i in (0, 1, 3, 4, 5):
+        slower = dataclasses.replace(KERNELS[i].times, median=KERNELS[i].times.median * 1.5)
+        changed = [dataclasses.replace(row, times=slower) if row is KERNELS[i] else row for row in KERNELS]
+        other = draw(changed)
+        assert whole.shape == other.shape
+        assert not np.array_equal(whole, other)
+    assert draw([row for row in KERNELS if "embed" not in row.kernel]).shape[0] < whole.shape[0]
+
+
+@pytest.mark.parametrize(("rows", "facts"), [(KERNELS[2:3], FACTS), (KERNELS, FACTS | {"ceilings": {}})])
+def test_no_roofline_without_times_or_ceilings(rows: list[Any], facts: dict[str, Any], tmp_path: Path) -> None:
+    kernels_run = Kernels(facts, rows, True)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        roofline(kernels_run, tmp_path / "roofline.png", "note")
+    found = report.pictures(Device("h200", None, kernels_run))
+    assert not found.drawn
+    assert "the roofline of the kernels (no kernel was timed under measured ceilings)" in found.absent
 
 
 def broken(name: str, content: str) -> Callable[[Place], None]:
