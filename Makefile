@@ -7,14 +7,16 @@ DEMO := demo-output
 # The version of torch in constraints.txt; the pip cache keeps a second environment cheap.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench bench-dev bench-report clean
 
 help:
-	@echo "make demo      a real checkpoint through the fused encoder, checked against Hugging Face and timed"
-	@echo "make test      the tests"
-	@echo "make test-all  the tests and the expensive sweeps"
-	@echo "make lint      ruff and mypy"
-	@echo "make bench     models on this CPU against the peers people use, interleaved"
+	@echo "make demo          a real checkpoint through the fused encoder, checked against Hugging Face and timed"
+	@echo "make test          the tests"
+	@echo "make test-all      the tests and the expensive sweeps"
+	@echo "make lint          ruff and mypy"
+	@echo "make bench         models on this CPU against the peers people use, interleaved"
+	@echo "make bench-dev     models and ops, compared with the time they took before"
+	@echo "make bench-report  tables, pictures and README's figures from bench/results"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +56,13 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench.cpu
+
+bench-dev: $(VENV)/.installed
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-compare --benchmark-autosave \
+		--benchmark-min-rounds=3 --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+bench-report: $(VENV)/.installed
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf $(VENV) .cache $(DEMO) bench-output
