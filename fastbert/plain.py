@@ -4,6 +4,8 @@ A fused kernel reads a module's parameters and skips its `forward`. That is only
 with ordinary parameters that nobody watches: a LoRA, quantized, sharded, parametrized or hooked module must be called.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeGuard
 
 from torch import nn
@@ -30,11 +32,33 @@ def wants_grad_output(module: nn.Module) -> bool:
     return any(getattr(hook, "__name__", "") == _REQUIRE_GRADS for hook in module._forward_hooks.values())
 
 
+_gathered = False
+
+
+@contextlib.contextmanager
+def as_if_gathered() -> Iterator[None]:
+    """Look at a model at rest as at one that runs: what FSDP shards, it gathers before it calls the module around."""
+    global _gathered
+    before, _gathered = _gathered, True
+    try:
+        yield
+    finally:
+        _gathered = before
+
+
+def is_sharded_within(module: nn.Module) -> bool:
+    """Whether FSDP shards the module's parameters as part of it or of a module around it."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` is exactly a `kind` whose ordinary parameters may be read without calling it."""
     return (
         type(module) is kind
-        and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
+        and all(
+            p is None or type(p) is nn.Parameter or (_gathered and is_sharded_within(module))
+            for p in module._parameters.values()
+        )
         and not is_called(module)
     )
 
