@@ -194,7 +194,8 @@ class BertModel(transformers.BertModel):
         positions = self.embeddings.position_embeddings
         check_same_device(
             "BertModel", model=positions.weight if is_plain_embedding(positions) else None, inputs=words,
-            attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, head_mask=head_mask,
+            attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            head_mask=head_mask,
         )  # fmt: skip
         position_ids = _broadcast_ids("position_ids", position_ids, batch, seq)
         token_type_ids = _broadcast_ids("token_type_ids", token_type_ids, batch, seq)

@@ -6,7 +6,7 @@ with ordinary parameters that nobody watches: a LoRA, quantized, sharded, parame
 
 import contextlib
 from collections.abc import Iterator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -22,9 +22,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_called(module: nn.Module) -> bool:
     """Whether someone relies on the module being called: a hook, or a replaced `forward`."""
-    return "forward" in module.__dict__ or any(
-        getattr(hook, "__name__", "") != _REQUIRE_GRADS for hooks in _HOOKS for hook in getattr(module, hooks).values()
-    )
+    if "forward" in module.__dict__:
+        return True
+    hooks = [hook for hooks in _HOOKS for hook in getattr(module, hooks).values()]
+    return any(getattr(hook, "__name__", "") != _REQUIRE_GRADS and not _has_no_work(hook, module) for hook in hooks)
+
+
+def _has_no_work(hook: Any, module: nn.Module) -> bool:
+    """Whether a hook is there to gather the parameters of a module that has none: ZeRO-3 hooks every module."""
+    return getattr(hook, "__module__", "").startswith("deepspeed.") and not any(True for _ in module.parameters())
 
 
 def wants_grad_output(module: nn.Module) -> bool:
