@@ -23,7 +23,7 @@ from .masks import dense_bias, layer_head_masks, token_mask
 from .modules import FusedEmbeddings, attends_fused, draw_seed, fuse_modules
 from .notices import warn_once
 from .packing import Layout, dense_layout, packed_layout
-from .plain import foreign_hooks
+from .plain import foreign_hooks, is_plain_embedding
 
 #: What a caller that packs its own batches passes: Hugging Face's names.
 _PACKED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -191,9 +191,11 @@ class BertModel(transformers.BertModel):
         """The door in: check the arguments, choose the layout, bring ids or vectors into it."""
         words = _exactly_one(input_ids, inputs_embeds)
         batch, seq = words.shape[:2]
+        positions = self.embeddings.position_embeddings
         check_same_device(
-            "BertModel", model=self.embeddings.position_embeddings.weight, inputs=words, attention_mask=attention_mask,
-            token_type_ids=token_type_ids, position_ids=position_ids, head_mask=head_mask,
+            "BertModel", model=positions.weight if is_plain_embedding(positions) else None, inputs=words,
+            attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            head_mask=head_mask,
         )  # fmt: skip
         position_ids = _broadcast_ids("position_ids", position_ids, batch, seq)
         token_type_ids = _broadcast_ids("token_type_ids", token_type_ids, batch, seq)

@@ -26,7 +26,7 @@ from .plain import (
     is_plain_linear,
     wants_grad_output,
 )
-from .projection import can_stack, project, project_qkv, qkv_parameters, rehome, separate
+from .projection import APART, can_be_neighbours, can_stack, project, project_qkv, qkv_parameters, rehome, separate
 
 #: Module class of an activation -> the kernels' name for its formula.
 KERNEL_ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -73,12 +73,12 @@ def _called(**modules: nn.Module) -> str | None:
 
 
 class FusedEmbeddings(hf.BertEmbeddings):
-    """Three gathers, LayerNorm and dropout in one kernel."""
+    """Three gathers, LayerNorm and dropout in one kernel. Word embeddings that are not plain are called instead."""
 
     dropout_stream = 0
 
     def unfused_reason(self) -> str | None:
-        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        for name in ("position_embeddings", "token_type_embeddings"):
             if not is_plain_embedding(getattr(self, name)):
                 return f"{name} is not a plain nn.Embedding"
         if not is_plain_layer_norm(self.LayerNorm):
@@ -86,7 +86,9 @@ class FusedEmbeddings(hf.BertEmbeddings):
         return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
 
     def note(self) -> str | None:
-        return None
+        if is_plain_embedding(self.word_embeddings):
+            return None
+        return f"word_embeddings ({type(self.word_embeddings).__name__}) called as a module"
 
     def forward(
         self,
@@ -102,21 +104,23 @@ class FusedEmbeddings(hf.BertEmbeddings):
         if reason is not None:
             _leave(self, reason)
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
-        words = input_ids if inputs_embeds is None else inputs_embeds
-        if words is None:
+        if inputs_embeds is None and input_ids is None:
             raise ValueError("the embeddings need input_ids or inputs_embeds, got neither")
+        if inputs_embeds is None and not is_plain_embedding(self.word_embeddings):
+            warn_once("fastbert: word_embeddings are called as a module; the embeddings around them stay fused")
+            inputs_embeds = self.word_embeddings(input_ids)
+        words: Any = input_ids if inputs_embeds is None else inputs_embeds
         batch, seq = words.shape[:2]
         if position_ids is None:
             position_ids = self.position_ids[:, past_key_values_length : seq + past_key_values_length]
         if token_type_ids is None:
             token_type_ids = words.new_zeros((1, 1), dtype=torch.long)
-        table = self.word_embeddings.weight
         dropout_p = self.dropout.p if self.dropout.training else 0.0
         y = embed(
             words.reshape(batch * seq, *words.shape[2:]),
             position_ids.expand(batch, seq).reshape(-1),
             token_type_ids.expand(batch, seq).reshape(-1),
-            table if inputs_embeds is None else None,
+            self.word_embeddings.weight if inputs_embeds is None else None,
             self.position_embeddings.weight,
             self.token_type_embeddings.weight,
             self.LayerNorm.weight,
@@ -124,7 +128,7 @@ class FusedEmbeddings(hf.BertEmbeddings):
             self.LayerNorm.eps,
             padding_idx=self.word_embeddings.padding_idx,
             dropout_p=dropout_p,
-            seed=_seed(seed, dropout_p, table),
+            seed=_seed(seed, dropout_p, self.position_embeddings.weight),
             stream=self.dropout_stream,
         )
         if wants_grad_output(self.word_embeddings) and torch.is_grad_enabled() and not y.requires_grad:
@@ -151,7 +155,8 @@ class FusedSelfAttention(hf.BertSelfAttention):
 
     def note(self) -> str | None:
         if can_stack(self.query, self.key, self.value):
-            return None
+            groups = qkv_parameters(self.query, self.key, self.value)
+            return None if all(parts[0].is_meta or can_be_neighbours(parts) for parts in groups) else APART
         return _called(query=self.query, key=self.key, value=self.value)
 
     def rehome(self) -> None:
@@ -420,6 +425,9 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     hf.BertLayer: FusedLayer,
     hf.BertEncoder: FusedEncoder,
 }
+# Policies of sharding engines, and device maps, name the modules they keep whole: "BertLayer", or `_no_split_modules`.
+for _plain, _fused in FUSED.items():
+    _fused.__name__ = _plain.__name__
 
 
 def attends_fused(layer: Any) -> bool:
