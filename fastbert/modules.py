@@ -26,7 +26,7 @@ from .plain import (
     is_plain_linear,
     wants_grad_output,
 )
-from .projection import can_stack, project, project_qkv, qkv_parameters, rehome, separate
+from .projection import can_stack, in_own_storage, project, project_qkv, qkv_parameters, rehome, separate
 
 #: Module class of an activation -> the kernels' name for its formula.
 KERNEL_ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -165,6 +165,16 @@ class FusedSelfAttention(hf.BertSelfAttention):
         if can_stack(self.query, self.key, self.value):
             for parts in qkv_parameters(self.query, self.key, self.value):
                 separate(parts)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Every module's, but each projection in a storage of its own: what saves a model may keep one tensor a
+        storage, as accelerate does, or refuse to save a part of one, as safetensors does."""
+        state = super().state_dict(*args, **kwargs)
+        if not kwargs.get("keep_vars"):
+            for name, value in state.items():
+                if name.startswith(kwargs.get("prefix", "")) and isinstance(value, torch.Tensor):
+                    state[name] = in_own_storage(value)
+        return state
 
     def forward(
         self,

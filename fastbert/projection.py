@@ -51,10 +51,13 @@ def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
     return True
 
 
+def _fills_storage(part: torch.Tensor) -> bool:
+    return part.is_contiguous() and part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
+
 def _owns_storage(part: torch.Tensor) -> bool:
     """Whether a tensor may be moved: it fills a storage of its own that is not shared between processes."""
-    storage = part.untyped_storage()
-    return part.is_contiguous() and storage.nbytes() == part.numel() * part.element_size() and not part.is_shared()
+    return _fills_storage(part) and not part.is_shared()
 
 
 def rehome(parts: tuple[nn.Parameter, ...]) -> bool:
@@ -84,6 +87,14 @@ def separate(parts: tuple[nn.Parameter, ...]) -> None:
     if not parts[0].is_meta and adjacent(parts):
         for p in parts:
             p.data = p.detach().clone()
+
+
+def in_own_storage(part: torch.Tensor) -> torch.Tensor:
+    """The same memory as a detached tensor whose storage holds nothing else."""
+    part = part.detach()
+    if type(part) is not torch.Tensor or part.is_meta or _fills_storage(part):
+        return part
+    return torch.from_dlpack(part)
 
 
 class _Stacked(torch.autograd.Function):
