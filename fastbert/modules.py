@@ -24,6 +24,7 @@ from .plain import (
     is_plain_embedding,
     is_plain_layer_norm,
     is_plain_linear,
+    kind,
     wants_grad_output,
 )
 from .projection import can_stack, in_own_storage, project, project_qkv, qkv_parameters, rehome, separate
@@ -47,7 +48,8 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 
 def _leave(module: nn.Module, reason: str) -> None:
-    warn_once(f"fastbert: {type(module).__mro__[1].__name__} runs unfused: {reason}")
+    plain = next(base for base in type(module).__mro__ if base.__module__ == hf.__name__)
+    warn_once(f"fastbert: {plain.__name__} runs unfused: {reason}; fastbert.explain(model) says in which layers")
 
 
 class MapSlot:
@@ -68,8 +70,19 @@ def _mask_like(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor 
 
 def _called(**modules: nn.Module) -> str | None:
     """A note on linear layers that are called as modules while the rest around them stays fused."""
-    names = [f"{name} ({type(m).__name__})" for name, m in modules.items() if not is_plain_linear(m)]
+    names = [f"{name} ({kind(m, nn.Linear)})" for name, m in modules.items() if not is_plain_linear(m)]
     return f"{', '.join(names)} called as a module" if names else None
+
+
+def _not_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> str:
+    return f"{name} is not a plain nn.{expected.__name__} but {kind(module, expected)}"
+
+
+def _norm_reason(module: Any) -> str | None:
+    """Why a module's LayerNorm and dropout cannot be one kernel's."""
+    if not is_plain_layer_norm(module.LayerNorm):
+        return _not_plain("LayerNorm", module.LayerNorm, nn.LayerNorm)
+    return None if is_plain_dropout(module.dropout) else _not_plain("dropout", module.dropout, nn.Dropout)
 
 
 class FusedEmbeddings(hf.BertEmbeddings):
@@ -80,10 +93,8 @@ class FusedEmbeddings(hf.BertEmbeddings):
     def unfused_reason(self) -> str | None:
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
             if not is_plain_embedding(getattr(self, name)):
-                return f"{name} is not a plain nn.Embedding"
-        if not is_plain_layer_norm(self.LayerNorm):
-            return "LayerNorm is not a plain nn.LayerNorm"
-        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+                return _not_plain(name, getattr(self, name), nn.Embedding)
+        return _norm_reason(self)
 
     def note(self) -> str | None:
         return None
@@ -147,7 +158,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             return "causal attention is Hugging Face's own path"
         if self.attention_head_size > MAX_HEAD_DIM:
             return f"head_dim {self.attention_head_size} is over the kernels' {MAX_HEAD_DIM}"
-        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+        return None if is_plain_dropout(self.dropout) else _not_plain("dropout", self.dropout, nn.Dropout)
 
     def note(self) -> str | None:
         if can_stack(self.query, self.key, self.value):
@@ -251,9 +262,7 @@ class _FusedAddNorm:
     dropout_stream = 0
 
     def unfused_reason(self) -> str | None:
-        if not is_plain_layer_norm(self.LayerNorm):
-            return "LayerNorm is not a plain nn.LayerNorm"
-        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+        return _norm_reason(self)
 
     def note(self) -> str | None:
         return _called(dense=self.dense)

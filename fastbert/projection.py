@@ -13,7 +13,7 @@ from torch import nn
 from fastbert_kernels import uses_triton
 
 from .notices import warn_once
-from .plain import is_plain_linear
+from .plain import is_plain_linear, kind
 
 
 def project(dense: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -36,8 +36,7 @@ def project(dense: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def _say_called(module: nn.Module) -> None:
     if not is_plain_linear(module):
-        kind = f"a hooked or sharded {type(module).__name__}" if type(module) is nn.Linear else type(module).__name__
-        warn_once(f"fastbert: {kind} is called as a module; the layer around it stays fused")
+        warn_once(f"fastbert: {kind(module, nn.Linear)} is called as a module; the layer around it stays fused")
 
 
 def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
