@@ -27,6 +27,7 @@ from .plain import (
     kind,
     wants_grad_output,
 )
+from .prefix import Prefix
 from .projection import can_stack, in_own_storage, project, project_qkv, qkv_parameters, rehome, separate
 
 #: Module class of an activation -> the kernels' name for its formula.
@@ -200,6 +201,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
         map_slot: MapSlot | None = None,
         map_seq: int | None = None,
         map_columns: torch.Tensor | None = None,
+        prefix: Prefix | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of each sequence with itself.
@@ -212,6 +214,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             map_slot: where to leave the probabilities too: nothing between here and the encoder returns them.
             map_seq: also return the probabilities, in maps of this side.
             map_columns: int32 (tokens,), each token's column in its map.
+            prefix: what each sequence sees before itself. The other arguments, but for hidden_states, count it in.
 
         Returns:
             The context, like hidden_states, and the probabilities (batch, heads, map_seq, map_seq) or None.
@@ -235,6 +238,8 @@ class FusedSelfAttention(hf.BertSelfAttention):
             map_seq = seq
         qkv = project_qkv(self.query, self.key, self.value, hidden_states)
         qkv = qkv.view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
+        if prefix is not None:
+            qkv = prefix.prepend(qkv, self.layer_idx)
         dropout_p = self.dropout.p if self.training else 0.0
         context, probs = attention(
             qkv,
@@ -249,6 +254,9 @@ class FusedSelfAttention(hf.BertSelfAttention):
             probs_seq=map_seq,
             columns=map_columns,
         )
+        if prefix is not None:
+            context = context.index_select(0, prefix.token_rows)
+            probs = None if probs is None else probs[:, :, prefix.length :]
         _leave_map(map_slot, probs)
         return context.reshape(batch, seq, self.all_head_size), probs
 
