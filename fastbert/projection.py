@@ -54,9 +54,15 @@ def _fills_storage(part: torch.Tensor) -> bool:
     return part.is_contiguous() and part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
 
-def _owns_storage(part: torch.Tensor) -> bool:
-    """Whether a tensor may be moved: it fills a storage of its own that is not shared between processes."""
-    return _fills_storage(part) and not part.is_shared()
+def _may_move(parts: tuple[torch.Tensor, ...], i: int) -> bool:
+    """Whether a part has a storage of its own, not shared between processes, or the storage and the place that `rehome`
+    once gave it: its neighbours may have left, as those do that an adapter is merged into."""
+    part = parts[i]
+    if part.is_shared() or not part.is_contiguous():
+        return False
+    start, whole = sum(p.numel() for p in parts[:i]), sum(p.numel() for p in parts)
+    at_home = part.storage_offset() == start and part.untyped_storage().nbytes() == whole * part.element_size()
+    return at_home or _fills_storage(part)
 
 
 def rehome(parts: tuple[nn.Parameter, ...]) -> bool:
@@ -70,7 +76,7 @@ def rehome(parts: tuple[nn.Parameter, ...]) -> bool:
         return False
     if adjacent(parts):
         return True
-    if not all(_owns_storage(p) for p in parts) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not all(_may_move(parts, i) for i in range(len(parts))) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     with torch.inference_mode(False), torch.no_grad():  # a parameter made in inference mode could not be trained
         home = torch.cat([p.detach() for p in parts])

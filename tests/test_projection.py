@@ -151,3 +151,16 @@ def test_savers_that_keep_one_tensor_a_storage_lose_none(tmp_path: Path) -> None
         model.encoder.layer[0].attention.self.key.weight.zero_()
     accelerator.load_state(tmp_path / "state")
     assert torch.equal(model.encoder.layer[0].attention.self.key.weight, wanted)
+
+
+def test_a_parameter_whose_neighbours_were_replaced_finds_them_again() -> None:
+    linears = three()
+    weights = tuple(linear.weight for linear in linears)
+    assert rehome(weights)
+    for i in (0, 2):  # as merging an adapter does
+        weights[i].data = weights[i].data + 1.0
+    assert not adjacent(weights)
+    x = torch.randn(2, 6)
+    wanted = torch.cat([linear(x) for linear in linears], -1)
+    torch.testing.assert_close(project_qkv(*linears, x), wanted)
+    assert adjacent(weights)
