@@ -161,6 +161,7 @@ def main(
         seed=seed,
         logging_steps=1,
         save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,

@@ -383,6 +383,15 @@ class FusedLayer(hf.BertLayer):
 class FusedEncoder(hf.BertEncoder):
     """The layers, one after the other."""
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        start = f"{prefix}layer."
+        found = {name.removeprefix(start).partition(".")[0] for name in state_dict if name.startswith(start)}
+        if found and len(found) != len(self.layer):  # which loading with strict=False, as Trainer does, lets pass
+            warn_once(
+                f"fastbert: a checkpoint with {len(found)} encoder layers is loaded into a model with {len(self.layer)}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -76,7 +76,9 @@ def rehome(parts: tuple[nn.Parameter, ...]) -> bool:
         return False
     if adjacent(parts):
         return True
-    if not all(_may_move(parts, i) for i in range(len(parts))) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not all(_may_move(parts, i) for i in range(len(parts))) or (
+        first.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
         return False
     with torch.inference_mode(False), torch.no_grad():  # a parameter made in inference mode could not be trained
         home = torch.cat([p.detach() for p in parts])
