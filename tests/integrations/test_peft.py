@@ -151,14 +151,17 @@ def test_an_adapter_saved_from_one_loads_into_the_other(name: str, tmp_path: Pat
 
 
 def test_hugging_faces_own_door_to_adapters(tmp_path: Path) -> None:
-    model = plain_model(fastbert.BertForSequenceClassification)
-    base = model(**batch()).logits
     fused_first("query and value").save_pretrained(tmp_path)
-    model.load_adapter(str(tmp_path))
+    theirs, ours = plain_model(), plain_model(fastbert.BertForSequenceClassification)
     with torch.no_grad():
-        torch.testing.assert_close(model(**batch()).logits, fused_first("query and value")(**batch()).logits)
-        model.disable_adapters()
-        torch.testing.assert_close(model(**batch()).logits, base, atol=2e-5, rtol=1e-4)
+        base = theirs(**batch()).logits
+        for model in (theirs, ours):
+            model.load_adapter(str(tmp_path))
+        wanted = theirs(**batch()).logits
+        assert (wanted - base).abs().max() > 0.05
+        torch.testing.assert_close(ours(**batch()).logits, wanted, atol=2e-5, rtol=1e-4)
+        ours.disable_adapters()
+        torch.testing.assert_close(ours(**batch()).logits, base, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("safe", [False, True])
