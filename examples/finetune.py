@@ -75,8 +75,7 @@ def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axis = figure.subplots()
-    for name, losses in curves.items():
-        style = "-" if name == "fastbert" else "--"
+    for (name, losses), style in zip(curves.items(), ("-", "--", ":"), strict=False):
         axis.plot(range(1, len(losses) + 1), losses, style, linewidth=1.3, label=name)
     axis.set(xlabel="step", ylabel="training loss", title="The subject of a docstring")
     axis.set_ylim(bottom=0)

@@ -97,8 +97,7 @@ def separate(parts: tuple[nn.Parameter, ...]) -> None:
 
 
 def in_own_storage(part: torch.Tensor) -> torch.Tensor:
-    """The same memory as a detached tensor whose storage holds nothing else."""
-    part = part.detach()
+    """A detached tensor's memory as a tensor whose storage holds nothing else."""
     if type(part) is not torch.Tensor or part.is_meta or _fills_storage(part):
         return part
     return torch.from_dlpack(part)
