@@ -151,6 +151,8 @@ class BertModel(transformers.BertModel):
         layout, bias, prefix = batch.layout, batch.bias, None
         if before:
             heads = self.config.num_attention_heads
+            keys = past_key_values.layers[0].keys
+            check_same_device("BertModel", input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=keys)
             prefix = place_prefix(past_key_values, layout, heads, self.config.hidden_size // heads)
             layout, bias = prefix.layout, None if bias is None else prefix.widen(bias)
         seeded = {"seed": seed} if isinstance(self.embeddings, FusedEmbeddings) else {}

@@ -19,12 +19,12 @@ from fastbert_kernels.attention import MAX_HEAD_DIM
 
 from .notices import warn_once
 from .plain import (
+    describe,
     is_called,
     is_plain_dropout,
     is_plain_embedding,
     is_plain_layer_norm,
     is_plain_linear,
-    kind,
     wants_grad_output,
 )
 from .prefix import Prefix
@@ -71,12 +71,12 @@ def _mask_like(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor 
 
 def _called(**modules: nn.Module) -> str | None:
     """A note on linear layers that are called as modules while the rest around them stays fused."""
-    names = [f"{name} ({kind(m, nn.Linear)})" for name, m in modules.items() if not is_plain_linear(m)]
+    names = [f"{name} ({describe(m, nn.Linear)})" for name, m in modules.items() if not is_plain_linear(m)]
     return f"{', '.join(names)} called as a module" if names else None
 
 
 def _not_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> str:
-    return f"{name} is not a plain nn.{expected.__name__} but {kind(module, expected)}"
+    return f"{name} is not a plain nn.{expected.__name__} but {describe(module, expected)}"
 
 
 def _norm_reason(module: Any) -> str | None:

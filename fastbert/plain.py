@@ -39,7 +39,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def kind(module: nn.Module, expected: type[nn.Module]) -> str:
+def describe(module: nn.Module, expected: type[nn.Module]) -> str:
     """What `module` is, in a message that it is not a plain `expected`."""
     actual = type(module)
     if actual is expected:

@@ -4,6 +4,7 @@ The three weights are kept as neighbouring views of one storage, so that the sta
 nothing. They stay three parameters: in the state dict, in the optimizer, in `named_parameters`.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from fastbert_kernels import uses_triton
 
 from .notices import warn_once
-from .plain import is_plain_linear, kind
+from .plain import describe, is_plain_linear
 
 
 def project(dense: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -36,7 +37,7 @@ def project(dense: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def _say_called(module: nn.Module) -> None:
     if not is_plain_linear(module):
-        warn_once(f"fastbert: {kind(module, nn.Linear)} is called as a module; the layer around it stays fused")
+        warn_once(f"fastbert: {describe(module, nn.Linear)} is called as a module; the layer around it stays fused")
 
 
 def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
@@ -50,35 +51,33 @@ def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
     return True
 
 
-def _fills_storage(part: torch.Tensor) -> bool:
-    return part.is_contiguous() and part.untyped_storage().nbytes() == part.numel() * part.element_size()
+def _movable(parts: tuple[torch.Tensor, ...]) -> bool:
+    """Whether tensors may be moved: they are parameters of one kind, and nothing else refers to their storages.
 
-
-def _may_move(parts: tuple[torch.Tensor, ...], i: int) -> bool:
-    """Whether a part has a storage of its own, not shared between processes, or the storage and the place that `rehome`
-    once gave it: its neighbours may have left, as those do that an adapter is merged into."""
-    part = parts[i]
-    if part.is_shared() or not part.is_contiguous():
+    Whoever else does would go on filling the old storage, which nobody reads any more: a sharding engine the
+    parameters it gathers or its flat buffer, another process the memory it shares.
+    """
+    first = parts[0]
+    if any(type(p) is not nn.Parameter or p.dtype != first.dtype or p.device != first.device for p in parts):
         return False
-    start, whole = sum(p.numel() for p in parts[:i]), sum(p.numel() for p in parts)
-    at_home = part.storage_offset() == start and part.untyped_storage().nbytes() == whole * part.element_size()
-    return at_home or _fills_storage(part)
+    if first.is_meta or (first.is_cpu and any(p.is_shared() for p in parts)):  # on a GPU is_shared is always True
+        return False
+    storages = [p.untyped_storage() for p in parts]
+    held = Counter(storage._cdata for storage in storages)
+    # The storage's own Python object, alive in the list above, is one more reference.
+    return all(torch._C._storage_Use_Count(storage) == count + 1 for storage, count in held.items())
+
+
+def can_be_neighbours(parts: tuple[torch.Tensor, ...]) -> bool:
+    """Whether tensors are adjacent or may be made so."""
+    return all(type(p) is nn.Parameter for p in parts) and (adjacent(parts) or _movable(parts))
 
 
 def rehome(parts: tuple[nn.Parameter, ...]) -> bool:
-    """Move parameters next to each other in a new storage, unless they are already; whether they are now.
-
-    Parameters that are views of something larger (a flat buffer of a sharding engine, say), shared between
-    processes, of different kinds, or not materialized stay where they are.
-    """
-    first = parts[0]
-    if first.is_meta or any(p.dtype != first.dtype or p.device != first.device for p in parts):
-        return False
+    """Move parameters next to each other in a new storage, unless they are already; whether they are now."""
     if adjacent(parts):
         return True
-    if not all(_may_move(parts, i) for i in range(len(parts))) or (
-        first.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):
+    if not _movable(parts) or (parts[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     with torch.inference_mode(False), torch.no_grad():  # a parameter made in inference mode could not be trained
         home = torch.cat([p.detach() for p in parts])
@@ -94,13 +93,6 @@ def separate(parts: tuple[nn.Parameter, ...]) -> None:
     if not parts[0].is_meta and adjacent(parts):
         for p in parts:
             p.data = p.detach().clone()
-
-
-def in_own_storage(part: torch.Tensor) -> torch.Tensor:
-    """A detached tensor's memory as a tensor whose storage holds nothing else."""
-    if type(part) is not torch.Tensor or part.is_meta or _fills_storage(part):
-        return part
-    return torch.from_dlpack(part)
 
 
 class _Stacked(torch.autograd.Function):
@@ -150,3 +142,10 @@ def qkv_parameters(query: Any, key: Any, value: Any) -> list[tuple[nn.Parameter,
 def can_stack(*linears: nn.Module) -> bool:
     """Whether the layers are plain, and all of them have a bias or none."""
     return all(is_plain_linear(linear) for linear in linears) and len({x.bias is None for x in linears}) == 1
+
+
+def in_own_storage(part: torch.Tensor) -> torch.Tensor:
+    """A detached tensor's memory as a tensor whose storage holds nothing else."""
+    if type(part) is not torch.Tensor or part.is_meta or part.untyped_storage().nbytes() == part.nbytes:
+        return part
+    return torch.from_dlpack(part)
