@@ -19,6 +19,7 @@ from fastbert_kernels.attention import MAX_HEAD_DIM
 
 from .notices import warn_once
 from .plain import (
+    describe,
     is_called,
     is_plain_dropout,
     is_plain_embedding,
@@ -26,7 +27,18 @@ from .plain import (
     is_plain_linear,
     wants_grad_output,
 )
-from .projection import APART, can_be_neighbours, can_stack, project, project_qkv, qkv_parameters, rehome, separate
+from .prefix import Prefix
+from .projection import (
+    APART,
+    can_be_neighbours,
+    can_stack,
+    in_own_storage,
+    project,
+    project_qkv,
+    qkv_parameters,
+    rehome,
+    separate,
+)
 
 #: Module class of an activation -> the kernels' name for its formula.
 KERNEL_ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -47,7 +59,8 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 
 def _leave(module: nn.Module, reason: str) -> None:
-    warn_once(f"fastbert: {type(module).__mro__[1].__name__} runs unfused: {reason}")
+    plain = next(base for base in type(module).__mro__ if base.__module__ == hf.__name__)
+    warn_once(f"fastbert: {plain.__name__} runs unfused: {reason}; fastbert.explain(model) says in which layers")
 
 
 class MapSlot:
@@ -68,8 +81,19 @@ def _mask_like(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor 
 
 def _called(**modules: nn.Module) -> str | None:
     """A note on linear layers that are called as modules while the rest around them stays fused."""
-    names = [f"{name} ({type(m).__name__})" for name, m in modules.items() if not is_plain_linear(m)]
+    names = [f"{name} ({describe(m, nn.Linear)})" for name, m in modules.items() if not is_plain_linear(m)]
     return f"{', '.join(names)} called as a module" if names else None
+
+
+def _not_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> str:
+    return f"{name} is not a plain nn.{expected.__name__} but {describe(module, expected)}"
+
+
+def _norm_reason(module: Any) -> str | None:
+    """Why a module's LayerNorm and dropout cannot be one kernel's."""
+    if not is_plain_layer_norm(module.LayerNorm):
+        return _not_plain("LayerNorm", module.LayerNorm, nn.LayerNorm)
+    return None if is_plain_dropout(module.dropout) else _not_plain("dropout", module.dropout, nn.Dropout)
 
 
 class FusedEmbeddings(hf.BertEmbeddings):
@@ -80,10 +104,8 @@ class FusedEmbeddings(hf.BertEmbeddings):
     def unfused_reason(self) -> str | None:
         for name in ("position_embeddings", "token_type_embeddings"):
             if not is_plain_embedding(getattr(self, name)):
-                return f"{name} is not a plain nn.Embedding"
-        if not is_plain_layer_norm(self.LayerNorm):
-            return "LayerNorm is not a plain nn.LayerNorm"
-        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+                return _not_plain(name, getattr(self, name), nn.Embedding)
+        return _norm_reason(self)
 
     def note(self) -> str | None:
         if is_plain_embedding(self.word_embeddings):
@@ -151,7 +173,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             return "causal attention is Hugging Face's own path"
         if self.attention_head_size > MAX_HEAD_DIM:
             return f"head_dim {self.attention_head_size} is over the kernels' {MAX_HEAD_DIM}"
-        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+        return None if is_plain_dropout(self.dropout) else _not_plain("dropout", self.dropout, nn.Dropout)
 
     def note(self) -> str | None:
         if can_stack(self.query, self.key, self.value):
@@ -171,6 +193,16 @@ class FusedSelfAttention(hf.BertSelfAttention):
             for parts in qkv_parameters(self.query, self.key, self.value):
                 separate(parts)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Every module's, but each projection in a storage of its own: what saves a model may keep one tensor a
+        storage, as accelerate does, or refuse to save a part of one, as safetensors does."""
+        state = super().state_dict(*args, **kwargs)
+        if not kwargs.get("keep_vars"):
+            for name, value in state.items():
+                if name.startswith(kwargs.get("prefix", "")) and isinstance(value, torch.Tensor):
+                    state[name] = in_own_storage(value)
+        return state
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -184,6 +216,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
         map_slot: MapSlot | None = None,
         map_seq: int | None = None,
         map_columns: torch.Tensor | None = None,
+        prefix: Prefix | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of each sequence with itself.
@@ -196,6 +229,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             map_slot: where to leave the probabilities too: nothing between here and the encoder returns them.
             map_seq: also return the probabilities, in maps of this side.
             map_columns: int32 (tokens,), each token's column in its map.
+            prefix: what each sequence sees before itself. The other arguments, but for hidden_states, count it in.
 
         Returns:
             The context, like hidden_states, and the probabilities (batch, heads, map_seq, map_seq) or None.
@@ -219,6 +253,8 @@ class FusedSelfAttention(hf.BertSelfAttention):
             map_seq = seq
         qkv = project_qkv(self.query, self.key, self.value, hidden_states)
         qkv = qkv.view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
+        if prefix is not None:
+            qkv = prefix.prepend(qkv, self.layer_idx)
         dropout_p = self.dropout.p if self.training else 0.0
         context, probs = attention(
             qkv,
@@ -233,6 +269,9 @@ class FusedSelfAttention(hf.BertSelfAttention):
             probs_seq=map_seq,
             columns=map_columns,
         )
+        if prefix is not None:
+            context = context.index_select(0, prefix.token_rows)
+            probs = None if probs is None else probs[:, :, prefix.length :]
         _leave_map(map_slot, probs)
         return context.reshape(batch, seq, self.all_head_size), probs
 
@@ -246,9 +285,7 @@ class _FusedAddNorm:
     dropout_stream = 0
 
     def unfused_reason(self) -> str | None:
-        if not is_plain_layer_norm(self.LayerNorm):
-            return "LayerNorm is not a plain nn.LayerNorm"
-        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+        return _norm_reason(self)
 
     def note(self) -> str | None:
         return _called(dense=self.dense)
@@ -360,6 +397,15 @@ class FusedLayer(hf.BertLayer):
 
 class FusedEncoder(hf.BertEncoder):
     """The layers, one after the other."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        start = f"{prefix}layer."
+        found = {name.removeprefix(start).partition(".")[0] for name in state_dict if name.startswith(start)}
+        if found and len(found) != len(self.layer):  # which loading with strict=False, as Trainer does, lets pass
+            warn_once(
+                f"fastbert: a checkpoint with {len(found)} encoder layers is loaded into a model with {len(self.layer)}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,

@@ -69,6 +69,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def describe(module: nn.Module, expected: type[nn.Module]) -> str:
+    """What `module` is, in a message that it is not a plain `expected`."""
+    actual = type(module)
+    if actual is expected:
+        return f"{actual.__name__} that is hooked, sharded or changed"
+    return f"{actual.__module__}.{actual.__name__}" if actual.__name__ == expected.__name__ else actual.__name__
+
+
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     return is_plain(module, nn.Linear)
 

@@ -14,7 +14,7 @@ from torch import nn
 from fastbert_kernels import uses_triton
 
 from .notices import warn_once
-from .plain import is_plain_linear
+from .plain import describe, is_plain_linear
 
 #: Why the three projections may be three products although each is plain.
 APART = "query, key and value are three products: something else holds their parameters (FSDP, a flat buffer)"
@@ -40,8 +40,7 @@ def project(dense: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def _say_called(module: nn.Module) -> None:
     if not is_plain_linear(module):
-        kind = f"a hooked or sharded {type(module).__name__}" if type(module) is nn.Linear else type(module).__name__
-        warn_once(f"fastbert: {kind} is called as a module; the layer around it stays fused")
+        warn_once(f"fastbert: {describe(module, nn.Linear)} is called as a module; the layer around it stays fused")
 
 
 def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
@@ -157,3 +156,10 @@ def qkv_parameters(query: Any, key: Any, value: Any) -> list[tuple[nn.Parameter,
 def can_stack(*linears: nn.Module) -> bool:
     """Whether the layers are plain, and all of them have a bias or none."""
     return all(is_plain_linear(linear) for linear in linears) and len({x.bias is None for x in linears}) == 1
+
+
+def in_own_storage(part: torch.Tensor) -> torch.Tensor:
+    """A detached tensor's memory as a tensor whose storage holds nothing else."""
+    if type(part) is not torch.Tensor or part.is_meta or part.untyped_storage().nbytes() == part.nbytes:
+        return part
+    return torch.from_dlpack(part)

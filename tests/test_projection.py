@@ -1,12 +1,19 @@
 """Query, key and value as one product over three parameters."""
 
 import copy
+from pathlib import Path
 
+import accelerate
 import pytest
+import safetensors.torch
 import torch
+from models import ids, tiny_config
 from torch import nn
 
+import fastbert
 from fastbert.projection import adjacent, project_qkv, rehome, separate, stack_parameters
+
+NAMES = ("query", "key", "value")
 
 
 def three(device: torch.device | str = "cpu", bias: bool = True) -> list[nn.Linear]:
@@ -140,3 +147,47 @@ def test_parameters_that_moved_in_inference_mode_can_be_trained() -> None:
     assert adjacent(tuple(linear.weight for linear in linears))
     project_qkv(*linears, torch.randn(2, 6)).sum().backward()
     assert linears[2].weight.grad is not None
+
+
+def test_every_tensor_of_a_state_dict_has_a_storage_of_its_own_and_the_parameters_memory() -> None:
+    model = fastbert.BertModel(tiny_config())
+    model(ids())
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    assert adjacent(tuple(parameters[f"encoder.layer.0.attention.self.{name}.weight"] for name in NAMES))
+    assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
+    assert all(v.untyped_storage().nbytes() == v.numel() * v.element_size() for v in state.values())
+    assert all(state[name].data_ptr() == p.data_ptr() for name, p in parameters.items())
+    assert all(value is parameters[name] for name, value in model.state_dict(keep_vars=True).items())
+    state["encoder.layer.1.attention.self.value.weight"].fill_(3.0)  # as moving averages of weights do
+    assert (model.encoder.layer[1].attention.self.value.weight == 3.0).all()
+
+
+def test_savers_that_keep_one_tensor_a_storage_lose_none(tmp_path: Path) -> None:
+    model = fastbert.BertModel(tiny_config())
+    model(ids())
+    safetensors.torch.save_model(model, tmp_path / "whole.safetensors")
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.save_model(accelerator.prepare(model), tmp_path)
+    accelerator.save_state(tmp_path / "state")
+    for file in ("whole.safetensors", "model.safetensors", "state/model.safetensors"):
+        saved = safetensors.torch.load_file(tmp_path / file)
+        assert saved.keys() == model.state_dict().keys()
+        assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    wanted = model.encoder.layer[0].attention.self.key.weight.detach().clone()
+    with torch.no_grad():
+        model.encoder.layer[0].attention.self.key.weight.zero_()
+    accelerator.load_state(tmp_path / "state")
+    assert torch.equal(model.encoder.layer[0].attention.self.key.weight, wanted)
+
+
+def test_a_parameter_whose_neighbours_were_replaced_finds_them_again() -> None:
+    linears = three()
+    weights = tuple(linear.weight for linear in linears)
+    assert rehome(weights)
+    for i in (0, 2):  # as merging an adapter does
+        weights[i].data = weights[i].data + 1.0
+    assert not adjacent(weights)
+    x = torch.randn(2, 6)
+    wanted = torch.cat([linear(x) for linear in linears], -1)
+    torch.testing.assert_close(project_qkv(*linears, x), wanted)
+    assert adjacent(weights)
