@@ -81,13 +81,25 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
     ],
 }
 
-#: float32 has no tensor-core product of full precision, so its tiles are small: one table for every architecture.
+#: float32 has no tensor-core product of full precision, so its tiles are small, and nearly the same everywhere.
 #: Two stages everywhere: with one, operands are held in registers whole, 255 of them instead of about 80.
 _ATTENTION_FLOAT: dict[str, _Rows] = {
     "forward": [
         (64, _attention(32, 32, 4, 2), _attention(16, 16, 8, 2)),
         (128, _attention(32, 16, 8, 2), _attention(16, 16, 8, 2)),
     ],
+    "backward_dq": [
+        (64, _attention(16, 16, 4, 2), _attention(16, 16, 4, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
+    ],
+    "backward_dkv": [
+        (64, _attention(16, 32, 8, 2), _attention(16, 16, 4, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
+    ],
+}
+
+#: On sm_80 four warps spill where maps are read; on the others eight do.
+_ATTENTION_FLOAT_SM_80: dict[str, _Rows] = _ATTENTION_FLOAT | {
     "backward_dq": [
         (64, _attention(16, 16, 4, 2), _attention(16, 16, 8, 2)),
         (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
@@ -116,7 +128,10 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
     """
     if target == "interpreter":
         return _ATTENTION_INTERPRETED
-    rows = _ATTENTION_FLOAT[kernel] if itemsize == 4 else _ATTENTION_HALF[target, kernel]
+    if itemsize == 4:
+        rows = (_ATTENTION_FLOAT_SM_80 if target == "sm_80" else _ATTENTION_FLOAT)[kernel]
+    else:
+        rows = _ATTENTION_HALF[target, kernel]
     return next(with_maps if maps else plain for widest, plain, with_maps in rows if head_dim <= widest)
 
 
