@@ -83,10 +83,16 @@ def test_title_and_note_are_drawn(tmp_path: Path) -> None:
     assert not np.array_equal(draw(tmp_path, groups), draw(tmp_path, groups, note="2026-01-01"))
 
 
-@pytest.mark.parametrize("groups", [[], [group(fastbert=1.0)], [group(fastbert="wrong", eager=1.0), group(eager=1.0)]])
-def test_nothing_to_draw(tmp_path: Path, groups: list[Group]) -> None:
-    with pytest.raises(ValueError, match=f"none of {len(groups) and 1} workloads has times of fastbert and of a peer"):
-        speedup_bars(groups, tmp_path / "bars.png")
+def test_without_a_ratio_the_reasons_are_drawn(tmp_path: Path) -> None:
+    lost, wrong = (draw(tmp_path, group(fastbert=why, eager=1.0)) for why in ("failed: lost a kernel", "wrong"))
+    assert lost.shape == wrong.shape
+    assert not np.array_equal(lost, wrong)
+    draw(tmp_path, group(fastbert=1.0))
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to draw: no results"):
+        speedup_bars([], tmp_path / "bars.png")
     assert not list(tmp_path.iterdir())
 
 
