@@ -16,7 +16,7 @@ from .column_sums import column_sums, partial_rows
 from .layer_norm import load_rows, load_vector, store_rows
 from .numerics import activation as apply_activation
 from .numerics import activation_grad
-from .tiles import COLUMN_TILES
+from .tiles import column_tiles
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -82,7 +82,7 @@ def _forward_fake(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -
 def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     count, features = x.shape
     y = torch.empty_like(x)
-    tiles = COLUMN_TILES
+    tiles = column_tiles(features)
     grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(features, tiles["BLOCK_N"]),)
     if count > 0:
         wrap_triton(_bias_activation_forward)[grid](
@@ -112,7 +112,7 @@ def _backward(
     count, features = x.shape
     dy = dy.contiguous()
     dx = torch.empty_like(x)
-    tiles = COLUMN_TILES
+    tiles = column_tiles(features)
     programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
     partials = x.new_empty(1, programs, features if bias is not None else 0, dtype=torch.float32)
     wrap_triton(_bias_activation_backward)[(triton.cdiv(features, tiles["BLOCK_N"]), programs)](

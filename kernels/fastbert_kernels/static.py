@@ -33,7 +33,7 @@ from . import column_sums, embedding, layer_norm
 from .attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
 from .backend import INTERPRETED
 from .bias_gelu import ACTIVATIONS, _bias_activation_backward, _bias_activation_forward
-from .tiles import COLUMN_TILES, Tiles, attention_table, row_tiles
+from .tiles import BACKWARD_ELEMENTS, FORWARD_ELEMENTS, Tiles, attention_table, column_tiles, row_tiles
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -278,8 +278,10 @@ def launch_tiles(case: Case, target: str) -> Tiles:
         maps = not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags)
         return attention_table(target, kernel, DTYPES[case.dtype].itemsize, case.width, maps)
     if case.kernel.startswith("bias_activation_"):
-        return COLUMN_TILES
-    return column_sums.TILES if case.kernel == "column_sums" else row_tiles(case.width)
+        return column_tiles(case.width)
+    if case.kernel == "column_sums":
+        return column_sums.TILES
+    return row_tiles(case.width, FORWARD_ELEMENTS if case.kernel.endswith("_forward") else BACKWARD_ELEMENTS)
 
 
 def arguments(case: Case, target: str) -> dict[str, Any]:

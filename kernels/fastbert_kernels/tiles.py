@@ -64,7 +64,8 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
     ],
     ("sm_100", "backward_dkv"): [
         (64, _attention(64, 64, 8, 2), _attention(16, 64, 8, 2)),
-        (128, _attention(32, 64, 8, 2), _attention(16, 64, 8, 2)),
+        # With two stages ptxas spills a register or two to fit one more program on a multiprocessor.
+        (128, _attention(32, 64, 8, 3), _attention(16, 64, 8, 3)),
     ],
     ("gfx942", "forward"): [
         (64, _attention(64, 64, 4, 1), _attention(64, 64, 4, 1)),
@@ -125,21 +126,35 @@ def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool) -> Tiles:
 
 
 @functools.cache
-def row_tiles(features: int, elements: int = 4096) -> Tiles:
+def row_tiles(features: int, elements: int) -> Tiles:
     """Tiles of a kernel that holds whole rows: BLOCK_M rows of BLOCK_N >= features.
 
     About `elements` elements a program: several rows where rows are short, so that every thread has a few independent
     128-bit accesses in flight; the warps grow with the tile to keep it in registers.
     """
+    wide = _wide(features)
     block_n = max(16, triton.next_power_of_2(features))
-    block_m = max(1, min(16, elements // block_n))
-    # Rows that 128-bit accesses do not fit hold an address for every element: half as many elements a thread.
-    num_warps = min(16, max(1, block_m * block_n // (512 if features % 8 == 0 else 256)))
+    block_m = max(1, min(16, (elements if wide else elements // 2) // block_n))
+    num_warps = min(16, max(1, block_m * block_n // (512 if wide else 128)))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 1}
 
 
-#: Element-wise kernels with a column reduction: rows and columns of a tile.
-COLUMN_TILES: Tiles = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
+#: Elements of a program of a row kernel. A forward program has one tile: small ones keep more of them resident. A
+#: backward program goes through many rows and adds them up: larger tiles, fewer rounds.
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 2048, 4096
+
+
+@functools.cache
+def column_tiles(features: int) -> Tiles:
+    """Tiles of an element-wise kernel with a column reduction: 128-bit accesses, 16 rows to add up in a thread."""
+    return {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4 if _wide(features) else 8, "num_stages": 1}
+
+
+def _wide(features: int) -> bool:
+    """Whether 128-bit accesses fit the rows. Where they do not, every element has an address of its own in registers,
+    and a thread gets fewer elements."""
+    return features % 8 == 0
+
 
 #: Programs that share the rows of a backward pass, each leaving one row of partial sums: enough to fill a GPU, few
 #: enough that reading the partials costs little.
