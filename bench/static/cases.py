@@ -12,7 +12,15 @@ from triton.backends.compiler import GPUTarget
 from fastbert_kernels import column_sums, embedding, layer_norm
 from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
 from fastbert_kernels.bias_gelu import ACTIVATIONS, _bias_activation_backward, _bias_activation_forward
-from fastbert_kernels.tiles import COLUMN_TILES, PARTIAL_SUMS, Tiles, attention_table, row_tiles
+from fastbert_kernels.tiles import (
+    BACKWARD_ELEMENTS,
+    FORWARD_ELEMENTS,
+    PARTIAL_SUMS,
+    Tiles,
+    attention_table,
+    column_tiles,
+    row_tiles,
+)
 
 from .limits import FLAGS, VOCABULARY, Cost, cost
 
@@ -125,6 +133,10 @@ class Case:
         """Whether this is an attention kernel, which multiplies matrices."""
         return self.kernel.startswith("attention_")
 
+    def order(self) -> tuple[Any, ...]:
+        """Sorts cases by kernel, dtype and width."""
+        return list(KERNELS).index(self.kernel), self.dtype, self.width, str(self)
+
     def cost(self) -> Cost:
         """What one call at `LENGTHS` must compute and move."""
         return cost(
@@ -233,8 +245,10 @@ def launch_tiles(case: Case, target: str) -> Tiles:
         maps = not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags)
         return attention_table(target, kernel, DTYPES[case.dtype].itemsize, case.width, maps)
     if case.kernel.startswith("bias_activation_"):
-        return COLUMN_TILES
-    return column_sums.TILES if case.kernel == "column_sums" else row_tiles(case.width)
+        return column_tiles(case.width)
+    if case.kernel == "column_sums":
+        return column_sums.TILES
+    return row_tiles(case.width, FORWARD_ELEMENTS if case.kernel.endswith("_forward") else BACKWARD_ELEMENTS)
 
 
 def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One row of the report: what a case compiles to on a target, against what it must do, with what falls short and why."""
+"""One row of the report: what a case compiles to on a target, the least it must do, what falls short and why."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ REASONS = {
     "odd map": "rows of a map may start anywhere: elements of two bytes, one by one, are too short for asynchronous "
     "copies, which take 4, 8 or 16 bytes",
     "gathered map": "the map's columns are gathered through an index",
-    "no async on gfx942": "its loads straight to LDS are 32 bits wide: tiles come through registers, 128 bits at a time",
+    "no async on gfx942": "loads straight to LDS are 32 bits wide there: tiles come through registers",
     "odd width": "rows that are no multiple of 16 bytes start anywhere",
     "narrow rows": "a row is too short to give every thread 16 bytes",
 }

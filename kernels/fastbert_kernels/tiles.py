@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from .backend import arch
 
@@ -155,6 +156,10 @@ def _wide(features: int) -> bool:
     and a thread gets fewer elements."""
     return features % 8 == 0
 
+
+#: Blocks of rows under way in a loop over rows: one is worked on while the next is copied to shared memory
+#: asynchronously. Without products in the loop, the compiler does so only when told to.
+ROW_STAGES: tl.constexpr = tl.constexpr(2)
 
 #: Programs that share the rows of a backward pass, each leaving one row of partial sums: enough to fill a GPU, few
 #: enough that reading the partials costs little.
