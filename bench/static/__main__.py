@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import triton
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,7 +20,10 @@ from .table import LEGEND, reasons, table
 
 _Job = tuple[Case, str, Tiles]
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command()
 def main(
     full: Annotated[
         bool, typer.Option("--full", help="Every configuration that ships, which takes hours; not just the main ones.")
@@ -53,6 +57,8 @@ def main(
         raise typer.BadParameter(f"unknown target {', '.join(unknown)}: there are {', '.join(TARGETS)}")
     if not chosen:
         raise typer.BadParameter(f"no case has the words {kernel!r}: see the table for what there is")
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {json_file.parent} to write {json_file.name} to")
     if write_baseline and (full or target or kernel or other_tiles):
         raise typer.BadParameter("--write-baseline takes all the main cases and nothing else")
     try:
@@ -68,33 +74,40 @@ def main(
         for tiles in (alternatives(case, name) if other_tiles else [launch_tiles(case, name)])
     ]
     reports, failures = _compile(jobs)
-    if other_tiles:
-        shipped = [report for report in reports if report.tiles == launch_tiles(report.case, report.target)]
-        console.print(table(reports, "Tiles beside those that ship", shipped))
-    else:
-        failures += [f"{r.target}: {r.case}: {problem}" for r in reports for problem in r.problems()]
-        console.print(table(reports, "What the kernels compile to"))
+    shipped = [report for report in reports if report.tiles == launch_tiles(report.case, report.target)]
+    failures += [f"{r.target}: {r.case}: {problem}" for r in shipped for problem in r.problems()]
+    losses, not_compared = _compare(shipped, write=write_baseline and not failures)
+
+    console.print(table(reports, "What the kernels compile to", shipped if other_tiles else ()))
     console.print(LEGEND.format(tokens=f"{sum(LENGTHS):,}", devices=", ".join(DEVICES[name] for name in targets)))
     for line in reasons(reports):
         console.print(line)
-
-    losses: list[str] = []
-    if write_baseline and not failures:
-        baseline.write(reports)
-        console.print(f"baseline written: {baseline.FILE}")
-    elif not other_tiles:
-        try:
-            losses = baseline.losses(reports)
-        except RuntimeError as error:
-            console.print(str(error), style="yellow")
+    if not_compared:
+        console.print(not_compared, style="yellow")
     for line in failures + losses:
         console.print(line, style="red", markup=False, highlight=False)
     if json_file is not None:
-        everything = {"reports": [report.to_json() for report in reports], "failures": failures, "losses": losses}
+        everything = {
+            "triton": triton.__version__,
+            "reports": [report.to_json() for report in reports],
+            "failures": failures,
+            "losses": losses,
+            "not_compared": not_compared,
+        }
         json_file.write_text(json.dumps(everything, indent=1) + "\n")
     bad = len(failures) + len(losses)
     console.print(f"{len(reports)} kernels compiled, {bad} problems", style="red" if bad else "green")
     raise typer.Exit(1 if bad else 0)
+
+
+def _compare(reports: list[Report], write: bool) -> tuple[list[str], str | None]:
+    """What is worse than in the baseline, and why it was not compared, if it was not. Writes the baseline if asked."""
+    if write:
+        baseline.write(reports)
+    try:
+        return baseline.losses(reports), None
+    except RuntimeError as error:
+        return [], str(error)
 
 
 def _compile(jobs: list[_Job]) -> tuple[list[Report], list[str]]:
@@ -118,4 +131,4 @@ def _compile(jobs: list[_Job]) -> tuple[list[Report], list[str]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app(prog_name="python -m bench.static")

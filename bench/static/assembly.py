@@ -72,6 +72,8 @@ class Machine:
     """Instructions in all."""
     loops: tuple[Loop, ...]
     """Those that read global memory, in their order."""
+    sync_tiles: int
+    """Loads of tiles inside loops that the compiler did not make asynchronous."""
 
 
 def compile_case(case: Case, target: str, tiles: Tiles | None = None) -> Machine:
@@ -97,7 +99,7 @@ def compile_case(case: Case, target: str, tiles: Tiles | None = None) -> Machine
     source = ASTSource(kernel, signature, constexprs, attrs)
     compiled = triton.compile(source, target=TARGETS[target], options=packed.__dict__)
     read = _read_nvidia if target.startswith("sm_") else _read_amd
-    counts = read(compiled) | _dots(compiled.asm["ttgir"], target)
+    counts = read(compiled) | _read_ttgir(compiled.asm["ttgir"], target)
     return Machine(shared=compiled.metadata.shared, **counts)
 
 
@@ -145,12 +147,19 @@ def compile_all(
             raise
 
 
-def _dots(ttgir: str, target: str) -> dict[str, int]:
+def _read_ttgir(ttgir: str, target: str) -> dict[str, Any]:
+    """What the compiler's last intermediate form tells better than machine code does."""
     own = {"sm_90": r"ttng\.warp_group_dot\b", "sm_100": r"ttng\.tc_gen5_mma\b"}
     # What the other targets, and products without tensor cores, have is told by the layout of its result.
     mma = own.get(target, r"\btt\.dot\b.*-> tensor<[^>]*#mma\d*>")
     every = rf"\btt\.dot\b|{'|'.join(own.values())}"
-    return {"dots": len(re.findall(every, ttgir)), "own_dots": len(re.findall(mma, ttgir))}
+    loops = re.findall(r"^( +)(?:%\S+ = )?scf\.for (.*?)^\1\}", ttgir, re.MULTILINE | re.DOTALL)
+    tile = r"(?:\btt\.load|buffer_load)\b.* tensor<\d+x\d+x"
+    return {
+        "dots": len(re.findall(every, ttgir)),
+        "own_dots": len(re.findall(mma, ttgir)),
+        "sync_tiles": sum(len(re.findall(tile, body)) for _, body in loops),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

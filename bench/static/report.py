@@ -16,18 +16,16 @@ class Shortfall(NamedTuple):
 
     what: str
     why: str | None
-    """The reason, a key of `REASONS`; None where there is none, and then the kernel must not ship."""
+    """A key of `REASONS`; None where there is no reason, and then the kernel must not ship."""
 
 
 #: Why a kernel may fall short, by what the row says.
 REASONS = {
-    "float32": "products in float32 are exact: tensor cores would round their operands to TF32",
-    "odd map": "rows of a map may start anywhere: elements of two bytes, one by one, are too short for asynchronous "
-    "copies, which take 4, 8 or 16 bytes",
-    "gathered map": "the map's columns are gathered through an index",
-    "no async on gfx942": "loads straight to LDS are 32 bits wide there: tiles come through registers",
-    "odd width": "rows that are no multiple of 16 bytes start anywhere",
-    "narrow rows": "a row is too short to give every thread 16 bytes",
+    "float32": "its products are exact; tensor cores would round the operands to TF32",
+    "map's edge": "a map's tile may end at any of its two-byte elements; asynchronous copies take 4, 8 or 16 bytes",
+    "gathered map": "elements of a map are found through an index, one by one",
+    "gfx942 copies": "loads straight to LDS are 32 bits wide there; tiles come through registers",
+    "odd width": "rows that are no multiple of 16 bytes start anywhere, and so do their tiles",
 }
 
 
@@ -76,43 +74,23 @@ class Report:
 
     def shortfalls(self) -> list[Shortfall]:
         """All in which this kernel falls short of what the report looks for."""
-        machine, case = self.machine, self.case
-        most = MULTIPROCESSORS[self.target].program_shared
+        machine, case, flags = self.machine, self.case, self.case.flags
+        itemsize = ITEMSIZE[case.dtype]
         found = []
-        if machine.shared > most:
-            found.append(Shortfall(f"{machine.shared} bytes of shared memory, over the {most} there are", None))
+        if machine.shared > MULTIPROCESSORS[self.target].program_shared:
+            found.append(Shortfall("over the limit of shared memory", None))
         if self.nvidia and (machine.spills or machine.stack):
-            found.append(Shortfall(f"{machine.spills} spill instructions, {machine.stack} bytes of stack", None))
-        if machine.own_dots < machine.dots:
-            what = f"{machine.dots - machine.own_dots} of {machine.dots} products without tensor cores"
-            found.append(Shortfall(what, "float32" if case.dtype == "float32" else None))
-        elif machine.dots and not machine.tensor_core:
-            found.append(Shortfall("no tensor-core instruction", None))
-        found += self._slow_loops()
-        wide = machine.wide_loads + machine.wide_async
-        if self.floor().bound == "bandwidth" and not wide:
-            found.append(Shortfall("no 128-bit load", "odd width" if self._odd else None))
-        return found
-
-    @property
-    def _odd(self) -> bool:
-        """Whether rows of the case's width are no multiple of 16 bytes."""
-        return self.case.width * ITEMSIZE[self.case.dtype] % 16 != 0
-
-    def _slow_loops(self) -> list[Shortfall]:
-        """Loops that wait for what they load."""
-        found = []
-        loops = self.machine.loops
-        if any(not loop.async_copies for loop in loops):
-            found.append(Shortfall("a loop without asynchronous copies", None if self.nvidia else "no async on gfx942"))
-        elif self.case.attends and any(loop.loads for loop in loops):
-            flags = self.case.flags
-            why = None
-            if "COLUMNS" in flags:
-                why = "gathered map"
-            elif "DPROBS" in flags and not self.case.aligned:
-                why = "odd map"
-            found.append(Shortfall("a loop with loads that are not asynchronous", why))
+            found.append(Shortfall("spills", None))
+        if machine.own_dots < machine.dots or (machine.dots and not machine.tensor_core):
+            found.append(Shortfall("products off the tensor cores", "float32" if case.dtype == "float32" else None))
+        odd = "odd width" if case.width * itemsize % 16 else None
+        edge = "map's edge" if "DPROBS" in flags and itemsize == 2 else None
+        if any(not loop.async_copies for loop in machine.loops):
+            found.append(Shortfall("a loop without asynchronous copies", odd if self.nvidia else "gfx942 copies"))
+        elif machine.sync_tiles:
+            found.append(Shortfall("a loop that waits for a tile", "gathered map" if "COLUMNS" in flags else edge))
+        if self.floor().bound == "bandwidth" and not machine.wide_loads + machine.wide_async:
+            found.append(Shortfall("no 128-bit load", odd))
         return found
 
     def problems(self) -> list[str]:

@@ -129,7 +129,6 @@ def attention_forward(
     if HAS_BIAS:
         bias_ptr += b.to(tl.int64) * bias_batch_stride + h.to(tl.int64) * bias_head_stride
     scale_log2 = scale * LOG2E
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
 
     q = _load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -147,7 +146,7 @@ def attention_forward(
         p = tl.exp2(s - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(p, axis=1)
         if HAS_DROPOUT:
-            keep = dropout_keep(seed, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+            keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
             p = tl.where(keep, p, 0.0)
         v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
         acc = dot(cast(p, v.dtype), v, acc * rescale[:, None])
@@ -180,7 +179,7 @@ def attention_forward(
             valid = (rows[:, None] < length) & (cols[None, :] < length)
             p = tl.where(valid, tl.exp2(s - row_max[:, None]) * (factor / row_sum)[:, None], 0.0)
             if HAS_DROPOUT:
-                keep = dropout_keep(seed, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+                keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
             if HAS_COLUMNS:
@@ -255,7 +254,6 @@ def attention_backward_dq(
         if HAS_COLUMNS:
             columns_ptr += start
     scale_log2 = scale * LOG2E
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     factor = 1.0
     if HAS_DROPOUT:
         factor = keep_scale
@@ -281,7 +279,7 @@ def attention_backward_dq(
             valid = (rows[:, None] < length) & (cols[None, :] < length)
             p = _softmax_tile(s, row_max[:, None], log_sum[:, None], valid) * (factor * g)
             if HAS_DROPOUT:
-                keep = dropout_keep(seed, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+                keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
             dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
@@ -305,7 +303,7 @@ def attention_backward_dq(
             dp += tl.load(dprobs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
         dp *= factor
         if HAS_DROPOUT:
-            keep = dropout_keep(seed, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+            keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
             dp = tl.where(keep, dp, 0.0)
         if HAS_HEAD_MASK:
             dhead_mask += tl.sum(p * dp, axis=1)
@@ -384,7 +382,6 @@ def attention_backward_dkv(
     sum_ptr = max_ptr + tl.cast(heads, tl.int64) * tokens
     delta_ptr += h.to(tl.int64) * tokens + start
     scale_log2 = scale * LOG2E
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     factor = 1.0
     if HAS_DROPOUT:
         factor = keep_scale
@@ -415,7 +412,7 @@ def attention_backward_dkv(
         p_out = p * factor
         dp *= factor
         if HAS_DROPOUT:
-            keep = tl.trans(dropout_keep(seed, stream, plane, rows, col_start, keep_threshold, BLOCK_N))
+            keep = tl.trans(dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N))
             p_out = tl.where(keep, p_out, 0.0)
             dp = tl.where(keep, dp, 0.0)
         dv = dot(cast(p_out, dout.dtype), dout, dv)

@@ -64,7 +64,7 @@ def normalize_backward(dnormed, normed, rstd, cols, features):
 
 @triton.jit
 def _presum(
-    x_ptr, bias_ptr, residual_ptr, seed, rows, cols, count, features, stream, keep_threshold, keep_scale,
+    x_ptr, bias_ptr, residual_ptr, seed_ptr, rows, cols, count, features, stream, keep_threshold, keep_scale,
     BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dropout(x + bias) + residual of a tile, float32 [BLOCK_M, BLOCK_N]."""
@@ -72,7 +72,7 @@ def _presum(
     if HAS_BIAS:
         z += load_vector(bias_ptr, cols, features)
     if HAS_DROPOUT:
-        keep = dropout_keep(seed, stream, 0, rows, 0, keep_threshold, BLOCK_N)
+        keep = dropout_keep(seed_ptr, stream, 0, rows, 0, keep_threshold, BLOCK_N)
         z = tl.where(keep, z * keep_scale, 0.0)
     if HAS_RESIDUAL:
         z += load_rows(residual_ptr, rows, cols, count, features)
@@ -105,9 +105,8 @@ def _add_layer_norm_forward(
     """One program: BLOCK_M whole rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     z = _presum(
-        x_ptr, bias_ptr, residual_ptr, seed, rows, cols, count, features, stream, keep_threshold, keep_scale,
+        x_ptr, bias_ptr, residual_ptr, seed_ptr, rows, cols, count, features, stream, keep_threshold, keep_scale,
         BLOCK_N, HAS_BIAS, HAS_RESIDUAL, HAS_DROPOUT,
     )  # fmt: skip
     normed, mean, rstd = normalize(z, cols, features, eps)
@@ -145,7 +144,6 @@ def _add_layer_norm_backward(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     weight = load_vector(weight_ptr, cols, features)
     dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -156,7 +154,7 @@ def _add_layer_norm_backward(
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)
         dy = load_rows(dy_ptr, rows, cols, count, features)
         z = _presum(
-            x_ptr, bias_ptr, residual_ptr, seed, rows, cols, count, features, stream, keep_threshold, keep_scale,
+            x_ptr, bias_ptr, residual_ptr, seed_ptr, rows, cols, count, features, stream, keep_threshold, keep_scale,
             BLOCK_N, HAS_BIAS, HAS_RESIDUAL, HAS_DROPOUT,
         )  # fmt: skip
         normed = tl.where(cols[None, :] < features, (z - mean[:, None]) * rstd[:, None], 0.0)
@@ -166,7 +164,7 @@ def _add_layer_norm_backward(
         dnorm_bias += tl.sum(dy, axis=0)
         dx = dz
         if HAS_DROPOUT:
-            keep = dropout_keep(seed, stream, 0, rows, 0, keep_threshold, BLOCK_N)
+            keep = dropout_keep(seed_ptr, stream, 0, rows, 0, keep_threshold, BLOCK_N)
             dx = tl.where(keep, dz * keep_scale, 0.0)
             store_rows(dx_ptr, dx, rows, cols, count, features)
         if HAS_BIAS:

@@ -43,19 +43,20 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(seed, stream, plane, rows, col_start, threshold, BLOCK_N: tl.constexpr):
+def dropout_keep(seed_ptr, stream, plane, rows, col_start, threshold, BLOCK_N: tl.constexpr):
     """Which elements dropout keeps, [BLOCK_M, BLOCK_N], as a pure function of (seed, stream, plane, row, column).
 
     One Philox call serves four neighbouring columns. `reference.dropout_keep` computes the same bits in PyTorch.
 
     Args:
-        seed: int64 scalar, loaded before any loop: a store in the loop might change it, for all the compiler knows.
+        seed_ptr: int64 scalar on the device.
         stream: int32, which dropout of the model this is.
         plane: int32, which matrix of the tensor (batch * heads + head; 0 for token matrices).
         rows: int32 [BLOCK_M].
         col_start: int32, first column, a multiple of 4.
         threshold: int32, p * 2**31: an element is kept when the top 31 bits of its draw are at least this.
     """
+    seed = tl.load(seed_ptr)
     groups = col_start // 4 + tl.arange(0, BLOCK_N // 4)
     zeros = rows[:, None] * 0 + groups[None, :] * 0  # [BLOCK_M, BLOCK_N // 4]
     r0, r1, r2, r3 = tl.philox(
