@@ -1,7 +1,6 @@
 """A drop-in Hugging Face `BertModel` on fused Triton kernels, forward and backward, attentions included."""
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from .modeling import BertLMHeadModel as BertLMHeadModel
     from .modeling import BertModel as BertModel
 
-__version__ = importlib.metadata.version("fastbert")
+__version__ = "0.1.0"
 
 #: Public name -> the module it lives in. Loaded when first used: the command line has to choose how kernels run, which
 #: Triton reads when they are defined, and its help should not wait for torch.

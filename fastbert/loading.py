@@ -89,10 +89,14 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def load(model: str | os.PathLike[str]) -> tuple[BertModel, Any]:
-    """Hugging Face's eager `BertModel` in float32 on the CPU, all dropout at 0, and its tokenizer.
+def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertModel, Any]:
+    """Hugging Face's eager `BertModel` in float32 on the CPU, and its tokenizer.
 
     A pooler that the checkpoint lacks gets fixed random weights; anything else that it lacks is an error.
+
+    Args:
+        model: a folder saved by transformers, or a name on the Hugging Face hub.
+        dropout: keep the checkpoint's dropout probabilities; else they are 0.
 
     Raises:
         InputError: when there is no BERT checkpoint with a tokenizer under that name.
@@ -116,9 +120,8 @@ def load(model: str | os.PathLike[str]) -> tuple[BertModel, Any]:
                 model,
                 attn_implementation="eager",
                 dtype=torch.float32,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
                 output_loading_info=True,
+                **({} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
             )
         bert, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(model)

@@ -8,21 +8,15 @@ Nothing here prints: `compare` returns a `Report`.
 """
 
 import copy
-import importlib.metadata
 import math
 import os
-import platform
 import re
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-import transformers
-import triton
 from torch import Tensor
 from transformers import BertModel
 
@@ -30,6 +24,8 @@ from fastbert_kernels import backend as use_backend
 from fastbert_kernels import uses_triton
 from fastbert_kernels.backend import INTERPRETED
 
+from .benchmark.provenance import device_name, versions
+from .benchmark.timing import interleaved
 from .loading import SENTENCES, Batch, InputError, encode, load, parse_device, parse_dtype
 
 #: float32: the absolute error allowed of an output, and the relative one of a gradient.
@@ -439,19 +435,11 @@ def _medians(
     repeats: int,
 ) -> Timing:
     """Median seconds of `work` per model, the models taking turns so that a busy machine slows all alike."""
-    wait = torch.cuda.synchronize if models["hf_eager"].device.type == "cuda" else lambda: None
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for model in models.values():
-        work(model, everything)
-    for repeat in range(repeats):
-        order = list(models.items())
-        for name, model in order if repeat % 2 else reversed(order):
-            wait()
-            start = time.perf_counter()
-            work(model, everything)
-            wait()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    runs = {name: partial(work, model, everything) for name, model in models.items()}
+    for run in runs.values():
+        run()
+    times = interleaved(runs, models["hf_eager"].device, seconds=0.0, rounds=(repeats, repeats))
+    medians = {name: taken.median for name, taken in times.items()}
     return Timing(what, medians["fastbert"], medians["hf_eager"], medians.get("hf_sdpa"))
 
 
@@ -465,33 +453,18 @@ def _provenance(
         "layers": hf.config.num_hidden_layers,
         "heads": hf.config.num_attention_heads,
         "hidden_size": hf.config.hidden_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "backend": life,
-        "versions": {
-            "fastbert": importlib.metadata.version("fastbert"),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-        },
+        "versions": versions(),
         "sentences": rows,
         "seq": seq,
         "tokens": tokens,
         "fill": tokens / (rows * seq),
         "truncated": batch.truncated,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        names = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = None
-    return names[1] if names else platform.processor() or platform.machine()
 
 
 def _finite(value: float) -> float | None:

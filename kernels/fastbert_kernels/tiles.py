@@ -91,7 +91,7 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
     ],
     "backward_dq": [
         (64, _attention(16, 16, 4, 2), _attention(16, 16, 4, 2)),
-        (128, _attention(16, 16, 4, 2), _attention(16, 16, 4, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
     ],
     "backward_dkv": [
         (64, _attention(16, 32, 8, 2), _attention(16, 16, 4, 2)),

@@ -1,48 +1,36 @@
-"""The `fastbert` command.
+"""`fastbert verify`: is it right, here, on this model?"""
 
-Torch and transformers are imported inside the commands: help must be quick, and Triton's interpreter can only be chosen
-before the kernels are defined.
-"""
-
-import contextlib
-import importlib.util
 import json
-import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .common import (
+    MODEL_HELP,
+    check_targets,
+    choose_interpreter,
+    default_model,
+    fail,
+    quiet,
+    read_sentences,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .parity import Check, Report, Timing
+    from fastbert.parity import Check, Report, Timing
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-
-CHECKPOINT_VARIABLE = "FASTBERT_CHECKPOINT"
-LOCAL_CHECKPOINT = Path(".cache/minilm")
 #: The longest sentence whose tokens can all be named in the heatmap.
 HEATMAP_TOKENS = 22
 
 
-@app.callback()
-def main() -> None:
-    """fastbert: a drop-in Hugging Face BertModel on fused Triton kernels."""
-
-
-@app.command()
 def verify(
     model: Annotated[
         str | None,
-        typer.Argument(
-            help="Folder of a BERT checkpoint, or a name on the Hugging Face hub. "
-            f"Default: ${CHECKPOINT_VARIABLE}, else {LOCAL_CHECKPOINT}.",
-            show_default=False,
-        ),
+        typer.Argument(help=MODEL_HELP, show_default=False),
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="A sentence to compare on; may be repeated.")] = None,
     file: Annotated[Path | None, typer.Option(help="A text file, one sentence a line.")] = None,
@@ -61,21 +49,20 @@ def verify(
 
     Exit code 0: within bounds; 1: a bound is broken; 2: the input cannot be used.
     """
-    sentences = _sentences(text, file)
-    model = model or _default_model()
-    _check_targets(json_file, heatmap)
-    _choose_interpreter(backend, device)
+    sentences = read_sentences(text, file)
+    model = model or default_model()
+    check_targets(json_file, ("--heatmap", heatmap))
+    choose_interpreter(backend, device)
 
     from rich.console import Console
 
     # With JSON on stdout, people read on stderr.
     console = Console(stderr=json_file == "-", highlight=False)
+    from fastbert.loading import SENTENCES, InputError
+    from fastbert.parity import compare
     from fastbert_kernels import backend as use_backend
 
-    from .loading import SENTENCES, InputError
-    from .parity import compare
-
-    with _quiet(), Console(stderr=True).status("starting") as status:
+    with quiet(), Console(stderr=True).status("starting") as status:
         try:
             report = compare(
                 model,
@@ -89,8 +76,8 @@ def verify(
                 progress=lambda message: status.update(f"{message} ..."),
             )
         except InputError as error:
-            _fail(str(error))
-        from .fusing import explain
+            fail(str(error))
+        from fastbert.fusing import explain
 
         with use_backend(backend):
             explanation = explain(report.model)
@@ -110,94 +97,8 @@ def verify(
         raise typer.Exit(1)
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
-
-
-def _sentences(text: list[str] | None, file: Path | None) -> list[str]:
-    """The sentences of --text and --file, none where neither is given."""
-    sentences = list(text or ())
-    for sentence in sentences:
-        if not sentence.strip():
-            _fail(f"--text {sentence!r} is empty: give it some text")
-    if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            _fail(f"cannot read --file {str(file)!r} ({reason}): name a UTF-8 text file, one sentence a line")
-        if not any(lines):
-            _fail(f"--file {str(file)!r} has no text: write one sentence a line")
-        sentences += [line for line in lines if line]
-    return sentences
-
-
-def _default_model() -> str:
-    named = os.environ.get(CHECKPOINT_VARIABLE)
-    if named:
-        return named
-    if (LOCAL_CHECKPOINT / "config.json").is_file():
-        return str(LOCAL_CHECKPOINT)
-    _fail(
-        f"no model given and none in {str(LOCAL_CHECKPOINT)!r}: name a checkpoint folder, set {CHECKPOINT_VARIABLE}, "
-        "or run `make demo`, which fetches one"
-    )
-
-
-def _check_targets(json_file: str | None, heatmap: Path | None) -> None:
-    """Fail before the work, not after it, on files that cannot be written."""
-    if heatmap is not None and importlib.util.find_spec("matplotlib") is None:
-        _fail("--heatmap needs matplotlib, which is not installed: pip install 'fastbert[plot]'")
-    if heatmap is not None and heatmap.suffix.lower() != ".png":
-        _fail(f"--heatmap {str(heatmap)!r} is not a PNG: let its name end in .png")
-    for option, target in (("--json", json_file), ("--heatmap", heatmap)):
-        if target is None or target == "-":
-            continue
-        path = Path(target)
-        if path.is_dir():
-            _fail(f"{option} {str(target)!r} is a folder: name a file")
-        above = next(parent for parent in path.absolute().parents if parent.exists())
-        if not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
-            _fail(f"{option} {str(target)!r} cannot be written: choose another place")
-
-
-def _choose_interpreter(backend: str, device: str | None) -> None:
-    """Turn on Triton's interpreter where the triton backend is asked for on a CPU."""
-    if backend != "triton":
-        return
-    import torch
-
-    on_cpu = device.startswith("cpu") if device else not torch.cuda.is_available()
-    if not on_cpu:
-        return
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    from fastbert_kernels.backend import INTERPRETED
-
-    if not INTERPRETED:
-        _fail("--backend triton on the CPU needs Triton's interpreter: set TRITON_INTERPRET=1 before starting")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what transformers says while it loads: this command reports on its own."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _show(console: "Console", report: "Report", explanation: Any) -> None:
-    from .parity import GRADIENT_BOUND, HALF_RATIO, OUTPUT_BOUND
+    from fastbert.parity import GRADIENT_BOUND, HALF_RATIO, OUTPUT_BOUND
 
     about = report.provenance
     heads, size = about["heads"], about["hidden_size"] // about["heads"]
@@ -281,7 +182,7 @@ def _table(
 
 def _worst(gradients: Sequence["Check"]) -> list[tuple[tuple[str, str], "Check"]]:
     """Per part of the model, the gradient closest to its bound or furthest over it."""
-    from .parity import gradient_group
+    from fastbert.parity import gradient_group
 
     def badness(check: "Check") -> tuple[bool, float]:
         return not check.ok, check.error / (check.bound or 1.0)
@@ -328,10 +229,10 @@ def _times(console: "Console", timings: Sequence["Timing"]) -> None:
 
 def _draw(report: "Report", path: Path) -> None:
     """The longest sentence whose tokens can be named, or the shortest of all."""
-    from .plots import attention_heatmap
+    from fastbert.plots import attention_heatmap
 
     if not report.attentions:
-        _fail("--heatmap: the model returned no attentions to draw")
+        fail("--heatmap: the model returned no attentions to draw")
     lengths = [len(tokens) for tokens in report.tokens]
     fitting = [length for length in lengths if length <= HEATMAP_TOKENS]
     sentence = lengths.index(max(fitting) if fitting else min(lengths))
@@ -341,7 +242,3 @@ def _draw(report: "Report", path: Path) -> None:
 
 def _shape(shape: Sequence[int]) -> str:
     return f"({', '.join(map(str, shape))})" if shape else "-"
-
-
-if __name__ == "__main__":
-    app()

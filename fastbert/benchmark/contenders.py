@@ -1,0 +1,144 @@
+"""The contenders: fastbert, and what a user would pick instead of it."""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.fusing import fuse
+
+#: A contender that runs: called as a Hugging Face model is.
+Model = Callable[..., Any]
+
+#: What each name stands for.
+CONTENDERS = {
+    "fastbert": "fastbert",
+    "eager": "HF eager",
+    "sdpa": "HF sdpa",
+    "flash": "HF flash_attention_2",
+    "compile": "torch.compile",
+    "compile-max": "torch.compile max-autotune",
+    "onnxruntime": "ONNX Runtime",
+}
+
+
+def named(names: Sequence[str]) -> list[str]:
+    """These names, checked; ValueError for an unknown one, which lists the known."""
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        raise ValueError(f"unknown peer {', '.join(map(repr, unknown))}: choose from {', '.join(CONTENDERS)}")
+    return list(dict.fromkeys(names))
+
+
+def missing(name: str, *, training: bool, attentions: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a contender cannot take part, for people; None when it can.
+
+    Args:
+        name: a key of `CONTENDERS`.
+        training: whether gradients are wanted.
+        attentions: whether attention maps are wanted.
+        dtype: the working dtype.
+        device: where it would run.
+    """
+    if attentions and name in ("sdpa", "flash"):
+        return "returns no attention maps"
+    if name == "flash":
+        if device.type != "cuda":
+            return "needs a GPU"
+        if importlib.util.find_spec("flash_attn") is None:
+            return "flash-attn is not installed"
+        if dtype == torch.float32:
+            return "takes no float32"
+    if name == "onnxruntime":
+        absent = [package for package in ("onnxruntime", "onnx", "onnxscript") if not importlib.util.find_spec(package)]
+        if absent:
+            return f"{', '.join(absent)} not installed: pip install 'fastbert[bench]'"
+        if device.type != "cpu":
+            return "compared on a CPU only"
+        if training:
+            return "does not train"
+        if dtype != torch.float32:
+            return "compared in float32 only"
+    return None
+
+
+def build(
+    name: str, source: nn.Module, *, attentions: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Model, nn.Module]:
+    """A contender with its own copy of the source's weights.
+
+    Args:
+        name: a key of `CONTENDERS` that is not `missing`.
+        source: a Hugging Face BERT, with or without a head, whose attention is eager.
+        attentions: whether it will be asked for attention maps.
+        dtype: of its weights.
+        device: where it runs.
+
+    Returns:
+        What to call, and the module that holds the parameters (the source's copy, in eval mode).
+    """
+    module: Any = copy.deepcopy(source).to(device=device, dtype=dtype).eval()
+    if name == "onnxruntime":
+        return _onnx(module, attentions), module
+    if name == "fastbert":
+        return fuse(module), module
+    if name != "eager" and not attentions:  # only eager attention returns its maps
+        module.set_attn_implementation("flash_attention_2" if name == "flash" else "sdpa")
+    if name == "compile":
+        return torch.compile(module, dynamic=False), module
+    if name == "compile-max":
+        return torch.compile(module, dynamic=False, mode="max-autotune"), module
+    return module, module
+
+
+def _onnx(module: Any, attentions: bool) -> Model:
+    """An ONNX Runtime session on as many threads as torch has, for any batch and length."""
+    import onnxruntime
+
+    module.config.output_attentions = attentions
+    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    example = {"input_ids": mask.clone(), "attention_mask": mask}
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq")}
+    with tempfile.TemporaryDirectory() as folder, _silent():
+        path = Path(folder) / "model.onnx"
+        program: Any = torch.onnx.export(
+            module,
+            (),
+            kwargs=example,
+            dynamic_shapes=dict.fromkeys(example, axes),
+            dynamo=True,
+            verbose=False,
+        )
+        program.save(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # into the next contender's turn
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def call(*, output_attentions: bool = False, **batch: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.from_numpy(o) for o in session.run(None, {name: t.numpy() for name, t in batch.items()}))
+
+    return call
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter prints and logs what it does; errors are raised all the same."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,19 @@
+"""The `fastbert` command.
+
+Torch and transformers are imported inside the commands: help must be quick, and Triton's interpreter can only be chosen
+before the kernels are defined.
+"""
+
+import typer
+
+from .bench import bench
+from .verify import verify
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app.command()(verify)
+app.command()(bench)
+
+
+@app.callback()
+def main() -> None:
+    """fastbert: a drop-in Hugging Face BertModel on fused Triton kernels."""

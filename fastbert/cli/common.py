@@ -1,0 +1,110 @@
+"""What the commands share: their input, checked before any work, and a quiet transformers."""
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+CHECKPOINT_VARIABLE = "FASTBERT_CHECKPOINT"
+LOCAL_CHECKPOINT = Path(".cache/minilm")
+MODEL_HELP = (
+    "Folder of a BERT checkpoint, or a name on the Hugging Face hub. "
+    f"Default: ${CHECKPOINT_VARIABLE}, else {LOCAL_CHECKPOINT}."
+)
+
+
+def fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def read_sentences(text: list[str] | None, file: Path | None) -> list[str]:
+    """The sentences of --text and --file, none where neither is given."""
+    sentences = list(text or ())
+    for sentence in sentences:
+        if not sentence.strip():
+            fail(f"--text {sentence!r} is empty: give it some text")
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            fail(f"cannot read --file {str(file)!r} ({reason}): name a UTF-8 text file, one sentence a line")
+        if not any(lines):
+            fail(f"--file {str(file)!r} has no text: write one sentence a line")
+        sentences += [line for line in lines if line]
+    return sentences
+
+
+def default_model() -> str:
+    named = os.environ.get(CHECKPOINT_VARIABLE)
+    if named:
+        return named
+    if (LOCAL_CHECKPOINT / "config.json").is_file():
+        return str(LOCAL_CHECKPOINT)
+    fail(
+        f"no model given and none in {str(LOCAL_CHECKPOINT)!r}: name a checkpoint folder, set {CHECKPOINT_VARIABLE}, "
+        "or run `make demo`, which fetches one"
+    )
+
+
+def check_targets(json_file: str | None, picture: tuple[str, Path | None]) -> None:
+    """Fail before the work, not after it, on files that cannot be written.
+
+    Args:
+        json_file: of --json; - is stdout.
+        picture: the option that asks for a PNG, and its file.
+    """
+    option, png = picture
+    if png is not None and importlib.util.find_spec("matplotlib") is None:
+        fail(f"{option} needs matplotlib, which is not installed: pip install 'fastbert[plot]'")
+    if png is not None and png.suffix.lower() != ".png":
+        fail(f"{option} {str(png)!r} is not a PNG: let its name end in .png")
+    for name, target in (("--json", json_file), (option, png)):
+        if target is None or target == "-":
+            continue
+        path = Path(target)
+        if path.is_dir():
+            fail(f"{name} {str(target)!r} is a folder: name a file")
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
+            fail(f"{name} {str(target)!r} cannot be written: choose another place")
+
+
+def choose_interpreter(backend: str, device: str | None) -> None:
+    """Turn on Triton's interpreter where the triton backend is asked for on a CPU."""
+    if backend != "triton":
+        return
+    import torch
+
+    on_cpu = device.startswith("cpu") if device else not torch.cuda.is_available()
+    if not on_cpu:
+        return
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    from fastbert_kernels.backend import INTERPRETED
+
+    if not INTERPRETED:
+        fail("--backend triton on the CPU needs Triton's interpreter: set TRITON_INTERPRET=1 before starting")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what transformers says while it loads: this command reports on its own."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
