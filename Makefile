@@ -7,7 +7,7 @@ DEMO := demo-output
 # The version of torch in constraints.txt; the pip cache keeps a second environment cheap.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench bench-static clean
 
 help:
 	@echo "make demo      a real checkpoint through the fused encoder, checked against Hugging Face and timed"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all  the tests and the expensive sweeps"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     CPU timings of models against Hugging Face"
+	@echo "make bench-static  what the kernels compile to on four GPUs, beside the least time they can take; needs none"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +51,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed $(CHECKPOINT)/config.json
 	$(BIN)/python -m bench.cpu
+
+bench-static: $(VENV)/.installed
+	$(BIN)/python -m bench.static
 
 clean:
 	rm -rf $(VENV) .cache $(DEMO)

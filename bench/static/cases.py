@@ -13,8 +13,8 @@ from fastbert_kernels import column_sums, embedding, layer_norm
 from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
 from fastbert_kernels.bias_gelu import ACTIVATIONS, _bias_activation_backward, _bias_activation_forward
 from fastbert_kernels.tiles import (
-    BACKWARD_ELEMENTS,
-    FORWARD_ELEMENTS,
+    BACKWARD_BYTES,
+    FORWARD_BYTES,
     PARTIAL_SUMS,
     Tiles,
     attention_table,
@@ -240,15 +240,16 @@ def _all_cases() -> Iterator[Case]:
 
 def launch_tiles(case: Case, target: str) -> Tiles:
     """The tiles and compile options with which the host launches a case."""
+    itemsize = DTYPES[case.dtype].itemsize
     if case.attends:
         kernel = case.kernel.removeprefix("attention_")
         maps = not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags)
-        return attention_table(target, kernel, DTYPES[case.dtype].itemsize, case.width, maps)
+        return attention_table(target, kernel, itemsize, case.width, maps)
     if case.kernel.startswith("bias_activation_"):
         return column_tiles(case.width)
     if case.kernel == "column_sums":
         return column_sums.TILES
-    return row_tiles(case.width, FORWARD_ELEMENTS if case.kernel.endswith("_forward") else BACKWARD_ELEMENTS)
+    return row_tiles(case.width, itemsize, FORWARD_BYTES if case.kernel.endswith("_forward") else BACKWARD_BYTES)
 
 
 def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:

@@ -53,9 +53,10 @@ class Report:
             tensor_memory=machine.tensor_memory,
         )
 
-    def floor(self, device: str | None = None) -> Floor:
-        """The least time at `cases.LENGTHS` on a GPU, by default the target's."""
-        return floor(self.case.cost(), PEAKS[device or DEVICES[self.target]], self.case.dtype)
+    @property
+    def floor(self) -> Floor:
+        """The least time at `cases.LENGTHS` on the target's GPU."""
+        return floor(self.case.cost(), PEAKS[DEVICES[self.target]], self.case.dtype)
 
     @property
     def issue(self) -> float | None:
@@ -89,7 +90,7 @@ class Report:
             found.append(Shortfall("a loop without asynchronous copies", odd if self.nvidia else "gfx942 copies"))
         elif machine.sync_tiles:
             found.append(Shortfall("a loop that waits for a tile", "gathered map" if "COLUMNS" in flags else edge))
-        if self.floor().bound == "bandwidth" and not machine.wide_loads + machine.wide_async:
+        if self.floor.bound == "bandwidth" and not machine.wide_loads + machine.wide_async:
             found.append(Shortfall("no 128-bit load", odd))
         return found
 

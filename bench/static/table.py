@@ -24,8 +24,8 @@ _COLUMNS: dict[str, Callable[[Report], str]] = {
     "exp2": lambda r: str(r.machine.exp2),
     "mufu": lambda r: str(r.machine.transcendental),
     "code": lambda r: str(r.machine.code),
-    "floor us": lambda r: f"{r.floor().microseconds:.1f}",
-    "bound": lambda r: r.floor().bound,
+    "floor us": lambda r: f"{r.floor.microseconds:.1f}",
+    "bound": lambda r: r.floor.bound,
     "issue us": lambda r: "" if r.issue is None else f"{r.issue:.1f}",
     "why": lambda r: ", ".join([f"[red]{problem}[/]" for problem in r.problems()] + r.reasons()),
 }
