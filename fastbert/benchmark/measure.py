@@ -281,9 +281,8 @@ class Field:
             )
         model, module = self._built[key]
         module.eval()
-        if step:  # the steps of an earlier workload have trained it
-            module.load_state_dict(self.source.state_dict())
-        optimizer = torch.optim.AdamW(module.parameters(), lr=2e-5, fused=True) if step else None
+        # A step that goes nowhere is the same work, and the next workload finds the weights as they were built.
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True) if step else None
         return _Job(model, module, workload, batch, dtype if step and dtype != torch.float32 else None, optimizer)
 
     def _truth(self, workload: Workload, batch: dict[str, Tensor]) -> Any:
