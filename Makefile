@@ -7,7 +7,7 @@ DEMO := demo-output
 # The version of torch in constraints.txt; the pip cache keeps a second environment cheap.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-all lint bench bench-dev bench-report clean
+.PHONY: help demo test test-all lint bench bench-static bench-dev bench-report clean
 
 help:
 	@echo "make demo          a real checkpoint through the fused encoder, checked against Hugging Face and timed"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all      the tests and the expensive sweeps"
 	@echo "make lint          ruff and mypy"
 	@echo "make bench         models on this CPU against the peers people use, interleaved"
+	@echo "make bench-static  what the kernels compile to on four GPUs beside their floors; needs no GPU"
 	@echo "make bench-dev     models and ops, compared with the time they took before"
 	@echo "make bench-report  tables, pictures and README's figures from bench/results"
 
@@ -56,6 +57,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench.cpu
+
+bench-static: $(VENV)/.installed
+	$(BIN)/python -m bench.static
 
 bench-dev: $(VENV)/.installed
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-compare --benchmark-autosave \
