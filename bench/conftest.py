@@ -19,13 +19,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def timed(benchmark: Any) -> Callable[[str, str, Run], None]:
     """Time a run that is ready: `timed(group, contender, run)`. On a GPU each run is waited for."""
 
-    def wait() -> None:
-        torch.cuda.synchronize(DEVICE)
-
     def time(group: str, contender: str, run: Run) -> None:
         def run_and_wait() -> None:
             run()
-            wait()
+            torch.cuda.synchronize(DEVICE)
 
         benchmark.group = group
         benchmark.extra_info["contender"] = contender
