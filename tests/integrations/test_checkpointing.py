@@ -9,7 +9,7 @@ import torch
 import transformers
 from models import ids, mask_of, randomize, tiny_config
 from torch import nn
-from training import losses, network, task, trainer
+from training import SAME, apart, losses, network, task, trainer
 
 import fastbert
 from fastbert_kernels import backend
@@ -49,12 +49,14 @@ def test_same_loss_gradients_and_dropout(device: torch.device, reentrant: bool, 
         loss, grads = step(model, device)
         model.gradient_checkpointing_disable()
         last_loss, _ = step(model, device)
-    assert torch.equal(loss, wanted_loss)
-    assert torch.equal(last_loss, wanted_loss)
+    assert abs(loss - wanted_loss) <= SAME
+    assert abs(last_loss - wanted_loss) <= SAME
     assert grads.keys() == wanted.keys()
-    apart = max((grads[name] - grad).abs().max().item() for name, grad in wanted.items())
-    print(f"gradients with and without differ by {apart:.1e}, of {max(g.abs().max() for g in wanted.values()):.1e}")
-    assert apart <= 1e-6
+    difference = max((grads[name] - grad).abs().max().item() for name, grad in wanted.items())
+    print(
+        f"gradients with and without differ by {difference:.1e}, of {max(g.abs().max() for g in wanted.values()):.1e}"
+    )
+    assert difference <= 1e-6
 
 
 def saved_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
@@ -115,6 +117,6 @@ def test_trainer_checkpoints_without_changing_the_run(tiny: Path, tmp_path: Path
     layer = checkpointed.model.bert.encoder.layer[0]
     assert layer.gradient_checkpointing
     assert layer._gradient_checkpointing_func.keywords["use_reentrant"] is reentrant
-    assert losses(checkpointed) == losses(plain)
+    assert apart(losses(checkpointed), losses(plain)) <= SAME
     for a, b in zip(checkpointed.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from training import apart, losses, network, task, trainer
+from training import CLOSE, SAME, apart, losses, network, task, trainer
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
@@ -38,12 +38,12 @@ def test_trained_evaluated_saved_and_opened_in_plain_transformers(
 ) -> None:
     ours = run(door, checkpoint, tmp_path)
     print(f"{door}: losses differ by {apart(losses(ours), losses(theirs)):.1e}")
-    assert apart(losses(ours), losses(theirs)) < 1e-5
+    assert apart(losses(ours), losses(theirs)) < CLOSE
     measured, wanted = ours.evaluate(), theirs.evaluate()
     print(measured)
     assert measured["eval_accuracy"] > 0.4  # of six labels
     assert measured["eval_accuracy"] == wanted["eval_accuracy"]
-    assert abs(measured["eval_loss"] - wanted["eval_loss"]) < 1e-5
+    assert abs(measured["eval_loss"] - wanted["eval_loss"]) < CLOSE
     assert fastbert.explain(ours.model).fused
 
     ours.save_model(str(tmp_path / "saved"))
@@ -51,7 +51,7 @@ def test_trained_evaluated_saved_and_opened_in_plain_transformers(
     assert type(opened) is hf.BertForSequenceClassification
     for (name, a), b in zip(opened.state_dict().items(), ours.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    assert abs(trainer(opened, checkpoint, tmp_path).evaluate()["eval_loss"] - measured["eval_loss"]) < 1e-5
+    assert abs(trainer(opened, checkpoint, tmp_path).evaluate()["eval_loss"] - measured["eval_loss"]) < CLOSE
 
 
 RECIPE: dict[str, Any] = {
@@ -66,14 +66,14 @@ RECIPE: dict[str, Any] = {
 
 def test_the_recipe_is_followed_as_with_hugging_face(tiny: Path, tmp_path: Path) -> None:
     ours, theirs = (run(kind, tiny, tmp_path, **RECIPE) for kind in ("own", "eager"))
-    assert apart(losses(ours), losses(theirs)) < 1e-5
+    assert apart(losses(ours), losses(theirs)) < CLOSE
     norms = [
         [entry["grad_norm"] for entry in made.state.log_history if "grad_norm" in entry] for made in (ours, theirs)
     ]
     assert apart(*norms) < 1e-4 * max(norms[1])
     assert max(norms[1]) > 0.2  # clipping has something to do
-    lengths = [batch["input_ids"].shape[1] for batch in ours.get_train_dataloader()]
-    assert statistics.pstdev(lengths) > 10  # batches of like lengths
+    fills = [batch["attention_mask"].float().mean().item() for batch in ours.get_train_dataloader()]
+    assert statistics.mean(fills) > 0.8  # grouped; shuffled batches are half padding
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -83,9 +83,9 @@ def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(door: str, tiny:
     resumed = trainer(network(door, tiny, dropout=0.1, seed=5), tiny, tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 8
-    assert losses(resumed) == losses(whole)
+    assert apart(losses(resumed), losses(whole)) <= SAME
     for (name, a), b in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
+        assert (a - b).abs().max() <= SAME, name
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tiny: Path, tmp_path: Path) -> None:
@@ -147,13 +147,13 @@ def other_model(tiny: Path, **changes: Any) -> fastbert.BertForSequenceClassific
 
 
 @pytest.mark.parametrize(
-    ("changes", "theirs", "ours"),
+    ("changes", "saved", "own"),
     [({"intermediate_size": 48}, r"64, 32", r"48, 32"), ({"num_labels": 3}, r"6, 32", r"3, 32")],
 )
 def test_resuming_from_another_width_names_both(
-    tiny: Path, tmp_path: Path, changes: dict[str, int], theirs: str, ours: str
+    tiny: Path, tmp_path: Path, changes: dict[str, int], saved: str, own: str
 ) -> None:
-    with pytest.raises(RuntimeError, match=rf"\[{theirs}\].* from checkpoint.* current model is .*\[{ours}\]"):
+    with pytest.raises(RuntimeError, match=rf"\[{saved}\].* from checkpoint.* current model is .*\[{own}\]"):
         resume(other_model(tiny, **changes), tiny, tmp_path)
 
 

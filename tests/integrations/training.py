@@ -5,9 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import finetune
+import torch
 import transformers
 
 import fastbert
+
+#: How far losses may be from Hugging Face's after a few steps without dropout.
+CLOSE = 1e-4
+#: How far two runs of the same steps may be from each other: a GPU may sum in another order each time.
+SAME = 1e-5 if torch.cuda.is_available() else 0.0
 
 
 @functools.cache
