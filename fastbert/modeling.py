@@ -21,7 +21,7 @@ from fastbert_kernels.backend import check_same_device
 
 from .masks import dense_bias, layer_head_masks, token_mask
 from .modules import FusedEmbeddings, attends_fused, draw_seed, fuse_modules
-from .notices import warn_once
+from .notices import say_once, warn_once
 from .packing import Layout, dense_layout, packed_layout
 from .plain import foreign_hooks, is_plain_embedding
 from .prefix import place_prefix, prefix_length
@@ -135,6 +135,8 @@ class BertModel(transformers.BertModel):
                 output_attentions=wants_maps, output_hidden_states=wants_states, return_dict=return_dict, **kwargs,
             )  # fmt: skip
 
+        if torch.compiler.is_compiling():
+            self._say_unfused()
         if kwargs.get("is_causal"):
             raise ValueError("is_causal=True is for decoders: pass a 4-D attention_mask, or use fastbert.unfuse(model)")
         packed = {name: kwargs.get(name) for name in _PACKED_KEYWORDS}
@@ -276,6 +278,15 @@ class BertModel(transformers.BertModel):
         if not self.training or not uses_triton(weight):
             return None
         return draw_seed(weight.device)
+
+    @torch.compiler.assume_constant_result
+    def _say_unfused(self) -> None:
+        """Log once which layers a graph has unfused, and why: code cannot log while it is traced, but this runs then."""
+        from .fusing import explain  # which imports this module
+
+        explanation = explain(self)
+        if any(part.reason for part in explanation.parts):
+            say_once(f"fastbert: not every part of a compiled model is fused:\n{explanation}")
 
     def _leaves_fast_path(self, encoder_hidden_states: Any, past_key_values: Any) -> str | None:
         if self.config.is_decoder:

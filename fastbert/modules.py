@@ -252,7 +252,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
         if map_seq is None and kwargs.get("output_attentions"):  # called the Hugging Face way
             map_seq = seq
         qkv = project_qkv(self.query, self.key, self.value, hidden_states)
-        qkv = qkv.view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
+        qkv = qkv.view(-1).view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
         if prefix is not None:
             qkv = prefix.prepend(qkv, self.layer_idx)
         dropout_p = self.dropout.p if self.training else 0.0

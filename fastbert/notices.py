@@ -9,11 +9,12 @@ logger = logging.getLogger("fastbert")
 
 
 @functools.cache
-def _warn(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a warning the first time this message is seen."""
     logger.warning(message)
 
 
 def warn_once(message: str) -> None:
-    """Log a warning the first time this message is seen. Compiled code, which cannot log, says nothing."""
+    """Log a warning the first time this message is seen. Code that is traced cannot log: `BertModel` does for it."""
     if not torch.compiler.is_compiling():
-        _warn(message)
+        say_once(message)

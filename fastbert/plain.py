@@ -8,7 +8,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 #: Where hooks come from that belong to the machinery around a model, not to someone who looks inside it.
 _INFRASTRUCTURE = ("torch.distributed", "transformers.", "peft.", "deepspeed.")
@@ -57,12 +59,19 @@ def is_sharded_within(module: nn.Module) -> bool:
     return getattr(module, "_is_fsdp_managed_module", False)
 
 
+def is_ordinary(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is one of PyTorch's own, or what torch.export puts in the place of one while it traces."""
+    if type(parameter) is nn.Parameter:
+        return True
+    return torch.compiler.is_compiling() and type(parameter) is FakeTensor and isinstance(parameter, nn.Parameter)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` is exactly a `kind` whose ordinary parameters may be read without calling it."""
     return (
         type(module) is kind
         and all(
-            p is None or type(p) is nn.Parameter or (_gathered and is_sharded_within(module))
+            p is None or is_ordinary(p) or (_gathered and is_sharded_within(module))
             for p in module._parameters.values()
         )
         and not is_called(module)

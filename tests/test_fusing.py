@@ -98,7 +98,7 @@ def test_another_model_with_the_same_config_stays_as_it_is() -> None:
 
 
 def test_another_attention_name_is_not_used_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    notices._warn.cache_clear()
+    notices.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "fastbert"):
         model = fastbert.BertModel(tiny_config(attn_implementation="sdpa"))
     assert "attn_implementation='sdpa' is not used" in caplog.text
@@ -137,7 +137,7 @@ def test_fuse_leaves_decoders_and_subclasses_alone(caplog: pytest.LogCaptureFixt
     class MyBert(transformers.BertModel):
         pass
 
-    notices._warn.cache_clear()
+    notices.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "fastbert"):
         decoder = fastbert.fuse(transformers.BertModel(tiny_config(is_decoder=True)))
         mine = fastbert.fuse(MyBert(tiny_config()))
@@ -196,7 +196,7 @@ def test_a_wrapped_linear_is_called_and_the_rest_stays_fused(name: str) -> None:
 def test_a_replaced_module_runs_unfused_and_says_so(
     name: str, replacement: nn.Module, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    notices._warn.cache_clear()
+    notices.say_once.cache_clear()
     plain = plain_model()
     owner, attribute = plain.encoder.layer[0].get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     setattr(owner, attribute, replacement)
@@ -318,7 +318,7 @@ def test_unfuse_refuses_classes_built_on_fastberts() -> None:
 
 
 def test_left_padding_warns_of_the_pooler(caplog: pytest.LogCaptureFixture) -> None:
-    notices._warn.cache_clear()
+    notices.say_once.cache_clear()
     _, fused = pair()
     with caplog.at_level(logging.WARNING, "fastbert"):
         fused(ids(), mask_of([11, 3, 7], 11))

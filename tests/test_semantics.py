@@ -149,7 +149,7 @@ def test_checkpointing_gives_the_same_gradients_and_the_same_dropout(
     wanted, _ = gradients()
     fused.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with caplog.at_level(logging.WARNING, "fastbert"):
-        fastbert.notices._warn.cache_clear()
+        fastbert.notices.say_once.cache_clear()
         got, probs = gradients()
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
@@ -311,7 +311,7 @@ def test_token_out_of_range_on_a_gpu_reads_zero_and_leaves_the_context_alive(dev
 def test_decoder_takes_hugging_faces_path_and_says_so(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     plain, fused = pair(device, is_decoder=True)
     x = ids(device=device)
-    fastbert.notices._warn.cache_clear()
+    fastbert.notices.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "fastbert"):
         ours = fused(x, **both_flags())
     assert "decoder" in caplog.text
@@ -447,7 +447,7 @@ def test_compiled_additive_2d_mask_is_an_error_too(device: torch.device, life: s
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu", "silu", "quick_gelu"])
 def test_activations(device: torch.device, act: str, caplog: pytest.LogCaptureFixture) -> None:
-    fastbert.notices._warn.cache_clear()
+    fastbert.notices.say_once.cache_clear()
     plain, fused = pair(device, hidden_act=act)
     x = ids(device=device)
     with caplog.at_level(logging.WARNING, "fastbert"):

@@ -10,8 +10,11 @@ from .tiles import PARTIAL_SUMS, ROW_STAGES
 
 
 def partial_rows(blocks: int) -> int:
-    """How many programs, each with a row of partial sums, share a backward pass over `blocks` blocks of rows."""
-    return max(1, min(blocks, PARTIAL_SUMS))
+    """How many programs, each with a row of partial sums, share a backward pass over `blocks` blocks of rows.
+
+    Said so that a graph, where `blocks` may be a symbol, holds for few blocks and for many.
+    """
+    return torch.sym_max(1, torch.sym_min(blocks, PARTIAL_SUMS))
 
 
 @triton.jit

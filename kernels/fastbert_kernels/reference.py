@@ -110,7 +110,7 @@ def attention(
         q, k, v = qkv[part].unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
         added = None if bias is None else bias[sequences, :, :length, :length]
         if not explicit:
-            return _fused(q, k, v, added, scale, dropout_p).transpose(1, 2).flatten(0, 1), None
+            return as_rows(_fused(q, k, v, added, scale, dropout_p).transpose(1, 2)), None
         scores = upcast(q) @ upcast(k).transpose(2, 3) * scale
         if added is not None:
             scores = scores + added
@@ -118,7 +118,7 @@ def attention(
         probs = dropout(probs, dropout_p, None if keep is None else keep[sequences, :, :length, :length])
         if head_mask is not None:
             probs = probs * head_mask[:, None, None]
-        context = (probs @ upcast(v)).transpose(1, 2).flatten(0, 1).to(qkv.dtype)
+        context = as_rows((probs @ upcast(v)).transpose(1, 2)).to(qkv.dtype)
         if probs_seq is None:
             return context, None
         return context, _place(probs, probs_seq, None if columns is None else columns[part]).to(qkv.dtype)
@@ -148,6 +148,14 @@ def _hides_rows(bias: torch.Tensor | None) -> bool:
     if bias is None or not torch.is_grad_enabled():
         return False
     return torch.compiler.is_compiling() or bool((bias.amax(-1) < -1e3).any())
+
+
+def as_rows(x: torch.Tensor, inner: int = 2) -> torch.Tensor:
+    """(..., *inner) to (rows, *inner), by way of one dimension.
+
+    torch.export cannot prove that rows merged from (batch, seq) directly, both of them symbols, are contiguous.
+    """
+    return x.reshape(-1).view(-1, *x.shape[x.dim() - inner :])
 
 
 def _place(probs: torch.Tensor, seq: int, columns: torch.Tensor | None) -> torch.Tensor:
