@@ -10,11 +10,11 @@ The folder written holds Parquet files, which together have the rows in the orde
 to mean the same on every machine.
 """
 
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
-
 
 
 class Embed:
@@ -44,7 +44,7 @@ def main(
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: this machine.")] = None,
 ) -> None:
-    """Embed INPUT on Ray. Exit code 0: every row has an embedding; 1: there are bad rows; 2: the input cannot be used."""
+    """Embed INPUT on Ray. Exit code 0: every row has an embedding; 1: there are bad rows; 2: bad input."""
     import pyarrow.dataset as ds
     import ray
 
@@ -54,7 +54,9 @@ def main(
         fail(f"unknown pooling {pooling!r}: choose from {', '.join(POOLINGS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fail(f"--out {str(out)!r} is not an empty folder: choose another")
-    ray.init(address=address, ignore_reinit_error=True, include_dashboard=False)
+    # An actor takes a CPU, and so does reading: on a small machine they would wait for each other.
+    cpus = None if address else max(os.cpu_count() or 1, workers + 1)
+    ray.init(address=address, num_cpus=cpus, include_dashboard=False)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     texts = ray.data.read_parquet(str(input_file.absolute()))
     if column not in texts.schema().names:
@@ -80,7 +82,7 @@ def main(
         raise typer.Exit(1)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(2)
 

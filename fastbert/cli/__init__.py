@@ -6,6 +6,7 @@ before the kernels are defined.
 
 import typer
 
+from .attend import attend
 from .bench import bench
 from .encode import encode
 from .verify import verify
@@ -14,6 +15,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 app.command()(verify)
 app.command()(bench)
 app.command()(encode)
+app.command()(attend)
 
 
 @app.callback()
