@@ -58,7 +58,7 @@ def contenders(model: Path, device: torch.device, batch: int, tokens: int) -> di
             fuse(loaded)
         return lambda texts: loaded.encode(texts, batch_size=batch, show_progress_bar=False)
 
-    like = SentenceTransformer(str(model), device="cpu", local_files_only=True)
+    like: Any = SentenceTransformer(str(model), device="cpu", local_files_only=True)
     ours = Encoder(
         model,
         pooling=like[1].pooling_mode,

@@ -54,13 +54,14 @@ def main(
         fail(f"unknown pooling {pooling!r}: choose from {', '.join(POOLINGS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fail(f"--out {str(out)!r} is not an empty folder: choose another")
+    known = ds.dataset(input_file, format="parquet").schema.names
+    if column not in known:
+        fail(f"{str(input_file)!r} has no column {column!r}: choose from {', '.join(known)}")
     # An actor takes a CPU, and so does reading: on a small machine they would wait for each other.
     cpus = None if address else max(os.cpu_count() or 1, workers + 1)
     ray.init(address=address, num_cpus=cpus, include_dashboard=False)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     texts = ray.data.read_parquet(str(input_file.absolute()))
-    if column not in texts.schema().names:
-        fail(f"{str(input_file)!r} has no column {column!r}: choose from {', '.join(texts.schema().names)}")
     texts.map_batches(
         Embed,
         fn_constructor_args=(

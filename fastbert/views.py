@@ -67,7 +67,9 @@ def attention_page(
             f"{count:,} probabilities are more than a page can hold ({MOST_PROBABILITIES:,}): show fewer layers or a "
             "shorter text"
         )
-    made: Any = getattr(bertviz, VIEWS[view])(maps, list(tokens), include_layers=layers, html_action="return")
+    # bertviz counts heads on the first layer, shown or not.
+    filled = [maps[layers[0]] if layer is None else layer for layer in maps]
+    made: Any = getattr(bertviz, VIEWS[view])(filled, list(tokens), include_layers=layers, html_action="return")
     body, loaders = re.subn(r"<script src=[^>]*require[^>]*></script>", "", made.data)
     if loaders != 1:
         raise ValueError(f"bertviz's page loads require.js {loaders} times, where once is known how to replace")

@@ -1,13 +1,12 @@
 """`fastbert attend`: a look at the attention of one text."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import MODEL_HELP, default_model, fail, quiet
+from .common import MODEL_HELP, check_writable, default_model, fail, quiet
 
 #: End of the output's name -> the package that makes it, and the extra that brings that.
 _NEEDS = {".png": ("matplotlib", "plot"), ".html": ("bertviz", "viz")}
@@ -75,8 +74,4 @@ def _check_out(out: Path) -> None:
     package, extra = _NEEDS[out.suffix.lower()]
     if importlib.util.find_spec(package) is None:
         fail(f"{out.suffix} needs {package}, which is not installed: pip install 'fastbert[{extra}]'")
-    if out.is_dir():
-        fail(f"--out {str(out)!r} is a folder: name a file")
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(out if out.exists() else above, os.W_OK):
-        fail(f"--out {str(out)!r} cannot be written: choose another place")
+    check_writable("--out", out)

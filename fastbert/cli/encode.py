@@ -1,15 +1,15 @@
 """`fastbert encode`: embeddings of a file of text."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import fail, quiet
+from .common import check_writable, fail, quiet
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
 
@@ -100,19 +100,13 @@ def _check_paths(input_file: Path, out: Path) -> None:
         fail(f"no file {str(input_file)!r}: name a .csv, .parquet or text file")
     if out.suffix.lower() != ".parquet":
         fail(f"--out {str(out)!r} is not a Parquet file: let its name end in .parquet")
-    if out.is_dir():
-        fail(f"--out {str(out)!r} is a folder: name a file")
     if out.exists() and out.samefile(input_file):
         fail(f"--out {str(out)!r} is the input: choose another name")
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        fail(f"--out {str(out)!r} cannot be written: choose another place")
+    check_writable("--out", out)
 
 
-def _progress(console: "object") -> "Progress":
-    from rich.console import Console
+def _progress(console: "Console") -> "Progress":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    assert isinstance(console, Console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
