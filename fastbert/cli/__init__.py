@@ -6,12 +6,16 @@ before the kernels are defined.
 
 import typer
 
+from .attend import attend
 from .bench import bench
+from .encode import encode
 from .verify import verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.command()(verify)
 app.command()(bench)
+app.command()(encode)
+app.command()(attend)
 
 
 @app.callback()

@@ -68,12 +68,16 @@ def check_targets(json_file: str | None, picture: tuple[str, Path | None]) -> No
     for name, target in (("--json", json_file), (option, png)):
         if target is None or target == "-":
             continue
-        path = Path(target)
-        if path.is_dir():
-            fail(f"{name} {str(target)!r} is a folder: name a file")
-        above = next(parent for parent in path.absolute().parents if parent.exists())
-        if not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
-            fail(f"{name} {str(target)!r} cannot be written: choose another place")
+        check_writable(name, Path(target))
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Fail on a file that cannot be written. Folders on the way may be missing."""
+    if path.is_dir():
+        fail(f"{option} {str(path)!r} is a folder: name a file")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
+        fail(f"{option} {str(path)!r} cannot be written: choose another place")
 
 
 def choose_interpreter(backend: str, device: str | None) -> None:

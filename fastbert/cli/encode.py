@@ -1,0 +1,112 @@
+"""`fastbert encode`: embeddings of a file of text."""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import check_writable, fail, quiet
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def encode(
+    model: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint, or a name on the Hugging Face hub.")],
+    input_file: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A .csv or .parquet file, or any other of UTF-8 text, one a line.")
+    ],
+    out: Annotated[Path, typer.Option(help="The Parquet file to write; replaced when all is done, never before.")],
+    column: Annotated[
+        str | None, typer.Option(help="Of a CSV or Parquet file. Default: its only column of text.", show_default=False)
+    ] = None,
+    pooling: Annotated[str, typer.Option(help="mean or cls.")] = "mean",
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
+    keep_text: Annotated[bool, typer.Option("--keep-text", help="Write the text beside its embedding.")] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut texts to this many tokens. Default: what the model takes.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch.")] = 8192,
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16, what the model computes in. Embeddings are float32.")
+    ] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")] = None,
+) -> None:
+    """Embed every row of a file into a Parquet file with the columns row (from 0) and embedding, in its order.
+
+    Whatever stops it, the same command goes on where it stopped: what is finished waits in OUT.parts. A bad row (empty,
+    null, not UTF-8) is reported, gets no embedding, and the rest goes on.
+
+    Exit code 0: every row has an embedding; 1: there are bad rows; 2: the input cannot be used, or it had to stop.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        fail("encode needs pyarrow, which is not installed: pip install 'fastbert[encode]'")
+    _check_paths(input_file, out)
+
+    from rich.console import Console
+
+    from fastbert.bulk import encode_file
+    from fastbert.encode import Encoder
+    from fastbert.loading import InputError
+    from fastbert.rows import Texts
+
+    console = Console(stderr=True, highlight=False)
+    try:
+        texts = Texts(input_file, column)
+        with quiet(), console.status("starting ..."):
+            encoder = Encoder(
+                model,
+                pooling=pooling,
+                normalize=normalize,
+                max_length=max_length,
+                tokens=tokens,
+                dtype=dtype,
+                device=device,
+            )
+        with _progress(console) as progress:
+            bar = progress.add_task("embedding", total=None)
+            summary = encode_file(
+                encoder,
+                texts,
+                out,
+                keep_text=keep_text,
+                tell=lambda done, rows: progress.update(bar, completed=done, total=rows),
+            )
+    except InputError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"stopped: {error.strerror or error}; what is finished is kept, the same command goes on from there")
+
+    for row, reason in summary.bad:
+        console.print(f"row {row}: {reason}", markup=False)
+    count = summary.reasons.total()
+    if count > len(summary.bad):
+        console.print(f"... and {count - len(summary.bad):,} more, all with a null embedding")
+    done = f"{summary.rows - count:,} embeddings of {encoder.hidden} numbers: {out}"
+    if summary.resumed:
+        done += f"; {summary.resumed:,} rows were finished before"
+    console.print(done, markup=False, soft_wrap=True)
+    if count:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in summary.reasons.most_common())
+        console.print(f"{count:,} of {summary.rows:,} rows are bad: {reasons}", style="bold red", markup=False)
+        raise typer.Exit(1)
+
+
+def _check_paths(input_file: Path, out: Path) -> None:
+    """Fail before the work on paths that cannot be read or written."""
+    if not input_file.is_file():
+        fail(f"no file {str(input_file)!r}: name a .csv, .parquet or text file")
+    if out.suffix.lower() != ".parquet":
+        fail(f"--out {str(out)!r} is not a Parquet file: let its name end in .parquet")
+    if out.exists() and out.samefile(input_file):
+        fail(f"--out {str(out)!r} is the input: choose another name")
+    check_writable("--out", out)
+
+
+def _progress(console: "Console") -> "Progress":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
