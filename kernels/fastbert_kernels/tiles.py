@@ -125,6 +125,25 @@ def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool) -> Tiles:
     return attention_table(arch(qkv.device), kernel, qkv.element_size(), qkv.shape[3], maps)
 
 
+def relation_tiles(kernel: str, student: torch.Tensor, teacher: torch.Tensor) -> Tiles:
+    """`relation_table` for operands (tokens, heads, dim) of both models, on the device they are on."""
+    itemsize = max(student.element_size(), teacher.element_size())
+    return relation_table(arch(student.device), kernel, itemsize, max(student.shape[2], teacher.shape[2]))
+
+
+@functools.cache
+def relation_table(target: str, kernel: str, itemsize: int, dim: int) -> Tiles:
+    """Tiles of a relation kernel.
+
+    Args:
+        target: what `backend.arch` says.
+        kernel: "forward", "backward_a" or "backward_b".
+        itemsize: bytes of an element of the wider of both models' operands.
+        dim: the larger of both models' dims, up to 128.
+    """
+    return _ATTENTION_INTERPRETED
+
+
 @functools.cache
 def row_tiles(features: int, elements: int) -> Tiles:
     """Tiles of a kernel that holds whole rows: BLOCK_M rows of BLOCK_N >= features.
