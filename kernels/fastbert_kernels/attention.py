@@ -337,13 +337,13 @@ def attention(
 
 
 def check_lengths(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int) -> None:
-    """Raise ValueError unless the sequences an op was told of make up the tokens of `x` (tokens, ...), called `name`."""
+    """Raise ValueError unless the sequences make up the tokens of `x` (tokens, ...), which the message calls `name`."""
     if max_seqlen < 1:
         raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}")
     if cu_seqlens is None and x.shape[0] % max_seqlen != 0:
         raise ValueError(
-            f"without cu_seqlens every sequence has max_seqlen={max_seqlen} tokens, but {name} has {x.shape[0]} tokens, "
-            "not a multiple: pass cu_seqlens"
+            f"without cu_seqlens every sequence has max_seqlen={max_seqlen} tokens, but {name} has {x.shape[0]} "
+            "tokens, not a multiple: pass cu_seqlens"
         )
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
         raise ValueError(

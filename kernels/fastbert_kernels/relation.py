@@ -218,9 +218,10 @@ def relation_loss(
         TypeError: for a dtype that no kernel has.
     """
     _check(student_a, student_b, teacher_a, teacher_b, cu_seqlens, max_seqlen, kind)
+    teacher_a, teacher_b = teacher_a.detach(), teacher_b.detach()
     student_scale = student_a.shape[-1] ** -0.5 if student_scale is None else student_scale
     teacher_scale = teacher_a.shape[-1] ** -0.5 if teacher_scale is None else teacher_scale
-    operands = (student_a, student_b, teacher_a.detach(), teacher_b.detach())
+    operands = (student_a, student_b, teacher_a, teacher_b)
     # Both decide, so that a teacher in a dtype without a kernel is named too.
     if not (uses_triton(student_a) and uses_triton(teacher_a)):
         batch = _batch(student_a, cu_seqlens, max_seqlen)
