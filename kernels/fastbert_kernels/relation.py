@@ -19,7 +19,7 @@ import triton
 
 from .attention import check_lengths
 from .backend import check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
-from .relation_blocks import relation_loss_by_blocks
+from .relation_blocks import INSTEAD_OF_SECOND_DERIVATIVE, relation_loss_by_blocks
 from .relation_kernels import relation_backward_a, relation_backward_b, relation_forward
 from .tiles import relation_tiles
 
@@ -165,7 +165,7 @@ def _backward(
     return da, db
 
 
-forbid_double_backward(_backward, "relation loss")
+forbid_double_backward(_backward, "relation", INSTEAD_OF_SECOND_DERIVATIVE)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

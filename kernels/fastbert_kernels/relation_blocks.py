@@ -11,6 +11,8 @@ from .reference import upcast
 #: Rows of the score matrices that exist at a time.
 ROWS = 64
 
+INSTEAD_OF_SECOND_DERIVATIVE = "take fastbert_kernels.reference.relation_loss, which stores the maps"
+
 
 class _Scores:
     """The two models' scores in one sequence, a block of rows at a time: (heads, rows, length)."""
@@ -56,14 +58,19 @@ class _RowBlocks(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        lengths, kind, scales = ctx.scalars
-        operands = ctx.saved_tensors
+        da, db = _RowBlocksBackward.apply(dloss, *ctx.saved_tensors, *ctx.scalars)
+        return da, db, *[None] * 6
+
+
+class _RowBlocksBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dloss: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *operands, lengths, kind, scales = inputs
         da, db = (torch.empty_like(x) for x in operands[:2])
         for tokens_here in _sequences(lengths):
             scores = _Scores(tuple(x[tokens_here] for x in operands), scales)
-            student_b_grad = torch.zeros_like(scores.student_b)
+            db_here = torch.zeros_like(scores.student_b)
             for rows, s, t in scores.blocks():
                 if kind == "mse":
                     ds = s.sub_(t).mul_(2.0)
@@ -71,9 +78,16 @@ class _RowBlocks(torch.autograd.Function):
                     ds = F.softmax(s, dim=-1).sub_(F.softmax(t, dim=-1))
                 ds.mul_(dloss[:, tokens_here][:, rows, None] * scales[0])
                 da[tokens_here][rows] = (ds @ scores.student_b).transpose(0, 1)
-                student_b_grad += ds.transpose(1, 2) @ scores.student_a[:, rows]
-            db[tokens_here] = student_b_grad.transpose(0, 1)
-        return da, db, *[None] * 6
+                db_here += ds.transpose(1, 2) @ scores.student_a[:, rows]
+            db[tokens_here] = db_here.transpose(0, 1)
+        return da, db
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, ...]:
+        raise NotImplementedError(
+            "fastbert's relation loss has no second derivative: for gradients of gradients "
+            f"{INSTEAD_OF_SECOND_DERIVATIVE}"
+        )
 
 
 def relation_loss_by_blocks(

@@ -98,6 +98,30 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
     ],
 }
 
+#: (architecture, kernel) -> tiles of the relation kernels for two-byte dtypes. Every dim up to 128 has the same: two
+#: products of scores are what fills the registers, whatever they sum over.
+_RELATION_HALF: dict[tuple[str, str], Tiles] = {
+    ("sm_80", "forward"): _attention(64, 32, 4, 2),
+    ("sm_80", "backward_a"): _attention(64, 32, 4, 2),
+    ("sm_80", "backward_b"): _attention(32, 64, 4, 2),
+    ("sm_90", "forward"): _attention(128, 64, 8, 2),
+    ("sm_90", "backward_a"): _attention(128, 64, 8, 2),
+    ("sm_90", "backward_b"): _attention(64, 128, 8, 2),
+    ("sm_100", "forward"): _attention(128, 64, 8, 2),
+    ("sm_100", "backward_a"): _attention(64, 64, 4, 2),
+    ("sm_100", "backward_b"): _attention(64, 64, 4, 2),
+    ("gfx942", "forward"): _attention(64, 32, 4, 1),
+    ("gfx942", "backward_a"): _attention(64, 32, 4, 1),
+    ("gfx942", "backward_b"): _attention(32, 64, 4, 1),
+}
+
+#: The same for float32, by the dim up to which: see `_ATTENTION_FLOAT`.
+_RELATION_FLOAT: dict[str, list[tuple[int, Tiles]]] = {
+    "forward": [(64, _attention(32, 32, 4, 2)), (128, _attention(32, 16, 8, 2))],
+    "backward_a": [(64, _attention(16, 16, 4, 2)), (128, _attention(16, 16, 8, 2))],
+    "backward_b": [(64, _attention(16, 16, 4, 2)), (128, _attention(16, 16, 8, 2))],
+}
+
 #: The interpreter pays by the program, not by the register.
 _ATTENTION_INTERPRETED = _attention(64, 64, 4, 1)
 
@@ -141,7 +165,11 @@ def relation_table(target: str, kernel: str, itemsize: int, dim: int) -> Tiles:
         itemsize: bytes of an element of the wider of both models' operands.
         dim: the larger of both models' dims, up to 128.
     """
-    return _ATTENTION_INTERPRETED
+    if target == "interpreter":
+        return _ATTENTION_INTERPRETED
+    if itemsize == 4:
+        return next(tiles for widest, tiles in _RELATION_FLOAT[kernel] if dim <= widest)
+    return _RELATION_HALF[target, kernel]
 
 
 @functools.cache
