@@ -101,21 +101,21 @@ def capture(model: nn.Module, layers: Sequence[int] = (-1,)) -> Iterator[list[Pr
         if kwargs.get("past_key_values") is not None:
             raise ValueError("capture knows no past_key_values: leave them out, or distil the model without its prefix")
         _refuse_detached(bert)
-        for attention in watched:
-            attention.watcher = functools.partial(_keep, seen, attention)
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        _release(watched)  # a checkpointed layer runs again in the backward pass
-        found[:] = [seen[attention] for attention in watched]
         seen.clear()
 
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        found[:] = [seen[attention] for attention in watched]
+
+    for attention in watched:
+        attention.watcher = functools.partial(_keep, seen, attention)
     hooks = (bert.register_forward_pre_hook(begin, with_kwargs=True), bert.register_forward_hook(end))
     try:
         yield found
     finally:
         for hook in hooks:
             hook.remove()
-        _release(watched)
+        for attention in set(watched):
+            del attention.watcher
     if not found:
         raise RuntimeError(f"nothing was captured: {type(model).__name__} was not called inside the block")
 
@@ -157,17 +157,14 @@ def _keep(
     max_seqlen: int,
     mask: torch.Tensor | None,
 ) -> None:
+    if attention in seen:  # a checkpointed layer runs again in the backward pass
+        return
     if mask is not None:
         raise ValueError(
             "capture takes batches whose padding was dropped, or that have none, but this layer attends under a mask: "
             "pass a 2-D attention_mask, leave packing on, and neither compile the model nor put forward hooks in it"
         )
     seen[attention] = Projections(qkv, cu_seqlens, max_seqlen)
-
-
-def _release(watched: list[FusedSelfAttention]) -> None:
-    for attention in watched:
-        attention.__dict__.pop("watcher", None)
 
 
 def attention_loss(
