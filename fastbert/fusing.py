@@ -5,6 +5,8 @@ it is.
 """
 
 import copy
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,14 +18,29 @@ from transformers.models.bert import modeling_bert as hf
 from .modeling import BertModel, _FusedHead
 from .modules import FUSED, FusedLayer, FusedSelfAttention, fuse_modules
 from .notices import warn_once
+from .plain import as_if_gathered
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _UNFUSED: dict[type[nn.Module], type[nn.Module]] = {fused: plain for plain, fused in FUSED.items()}
 _UNFUSED[BertModel] = hf.BertModel
 
+#: Where torch.compile and torch's checkpoint_wrapper keep the layer that they stand in front of.
+_LAYER_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
 #: The parts of a layer that `explain` speaks of, by their path in it.
 _PARTS = ("attention.self", "attention.output", "intermediate", "output")
+
+
+def _refuse_sharded(model: nn.Module, verb: str) -> None:
+    """FSDP2 has put classes of its own on the modules it shards: ours can neither replace them nor be replaced."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for name, module in model.named_modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            raise ValueError(
+                f"{name or 'the model'} ({type(module).__name__}) is sharded by FSDP2 already: {verb} the model before "
+                "fully_shard, or before accelerator.prepare"
+            )
 
 
 def _berts(model: nn.Module) -> list[hf.BertModel]:
@@ -44,8 +61,9 @@ def fuse(model: Model, packing: bool = True) -> Model:
         The same object.
 
     Raises:
-        ValueError: when there is no `BertModel` inside.
+        ValueError: when there is no `BertModel` inside, or FSDP2 has sharded a module already.
     """
+    _refuse_sharded(model, "fuse")
     for bert in _berts(model):
         if bert.config.is_decoder:
             warn_once("fastbert: a decoder stays on Hugging Face's own path")
@@ -68,8 +86,10 @@ def unfuse(model: Model) -> Model:
     Also takes fastbert's own classes back to Hugging Face's.
 
     Raises:
-        ValueError: when there is no `BertModel` inside, or one whose class derives from fastbert's.
+        ValueError: when there is no `BertModel` inside, or one whose class derives from fastbert's, or FSDP2 has
+            sharded a module.
     """
+    _refuse_sharded(model, "unfuse")
     berts = _berts(model)
     for module in model.modules():
         if isinstance(module, BertModel | _FusedHead) and type(module).__module__ != BertModel.__module__:
@@ -158,6 +178,24 @@ def _explain_part(layer: int | None, name: str, module: Any, context: str | None
     return Part(layer, name, reason is None, module.note() if reason is None else reason)
 
 
+def _explain_bert(bert: hf.BertModel) -> Iterator[Part]:
+    context = None
+    if bert.config.is_decoder:
+        context = "a decoder runs on Hugging Face's own path"
+    elif not isinstance(bert, BertModel):
+        context = f"{type(bert).__name__} is not fused: call fastbert.fuse(model)"
+    yield _explain_part(None, "embeddings", bert.embeddings, context)
+    for i, wrapped in enumerate(bert.encoder.layer):
+        layer: Any = wrapped
+        for wrapper in _LAYER_WRAPPERS:
+            layer = getattr(layer, wrapper, layer)
+        if context is None and not isinstance(layer, FusedLayer):
+            yield Part(i, "layer", False, f"{type(layer).__name__} is not Hugging Face's BertLayer")
+        else:
+            for name in _PARTS:
+                yield _explain_part(i, name, layer.get_submodule(name), context)
+
+
 def explain(model: nn.Module) -> Explanation:
     """Which parts of a model are on the fast path, and why the others are not.
 
@@ -167,17 +205,5 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         ValueError: when there is no `BertModel` inside.
     """
-    parts = []
-    for bert in _berts(model):
-        context = None
-        if bert.config.is_decoder:
-            context = "a decoder runs on Hugging Face's own path"
-        elif not isinstance(bert, BertModel):
-            context = f"{type(bert).__name__} is not fused: call fastbert.fuse(model)"
-        parts.append(_explain_part(None, "embeddings", bert.embeddings, context))
-        for i, layer in enumerate(bert.encoder.layer):
-            if context is None and not isinstance(layer, FusedLayer):
-                parts.append(Part(i, "layer", False, f"{type(layer).__name__} is not Hugging Face's BertLayer"))
-            else:
-                parts += [_explain_part(i, name, layer.get_submodule(name), context) for name in _PARTS]
-    return Explanation(tuple(parts))
+    with as_if_gathered():
+        return Explanation(tuple(part for bert in _berts(model) for part in _explain_bert(bert)))

@@ -13,8 +13,8 @@ def token_mask(mask: torch.Tensor, batch: int, seq: int) -> torch.Tensor:
     """
     if mask.shape != (batch, seq):
         raise ValueError(
-            f"attention_mask must have shape (batch, seq) = ({batch}, {seq}) like the input, or be 3-D or 4-D, got "
-            f"{tuple(mask.shape)}"
+            f"attention_mask must have shape (batch, seq) = ({batch}, {seq}) like the input, the prefix in "
+            f"past_key_values counted in, or be 3-D or 4-D, got {tuple(mask.shape)}"
         )
     if mask.is_floating_point() and torch.compiler.is_compiling():
         torch._assert_async(((mask == 0) | (mask == 1)).all(), "a 2-D attention_mask holds only 0 and 1")
@@ -26,21 +26,25 @@ def token_mask(mask: torch.Tensor, batch: int, seq: int) -> torch.Tensor:
     return mask.to(torch.bool)
 
 
-def dense_bias(mask: torch.Tensor, batch: int, heads: int, seq: int) -> torch.Tensor:
-    """A 3-D or 4-D mask as additive float32 (batch | 1, heads | 1, seq | 1, seq).
+def dense_bias(mask: torch.Tensor, wanted: tuple[int, int, int, int]) -> torch.Tensor:
+    """A 3-D or 4-D mask as additive float32 (batch | 1, heads | 1, seq | 1, keys).
 
     Bool and int masks mark visible keys; float masks are added to the scores.
+
+    Args:
+        mask: of the shape wanted or broadcasting to it; with three dimensions for all heads.
+        wanted: (batch, heads, seq, keys).
 
     Raises:
         ValueError: for a shape that does not broadcast, a float mask of ones and zeros, or one that needs a gradient.
     """
     wide = mask[:, None] if mask.dim() == 3 else mask
-    wanted = (batch, heads, seq, seq)
-    fits = wide.dim() == 4 and wide.shape[3] == seq
+    batch, _, seq, keys = wanted
+    fits = wide.dim() == 4 and wide.shape[3] == keys
     if not fits or any(have not in (1, want) for have, want in zip(wide.shape, wanted, strict=True)):
         raise ValueError(
-            f"attention_mask must have shape (batch, seq) = ({batch}, {seq}), (batch, seq, seq), or broadcast to "
-            f"(batch, heads, seq, seq) = {wanted}, got {tuple(mask.shape)}"
+            f"attention_mask must have shape (batch, seq) = ({batch}, {keys}), (batch, seq, seq) = ({batch}, {seq}, "
+            f"{keys}), or broadcast to (batch, heads, seq, seq) = {wanted}, got {tuple(mask.shape)}"
         )
     if not mask.is_floating_point():
         return additive(wide.to(torch.bool))

@@ -23,7 +23,8 @@ from .masks import dense_bias, layer_head_masks, token_mask
 from .modules import FusedEmbeddings, attends_fused, draw_seed, fuse_modules
 from .notices import warn_once
 from .packing import Layout, dense_layout, packed_layout
-from .plain import foreign_hooks
+from .plain import foreign_hooks, is_plain_embedding
+from .prefix import place_prefix, prefix_length
 
 #: What a caller that packs its own batches passes: Hugging Face's names.
 _PACKED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -97,8 +98,10 @@ class BertModel(transformers.BertModel):
                 broadcasting to (batch, heads, seq, seq): bool or int with true at visible keys, or additive float.
             token_type_ids, position_ids: int (batch, seq) or (1, seq).
             inputs_embeds: (batch, seq, hidden) in place of the word embeddings.
-            encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache: of decoders, which run on
-                Hugging Face's own path.
+            encoder_hidden_states, encoder_attention_mask, use_cache: of decoders, which run on Hugging Face's own path.
+            past_key_values: a `DynamicCache` with keys and values (batch, heads, length, head_dim) that every sequence
+                sees before its own in each layer, as prefix tuning passes. Read, never added to. Positions and columns
+                of masks and attentions then start with it: `attention_mask` is (batch, length + seq).
             head_mask: (heads,) or (layers, heads), factors on the attention probabilities after dropout.
             output_attentions, output_hidden_states: True for all, or the indices wanted: the tuple keeps its length,
                 with None at the others. Default: the configuration's.
@@ -135,20 +138,27 @@ class BertModel(transformers.BertModel):
         if kwargs.get("is_causal"):
             raise ValueError("is_causal=True is for decoders: pass a 4-D attention_mask, or use fastbert.unfuse(model)")
         packed = {name: kwargs.get(name) for name in _PACKED_KEYWORDS}
+        before = prefix_length(past_key_values, len(self.encoder.layer)) or 0
         batch = self._check_in(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, head_mask, packed
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, head_mask, packed, before
         )
         seed = self._draw_seed()
         layers = len(self.encoder.layer)
         map_layers = _selected(wants_maps, layers)
         state_layers = _selected(wants_states, layers + 1)
-        self._warn_of_detached_maps(map_layers)
+        self._check_reentrant(map_layers, before)
 
-        layout = batch.layout
+        layout, bias, prefix = batch.layout, batch.bias, None
+        if before:
+            heads = self.config.num_attention_heads
+            keys = past_key_values.layers[0].keys
+            check_same_device("BertModel", input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=keys)
+            prefix = place_prefix(past_key_values, layout, heads, self.config.hidden_size // heads)
+            layout, bias = prefix.layout, None if bias is None else prefix.widen(bias)
         seeded = {"seed": seed} if isinstance(self.embeddings, FusedEmbeddings) else {}
         encoded = self.encoder(
             self.embeddings(**batch.embeddings, **seeded),
-            batch.bias,
+            bias,
             head_masks=layer_head_masks(head_mask, layers, self.config.num_attention_heads),
             state_layers=state_layers,
             map_layers=map_layers,
@@ -159,6 +169,7 @@ class BertModel(transformers.BertModel):
             cu_seq_lens_k=layout.cu_seqlens,
             max_length_q=layout.max_seqlen,
             max_length_k=layout.max_seqlen,
+            prefix=prefix,
         )
 
         last = batch.check_out(encoded.last_hidden_state)
@@ -187,13 +198,17 @@ class BertModel(transformers.BertModel):
         inputs_embeds: torch.Tensor | None,
         head_mask: torch.Tensor | None,
         packed: dict[str, Any],
+        before: int,
     ) -> _Batch:
-        """The door in: check the arguments, choose the layout, bring ids or vectors into it."""
+        """The door in: check the arguments, choose the layout, bring ids or vectors into it. `before` is the length of
+        the prefix."""
         words = _exactly_one(input_ids, inputs_embeds)
         batch, seq = words.shape[:2]
+        positions = self.embeddings.position_embeddings
         check_same_device(
-            "BertModel", model=self.embeddings.position_embeddings.weight, inputs=words, attention_mask=attention_mask,
-            token_type_ids=token_type_ids, position_ids=position_ids, head_mask=head_mask,
+            "BertModel", model=positions.weight if is_plain_embedding(positions) else None, inputs=words,
+            attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+            head_mask=head_mask,
         )  # fmt: skip
         position_ids = _broadcast_ids("position_ids", position_ids, batch, seq)
         token_type_ids = _broadcast_ids("token_type_ids", token_type_ids, batch, seq)
@@ -206,6 +221,8 @@ class BertModel(transformers.BertModel):
         longest = self.config.max_position_embeddings
 
         if any(value is not None for value in packed.values()):
+            if before:
+                raise ValueError("a packed batch takes no past_key_values: pass a padded one, or leave them out")
             layout = _callers_layout(packed, words, attention_mask)
             if position_ids is None:
                 _check_length(layout.seq, longest)
@@ -215,17 +232,20 @@ class BertModel(transformers.BertModel):
             return _Batch(layout, None, None, embeddings)
 
         if position_ids is None:
-            _check_length(seq, longest)
+            _check_length(before + seq, longest)
+            if before:
+                embeddings["position_ids"] = self.embeddings.position_ids[:, before : before + seq].expand(batch, seq)
         layout = dense_layout(batch, seq)
         if attention_mask is None:
             return _Batch(layout, None, None, embeddings)
+        wide = (batch, self.config.num_attention_heads, seq, before + seq)
         if attention_mask.dim() != 2:
-            bias = dense_bias(attention_mask, batch, self.config.num_attention_heads, seq)
-            return _Batch(layout, bias, None, embeddings)
+            return _Batch(layout, dense_bias(attention_mask, wide), None, embeddings)
 
-        mask = token_mask(attention_mask, batch, seq)
-        if self._keeps_shape():
-            bias = dense_bias(mask[:, None, None, :], batch, self.config.num_attention_heads, seq)
+        whole_mask = token_mask(attention_mask, batch, before + seq)
+        mask = whole_mask[:, before:]
+        if self._keeps_shape() or (before and not bool(whole_mask[:, :before].all())):
+            bias = dense_bias(whole_mask[:, None, None, :], wide)
             return _Batch(layout, bias, mask if self.packing else None, embeddings)
         layout = packed_layout(mask)
         if layout.columns is not None and self.pooler is not None:
@@ -233,7 +253,7 @@ class BertModel(transformers.BertModel):
                 "fastbert: padding is not at the end of every row; where it is at the start, pooler_output is made of "
                 "padding: pad on the right, or set packing=False"
             )
-        if layout.indices is not None and position_ids is None:
+        if layout.indices is not None and embeddings["position_ids"] is None:
             embeddings["position_ids"] = self.embeddings.position_ids[:, :seq].expand(batch, seq)
         return _Batch(layout, None, None, {k: None if v is None else layout.pack(v) for k, v in embeddings.items()})
 
@@ -262,15 +282,26 @@ class BertModel(transformers.BertModel):
             return "it is a decoder (config.is_decoder)"
         if encoder_hidden_states is not None:
             return "it was given encoder_hidden_states"
-        if past_key_values is not None:
-            return "it was given past_key_values"
-        return None
+        if past_key_values is None:
+            return None
+        if prefix_length(past_key_values, len(self.encoder.layer)) is None:
+            return "it was given past_key_values that are not one prefix a layer"
+        unfused = [i for i, layer in enumerate(self.encoder.layer) if not attends_fused(layer)]
+        return f"it was given past_key_values, and attention is not fused in layers {unfused}" if unfused else None
 
-    def _warn_of_detached_maps(self, map_layers: set[int]) -> None:
-        if not (map_layers and self.training and torch.is_grad_enabled()):
+    def _check_reentrant(self, map_layers: set[int], before: int) -> None:
+        """Reentrant checkpointing gives a gradient to the hidden states alone."""
+        if not (self.training and torch.is_grad_enabled()):
             return
         layer: Any = self.encoder.layer[0]
-        if layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant"):
+        if not (layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant")):
+            return
+        if before:
+            raise ValueError(
+                "reentrant gradient checkpointing gives past_key_values no gradient: use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if map_layers:
             warn_once(
                 "fastbert: reentrant gradient checkpointing detaches attentions, so no gradient will reach the model "
                 "through them: use gradient_checkpointing_kwargs={'use_reentrant': False}"

@@ -19,6 +19,7 @@ from fastbert_kernels.attention import MAX_HEAD_DIM
 
 from .notices import warn_once
 from .plain import (
+    describe,
     is_called,
     is_plain_dropout,
     is_plain_embedding,
@@ -26,7 +27,18 @@ from .plain import (
     is_plain_linear,
     wants_grad_output,
 )
-from .projection import can_stack, project, project_qkv, qkv_parameters, rehome, separate
+from .prefix import Prefix
+from .projection import (
+    APART,
+    can_be_neighbours,
+    can_stack,
+    in_own_storage,
+    project,
+    project_qkv,
+    qkv_parameters,
+    rehome,
+    separate,
+)
 
 #: Module class of an activation -> the kernels' name for its formula.
 KERNEL_ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -47,7 +59,8 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 
 def _leave(module: nn.Module, reason: str) -> None:
-    warn_once(f"fastbert: {type(module).__mro__[1].__name__} runs unfused: {reason}")
+    plain = next(base for base in type(module).__mro__ if base.__module__ == hf.__name__)
+    warn_once(f"fastbert: {plain.__name__} runs unfused: {reason}; fastbert.explain(model) says in which layers")
 
 
 class MapSlot:
@@ -68,25 +81,36 @@ def _mask_like(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor 
 
 def _called(**modules: nn.Module) -> str | None:
     """A note on linear layers that are called as modules while the rest around them stays fused."""
-    names = [f"{name} ({type(m).__name__})" for name, m in modules.items() if not is_plain_linear(m)]
+    names = [f"{name} ({describe(m, nn.Linear)})" for name, m in modules.items() if not is_plain_linear(m)]
     return f"{', '.join(names)} called as a module" if names else None
 
 
+def _not_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> str:
+    return f"{name} is not a plain nn.{expected.__name__} but {describe(module, expected)}"
+
+
+def _norm_reason(module: Any) -> str | None:
+    """Why a module's LayerNorm and dropout cannot be one kernel's."""
+    if not is_plain_layer_norm(module.LayerNorm):
+        return _not_plain("LayerNorm", module.LayerNorm, nn.LayerNorm)
+    return None if is_plain_dropout(module.dropout) else _not_plain("dropout", module.dropout, nn.Dropout)
+
+
 class FusedEmbeddings(hf.BertEmbeddings):
-    """Three gathers, LayerNorm and dropout in one kernel."""
+    """Three gathers, LayerNorm and dropout in one kernel. Word embeddings that are not plain are called instead."""
 
     dropout_stream = 0
 
     def unfused_reason(self) -> str | None:
-        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        for name in ("position_embeddings", "token_type_embeddings"):
             if not is_plain_embedding(getattr(self, name)):
-                return f"{name} is not a plain nn.Embedding"
-        if not is_plain_layer_norm(self.LayerNorm):
-            return "LayerNorm is not a plain nn.LayerNorm"
-        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+                return _not_plain(name, getattr(self, name), nn.Embedding)
+        return _norm_reason(self)
 
     def note(self) -> str | None:
-        return None
+        if is_plain_embedding(self.word_embeddings):
+            return None
+        return f"word_embeddings ({type(self.word_embeddings).__name__}) called as a module"
 
     def forward(
         self,
@@ -102,21 +126,23 @@ class FusedEmbeddings(hf.BertEmbeddings):
         if reason is not None:
             _leave(self, reason)
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
-        words = input_ids if inputs_embeds is None else inputs_embeds
-        if words is None:
+        if inputs_embeds is None and input_ids is None:
             raise ValueError("the embeddings need input_ids or inputs_embeds, got neither")
+        if inputs_embeds is None and not is_plain_embedding(self.word_embeddings):
+            warn_once("fastbert: word_embeddings are called as a module; the embeddings around them stay fused")
+            inputs_embeds = self.word_embeddings(input_ids)
+        words: Any = input_ids if inputs_embeds is None else inputs_embeds
         batch, seq = words.shape[:2]
         if position_ids is None:
             position_ids = self.position_ids[:, past_key_values_length : seq + past_key_values_length]
         if token_type_ids is None:
             token_type_ids = words.new_zeros((1, 1), dtype=torch.long)
-        table = self.word_embeddings.weight
         dropout_p = self.dropout.p if self.dropout.training else 0.0
         y = embed(
             words.reshape(batch * seq, *words.shape[2:]),
             position_ids.expand(batch, seq).reshape(-1),
             token_type_ids.expand(batch, seq).reshape(-1),
-            table if inputs_embeds is None else None,
+            self.word_embeddings.weight if inputs_embeds is None else None,
             self.position_embeddings.weight,
             self.token_type_embeddings.weight,
             self.LayerNorm.weight,
@@ -124,7 +150,7 @@ class FusedEmbeddings(hf.BertEmbeddings):
             self.LayerNorm.eps,
             padding_idx=self.word_embeddings.padding_idx,
             dropout_p=dropout_p,
-            seed=_seed(seed, dropout_p, table),
+            seed=_seed(seed, dropout_p, self.position_embeddings.weight),
             stream=self.dropout_stream,
         )
         if wants_grad_output(self.word_embeddings) and torch.is_grad_enabled() and not y.requires_grad:
@@ -150,11 +176,12 @@ class FusedSelfAttention(hf.BertSelfAttention):
             return "causal attention is Hugging Face's own path"
         if self.attention_head_size > MAX_HEAD_DIM:
             return f"head_dim {self.attention_head_size} is over the kernels' {MAX_HEAD_DIM}"
-        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+        return None if is_plain_dropout(self.dropout) else _not_plain("dropout", self.dropout, nn.Dropout)
 
     def note(self) -> str | None:
         if can_stack(self.query, self.key, self.value):
-            return None
+            groups = qkv_parameters(self.query, self.key, self.value)
+            return None if all(parts[0].is_meta or can_be_neighbours(parts) for parts in groups) else APART
         return _called(query=self.query, key=self.key, value=self.value)
 
     def rehome(self) -> None:
@@ -169,6 +196,16 @@ class FusedSelfAttention(hf.BertSelfAttention):
             for parts in qkv_parameters(self.query, self.key, self.value):
                 separate(parts)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Every module's, but each projection in a storage of its own: what saves a model may keep one tensor a
+        storage, as accelerate does, or refuse to save a part of one, as safetensors does."""
+        state = super().state_dict(*args, **kwargs)
+        if not kwargs.get("keep_vars"):
+            for name, value in state.items():
+                if name.startswith(kwargs.get("prefix", "")) and isinstance(value, torch.Tensor):
+                    state[name] = in_own_storage(value)
+        return state
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -182,6 +219,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
         map_slot: MapSlot | None = None,
         map_seq: int | None = None,
         map_columns: torch.Tensor | None = None,
+        prefix: Prefix | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of each sequence with itself.
@@ -194,6 +232,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             map_slot: where to leave the probabilities too: nothing between here and the encoder returns them.
             map_seq: also return the probabilities, in maps of this side.
             map_columns: int32 (tokens,), each token's column in its map.
+            prefix: what each sequence sees before itself. The other arguments, but for hidden_states, count it in.
 
         Returns:
             The context, like hidden_states, and the probabilities (batch, heads, map_seq, map_seq) or None.
@@ -220,6 +259,8 @@ class FusedSelfAttention(hf.BertSelfAttention):
         max_seqlen = seq if max_length_q is None else max_length_q
         if self.watcher is not None:
             self.watcher(qkv, cu_seq_lens_q, max_seqlen, attention_mask)
+        if prefix is not None:
+            qkv = prefix.prepend(qkv, self.layer_idx)
         dropout_p = self.dropout.p if self.training else 0.0
         context, probs = attention(
             qkv,
@@ -234,6 +275,9 @@ class FusedSelfAttention(hf.BertSelfAttention):
             probs_seq=map_seq,
             columns=map_columns,
         )
+        if prefix is not None:
+            context = context.index_select(0, prefix.token_rows)
+            probs = None if probs is None else probs[:, :, prefix.length :]
         _leave_map(map_slot, probs)
         return context.reshape(batch, seq, self.all_head_size), probs
 
@@ -247,9 +291,7 @@ class _FusedAddNorm:
     dropout_stream = 0
 
     def unfused_reason(self) -> str | None:
-        if not is_plain_layer_norm(self.LayerNorm):
-            return "LayerNorm is not a plain nn.LayerNorm"
-        return None if is_plain_dropout(self.dropout) else "dropout is not a plain nn.Dropout"
+        return _norm_reason(self)
 
     def note(self) -> str | None:
         return _called(dense=self.dense)
@@ -362,6 +404,15 @@ class FusedLayer(hf.BertLayer):
 class FusedEncoder(hf.BertEncoder):
     """The layers, one after the other."""
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        start = f"{prefix}layer."
+        found = {name.removeprefix(start).partition(".")[0] for name in state_dict if name.startswith(start)}
+        if found and len(found) != len(self.layer):  # which loading with strict=False, as Trainer does, lets pass
+            warn_once(
+                f"fastbert: a checkpoint with {len(found)} encoder layers is loaded into a model with {len(self.layer)}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -426,6 +477,9 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     hf.BertLayer: FusedLayer,
     hf.BertEncoder: FusedEncoder,
 }
+# Policies of sharding engines, and device maps, name the modules they keep whole: "BertLayer", or `_no_split_modules`.
+for _plain, _fused in FUSED.items():
+    _fused.__name__ = _plain.__name__
 
 
 def attends_fused(layer: Any) -> bool:

@@ -4,7 +4,9 @@ A fused kernel reads a module's parameters and skips its `forward`. That is only
 with ordinary parameters that nobody watches: a LoRA, quantized, sharded, parametrized or hooked module must be called.
 """
 
-from typing import TypeGuard
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -20,9 +22,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_called(module: nn.Module) -> bool:
     """Whether someone relies on the module being called: a hook, or a replaced `forward`."""
-    return "forward" in module.__dict__ or any(
-        getattr(hook, "__name__", "") != _REQUIRE_GRADS for hooks in _HOOKS for hook in getattr(module, hooks).values()
-    )
+    if "forward" in module.__dict__:
+        return True
+    hooks = [hook for hooks in _HOOKS for hook in getattr(module, hooks).values()]
+    return any(getattr(hook, "__name__", "") != _REQUIRE_GRADS and not _has_no_work(hook, module) for hook in hooks)
+
+
+def _has_no_work(hook: Any, module: nn.Module) -> bool:
+    """Whether a hook is there to gather the parameters of a module that has none: ZeRO-3 hooks every module."""
+    return getattr(hook, "__module__", "").startswith("deepspeed.") and not any(True for _ in module.parameters())
 
 
 def wants_grad_output(module: nn.Module) -> bool:
@@ -30,13 +38,43 @@ def wants_grad_output(module: nn.Module) -> bool:
     return any(getattr(hook, "__name__", "") == _REQUIRE_GRADS for hook in module._forward_hooks.values())
 
 
+_gathered = False
+
+
+@contextlib.contextmanager
+def as_if_gathered() -> Iterator[None]:
+    """Look at a model at rest as at one that runs: what FSDP shards, it gathers before it calls the module around."""
+    global _gathered
+    before, _gathered = _gathered, True
+    try:
+        yield
+    finally:
+        _gathered = before
+
+
+def is_sharded_within(module: nn.Module) -> bool:
+    """Whether FSDP shards the module's parameters as part of it or of a module around it."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` is exactly a `kind` whose ordinary parameters may be read without calling it."""
     return (
         type(module) is kind
-        and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
+        and all(
+            p is None or type(p) is nn.Parameter or (_gathered and is_sharded_within(module))
+            for p in module._parameters.values()
+        )
         and not is_called(module)
     )
+
+
+def describe(module: nn.Module, expected: type[nn.Module]) -> str:
+    """What `module` is, in a message that it is not a plain `expected`."""
+    actual = type(module)
+    if actual is expected:
+        return f"{actual.__name__} that is hooked, sharded or changed"
+    return f"{actual.__module__}.{actual.__name__}" if actual.__name__ == expected.__name__ else actual.__name__
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

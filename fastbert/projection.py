@@ -4,6 +4,7 @@ The three weights are kept as neighbouring views of one storage, so that the sta
 nothing. They stay three parameters: in the state dict, in the optimizer, in `named_parameters`.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from torch import nn
 from fastbert_kernels import uses_triton
 
 from .notices import warn_once
-from .plain import is_plain_linear
+from .plain import describe, is_plain_linear
+
+#: Why the three projections may be three products although each is plain.
+APART = "query, key and value are three products: something else holds their parameters (FSDP, a flat buffer)"
 
 
 def project(dense: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -36,8 +40,7 @@ def project(dense: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def _say_called(module: nn.Module) -> None:
     if not is_plain_linear(module):
-        kind = f"a hooked or sharded {type(module).__name__}" if type(module) is nn.Linear else type(module).__name__
-        warn_once(f"fastbert: {kind} is called as a module; the layer around it stays fused")
+        warn_once(f"fastbert: {describe(module, nn.Linear)} is called as a module; the layer around it stays fused")
 
 
 def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
@@ -51,24 +54,33 @@ def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
     return True
 
 
-def _owns_storage(part: torch.Tensor) -> bool:
-    """Whether a tensor may be moved: it fills a storage of its own that is not shared between processes."""
-    storage = part.untyped_storage()
-    return part.is_contiguous() and storage.nbytes() == part.numel() * part.element_size() and not part.is_shared()
+def _movable(parts: tuple[torch.Tensor, ...]) -> bool:
+    """Whether tensors may be moved: they are parameters of one kind, and nothing else refers to their storages.
+
+    Whoever else does would go on filling the old storage, which nobody reads any more: a sharding engine the
+    parameters it gathers or its flat buffer, another process the memory it shares.
+    """
+    first = parts[0]
+    if any(type(p) is not nn.Parameter or p.dtype != first.dtype or p.device != first.device for p in parts):
+        return False
+    if first.is_meta or (first.is_cpu and any(p.is_shared() for p in parts)):  # on a GPU is_shared is always True
+        return False
+    storages = [p.untyped_storage() for p in parts]
+    held = Counter(storage._cdata for storage in storages)
+    # The storage's own Python object, alive in the list above, is one more reference.
+    return all(torch._C._storage_Use_Count(storage) == count + 1 for storage, count in held.items())
+
+
+def can_be_neighbours(parts: tuple[torch.Tensor, ...]) -> bool:
+    """Whether tensors are adjacent or may be made so."""
+    return all(type(p) is nn.Parameter for p in parts) and (adjacent(parts) or _movable(parts))
 
 
 def rehome(parts: tuple[nn.Parameter, ...]) -> bool:
-    """Move parameters next to each other in a new storage, unless they are already; whether they are now.
-
-    Parameters that are views of something larger (a flat buffer of a sharding engine, say), shared between
-    processes, of different kinds, or not materialized stay where they are.
-    """
-    first = parts[0]
-    if first.is_meta or any(p.dtype != first.dtype or p.device != first.device for p in parts):
-        return False
+    """Move parameters next to each other in a new storage, unless they are already; whether they are now."""
     if adjacent(parts):
         return True
-    if not all(_owns_storage(p) for p in parts) or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not _movable(parts) or (parts[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     with torch.inference_mode(False), torch.no_grad():  # a parameter made in inference mode could not be trained
         home = torch.cat([p.detach() for p in parts])
@@ -104,24 +116,35 @@ def _stacked_view(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return first.as_strided((sum(p.shape[0] for p in parts), *first.shape[1:]), first.stride(), first.storage_offset())
 
 
-def stack_parameters(parts: tuple[nn.Parameter, ...]) -> torch.Tensor:
-    """Parameters of shape (rows, ...) as one (sum of rows, ...): a view where they can be neighbours, else a copy."""
-    if torch.compiler.is_compiling() or not rehome(parts):
+def stack_parameters(parts: tuple[nn.Parameter, ...]) -> torch.Tensor | None:
+    """Parameters of shape (rows, ...) as one (sum of rows, ...), a view; None where they cannot be neighbours.
+
+    Compiled code sees a copy instead, which it may fold away: no graph has a view across parameters.
+    """
+    if torch.compiler.is_compiling():
         return torch.cat(parts)
+    if not rehome(parts):
+        return None
     if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
         return _Stacked.apply(*parts)
     return _stacked_view(parts)
 
 
 def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The three projections side by side: x (..., in) to (..., 3 * out), as one product if all three are plain."""
+    """The three projections side by side: x (..., in) to (..., 3 * out).
+
+    One product if all three are plain and their parameters can be neighbours, else three.
+    """
     linears = (query, key, value)
-    if not can_stack(*linears):
+    if can_stack(*linears):
+        stacked = [stack_parameters(parts) for parts in qkv_parameters(*linears)]
+        if all(whole is not None for whole in stacked):
+            return F.linear(x, *stacked)  # type: ignore[arg-type]
+        warn_once(f"fastbert: {APART}; the layer around them stays fused")
+    else:
         for linear in linears:
             _say_called(linear)
-        return torch.cat([linear(x) for linear in linears], dim=-1)
-    stacked = [stack_parameters(parts) for parts in qkv_parameters(*linears)]
-    return F.linear(x, *stacked)
+    return torch.cat([linear(x) for linear in linears], dim=-1)
 
 
 def qkv_parameters(query: Any, key: Any, value: Any) -> list[tuple[nn.Parameter, ...]]:
@@ -133,3 +156,10 @@ def qkv_parameters(query: Any, key: Any, value: Any) -> list[tuple[nn.Parameter,
 def can_stack(*linears: nn.Module) -> bool:
     """Whether the layers are plain, and all of them have a bias or none."""
     return all(is_plain_linear(linear) for linear in linears) and len({x.bias is None for x in linears}) == 1
+
+
+def in_own_storage(part: torch.Tensor) -> torch.Tensor:
+    """A detached tensor's memory as a tensor whose storage holds nothing else."""
+    if type(part) is not torch.Tensor or part.is_meta or part.untyped_storage().nbytes() == part.nbytes:
+        return part
+    return torch.from_dlpack(part)

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from . import contenders
-from .timing import Times, interleaved, peak_memory
+from .timing import Run, Times, interleaved, peak_memory
 from .workloads import Task, Workload
 
 #: What an output may differ from float32 eager by, beyond twice what eager itself differs by in the same dtype.
@@ -104,6 +104,13 @@ class _Job:
             self.optimizer.step()
         self.module.zero_grad(set_to_none=True)
 
+    def warm_up(self) -> None:
+        """Compile and allocate what a run needs."""
+        if self.workload.task != "forward":
+            self.module.train()
+        for _ in range(2):
+            self.run()
+
     def results(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Outputs at tokens and, when training, gradients, both with dropout off: float32."""
         mask = self.batch["attention_mask"].bool()
@@ -174,22 +181,14 @@ class Field:
         Returns:
             A row for each contender, in their order.
         """
-        batch = workload.batch(self.source.config.vocab_size, self.device) if batch is None else dict(batch)
-        if workload.task == "finetune":
-            batch["labels"] = torch.arange(len(workload.lengths), device=self.device) % 2
+        batch = self._inputs(workload, batch)
         truth = self._truth(workload, batch)
         rows: dict[str, Row] = {}
         jobs: dict[str, _Job] = {}
         bound: float | None = None
         for name in sorted(self.names, key=lambda name: name != "eager"):  # whose error the others are bound by
             blank = self._blank(workload, name)
-            why = contenders.missing(
-                name,
-                training=workload.task != "forward",
-                attentions=workload.attentions,
-                dtype=self.dtype,
-                device=self.device,
-            )
+            why = self.missing(name, workload)
             if why is None and time.perf_counter() > deadline:
                 why = "out of time"
             if why is not None:
@@ -203,13 +202,9 @@ class Field:
                     own = error if name == "eager" else self._eager_error(workload, batch, truth)
                     bound = 2 * own + SLACK[self.dtype]
                 if not error <= bound:
-                    why = f"wrong: its error {error:.1e} is over {bound:.1e}"
-                    rows[name] = dataclasses.replace(blank, error=error, bound=bound, problem=why)
+                    rows[name] = dataclasses.replace(blank, error=error, bound=bound, problem=_wrong(error, bound))
                     continue
-                if workload.task != "forward":
-                    job.module.train()
-                for _ in range(2):
-                    job.run()
+                job.warm_up()
                 peak = peak_memory(job.run, self.device)
             except Exception as failure:  # a peer that cannot do it is a row, not the end of the run
                 rows[name] = dataclasses.replace(blank, problem=f"failed: {type(failure).__name__}: {failure}"[:300])
@@ -224,6 +219,42 @@ class Field:
         del jobs
         gc.collect()
         yield from (rows[name] for name in self.names)
+
+    def missing(self, name: str, workload: Workload) -> str | None:
+        """Why a contender cannot take part, for people; None when it can."""
+        return contenders.missing(
+            name,
+            training=workload.task != "forward",
+            attentions=workload.attentions,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def ready(self, name: str, workload: Workload) -> Run:
+        """One contender on one workload as `measure` would time it, for a timer of the caller's.
+
+        Args:
+            name: a key of `contenders.CONTENDERS` that is not `missing`.
+            workload: what to do, on random ids.
+
+        Raises:
+            ValueError: when its results are wrong.
+        """
+        batch = self._inputs(workload)
+        truth = self._truth(workload, batch)
+        bound = 2 * self._eager_error(workload, batch, truth) + SLACK[self.dtype]
+        job = self._job(name, workload, batch)
+        error = _error(job.results(), truth)
+        if not error <= bound:
+            raise ValueError(f"{contenders.CONTENDERS[name]} on {workload.name!r} is {_wrong(error, bound)}")
+        job.warm_up()
+        return job.run
+
+    def _inputs(self, workload: Workload, batch: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        batch = workload.batch(self.source.config.vocab_size, self.device) if batch is None else dict(batch)
+        if workload.task == "finetune":
+            batch["labels"] = torch.arange(len(workload.lengths), device=self.device) % 2
+        return batch
 
     def _blank(self, workload: Workload, name: str) -> Row:
         return Row(
@@ -250,7 +281,8 @@ class Field:
             )
         model, module = self._built[key]
         module.eval()
-        optimizer = torch.optim.AdamW(module.parameters(), lr=2e-5, fused=True) if step else None
+        # A step that goes nowhere is the same work, and the next workload finds the weights as they were built.
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True) if step else None
         return _Job(model, module, workload, batch, dtype if step and dtype != torch.float32 else None, optimizer)
 
     def _truth(self, workload: Workload, batch: dict[str, Tensor]) -> Any:
@@ -258,6 +290,10 @@ class Field:
 
     def _eager_error(self, workload: Workload, batch: dict[str, Tensor], truth: Any) -> float:
         return _error(self._job("eager", workload, batch).results(), truth)
+
+
+def _wrong(error: float, bound: float) -> str:
+    return f"wrong: its error {error:.1e} is over {bound:.1e}"
 
 
 def _error(got: tuple[list[Tensor], dict[str, Tensor]], want: tuple[list[Tensor], dict[str, Tensor]]) -> float:

@@ -73,13 +73,13 @@ def bench(
     about = results.facts
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     console.print(f"{about['device']}; {versions}", markup=False, soft_wrap=True)
-    if plot is not None:
-        _draw(results, plot)
-        console.print(f"plot: {plot}", markup=False)
     if json_file == "-":
         sys.stdout.write(results.to_json())
     elif json_file is not None:
         results.save(json_file)
+    if plot is not None:
+        _draw(results, plot)
+        console.print(f"plot: {plot}", markup=False)
     if any(group.ours is None for group in results.groups()):
         raise typer.Exit(1)
 
@@ -87,4 +87,6 @@ def bench(
 def _draw(results: "Results", path: Path) -> None:
     from fastbert.benchmark.plots import speedup_bars
 
-    speedup_bars(results.groups(), path, title=f"{results.facts['device']}")
+    about = results.facts
+    packages = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers"))
+    speedup_bars(results.groups(), path, title=about["device"], note=f"{about['date'][:10]}, {packages}")

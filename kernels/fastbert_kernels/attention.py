@@ -302,16 +302,14 @@ def attention(
     _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if not uses_triton(qkv):
-        batch = _batch(qkv, cu_seqlens, max_seqlen)
-        lengths = [max_seqlen] * batch if cu_seqlens is None else cu_seqlens.diff().tolist()
         return reference.attention(
             qkv,
-            lengths,
+            max_seqlen if cu_seqlens is None else cu_seqlens.diff().tolist(),
             bias=bias,
             head_mask=head_mask,
             scale=scale,
             dropout_p=dropout_p,
-            probs_shape=None if probs_seq is None else (batch, probs_seq),
+            probs_seq=probs_seq,
             columns=columns,
         )
     if dropout_p > 0.0 and seed is None:

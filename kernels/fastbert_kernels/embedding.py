@@ -23,7 +23,7 @@ from .layer_norm import (
     store_rows,
 )
 from .numerics import dropout_keep
-from .tiles import BACKWARD_ELEMENTS, FORWARD_ELEMENTS, row_tiles
+from .tiles import BACKWARD_BYTES, FORWARD_BYTES, ROW_STAGES, row_tiles
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _embed_backward(
     weight = load_vector(weight_ptr, cols, features)
     dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for row_start in range(program * BLOCK_M, count, programs * BLOCK_M):
+    for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=ROW_STAGES):
         rows = row_start + tl.arange(0, BLOCK_M)
         mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)
@@ -225,7 +225,7 @@ def _forward(
     count, features = y.shape
     mean = y.new_empty(count, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    tiles = row_tiles(features, FORWARD_ELEMENTS)
+    tiles = row_tiles(features, y.element_size(), FORWARD_BYTES)
     if count > 0:
         wrap_triton(_embed_forward)[(triton.cdiv(count, tiles["BLOCK_M"]),)](
             norm_bias_ptr=norm_bias,
@@ -278,7 +278,7 @@ def _backward(
     count, features = dy.shape
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
-    tiles = row_tiles(features, BACKWARD_ELEMENTS)
+    tiles = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
     programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
     partials = dy.new_empty(2, programs, features, dtype=torch.float32)
     wrap_triton(_embed_backward)[(programs,)](

@@ -14,7 +14,7 @@ from . import reference
 from .backend import check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
 from .column_sums import column_sums, partial_rows
 from .numerics import cast, dropout_keep
-from .tiles import BACKWARD_ELEMENTS, FORWARD_ELEMENTS, row_tiles
+from .tiles import BACKWARD_BYTES, FORWARD_BYTES, ROW_STAGES, row_tiles
 
 #: Features of a row that one program can hold.
 MAX_FEATURES = 4096
@@ -148,7 +148,7 @@ def _add_layer_norm_backward(
     dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for row_start in range(program * BLOCK_M, count, programs * BLOCK_M):
+    for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=ROW_STAGES):
         rows = row_start + tl.arange(0, BLOCK_M)
         mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)
@@ -218,7 +218,7 @@ def _forward(
     y = torch.empty_like(x if residual is None else residual)
     mean = x.new_empty(count, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    tiles = row_tiles(features, FORWARD_ELEMENTS)
+    tiles = row_tiles(features, x.element_size(), FORWARD_BYTES)
     if count > 0:
         wrap_triton(_add_layer_norm_forward)[(triton.cdiv(count, tiles["BLOCK_M"]),)](
             x_ptr=x,
@@ -277,7 +277,7 @@ def _backward(
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
     dx = torch.empty_like(x) if dropout_p > 0.0 else x.new_empty(0)
-    tiles = row_tiles(features, BACKWARD_ELEMENTS)
+    tiles = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
     programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
     partials = x.new_empty(3 if bias is not None else 2, programs, features, dtype=torch.float32)
     wrap_triton(_add_layer_norm_backward)[(programs,)](

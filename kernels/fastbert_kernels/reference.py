@@ -75,55 +75,71 @@ def additive(bias: torch.Tensor) -> torch.Tensor:
 
 def attention(
     qkv: torch.Tensor,
-    lengths: list[int],
+    lengths: list[int] | int,
     *,
     bias: torch.Tensor | None = None,
     head_mask: torch.Tensor | None = None,
     scale: float,
     dropout_p: float = 0.0,
     keep: torch.Tensor | None = None,
-    probs_shape: tuple[int, int] | None = None,
+    probs_seq: int | None = None,
     columns: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Multi-head attention over packed sequences. The op's contract stands in `attention.attention`.
 
     Args:
         qkv: (tokens, 3, heads, head_dim).
-        lengths: tokens of each sequence.
+        lengths: tokens of each sequence; or one number, the tokens of every sequence.
         keep: bool (batch, heads, >= longest, >= longest), indexed by position in the sequence.
-        probs_shape: (batch, seq) of the probabilities to return; None for none.
+        probs_seq: side of the probabilities to return; None for none.
         columns: int (tokens,), each token's column in `probs`; None: its position in its sequence.
 
     Returns:
-        The context (tokens, heads, head_dim), and the probabilities (batch, heads, seq, seq) or None.
+        The context (tokens, heads, head_dim), and the probabilities (batch, heads, probs_seq, probs_seq) or None.
     """
     heads = qkv.shape[2]
+    if isinstance(lengths, list) and len(set(lengths)) == 1 and lengths[0] > 0:
+        lengths = lengths[0]
+    batch = len(lengths) if isinstance(lengths, list) else qkv.shape[0] // lengths
     if bias is not None:
-        bias = additive(bias).expand(len(lengths), heads, -1, -1)
-    if probs_shape is None and head_mask is None and keep is None and not _hides_rows(bias):
-        return _attention_without_probs(qkv, lengths, bias, scale, dropout_p), None
+        bias = additive(bias).expand(batch, heads, -1, -1)
+    explicit = probs_seq is not None or head_mask is not None or keep is not None or _hides_rows(bias)
 
+    def attend(part: slice, sequences: slice, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The sequences of one length whose tokens are a part of qkv."""
+        q, k, v = qkv[part].unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
+        added = None if bias is None else bias[sequences, :, :length, :length]
+        if not explicit:
+            return _fused(q, k, v, added, scale, dropout_p).transpose(1, 2).flatten(0, 1), None
+        scores = upcast(q) @ upcast(k).transpose(2, 3) * scale
+        if added is not None:
+            scores = scores + added
+        probs = torch.softmax(scores, dim=-1)
+        probs = dropout(probs, dropout_p, None if keep is None else keep[sequences, :, :length, :length])
+        if head_mask is not None:
+            probs = probs * head_mask[:, None, None]
+        context = (probs @ upcast(v)).transpose(1, 2).flatten(0, 1).to(qkv.dtype)
+        if probs_seq is None:
+            return context, None
+        return context, _place(probs, probs_seq, None if columns is None else columns[part]).to(qkv.dtype)
+
+    if not isinstance(lengths, list):
+        return attend(slice(None), slice(None), lengths)
     contexts, maps = [qkv[:0, 2]], []  # of qkv, so that no token at all still has a gradient
     start = 0
     for b, length in enumerate(lengths):
-        q, k, v = upcast(qkv[start : start + length]).permute(1, 2, 0, 3)  # each (heads, length, head_dim)
-        scores = q @ k.transpose(1, 2) * scale
-        if bias is not None:
-            scores = scores + bias[b, :, :length, :length]
-        probs = torch.softmax(scores, dim=-1)
-        probs = dropout(probs, dropout_p, None if keep is None else keep[b, :, :length, :length])
-        if head_mask is not None:
-            probs = probs * head_mask[:, None, None]
-        contexts.append((probs @ v).transpose(0, 1).to(qkv.dtype))
-        if probs_shape is not None:
-            maps.append(_place(probs, probs_shape[1], None if columns is None else columns[start : start + length]))
-        start += length
+        if length > 0:
+            context, probs = attend(slice(start, start + length), slice(b, b + 1), length)
+            contexts.append(context)
+            start += length
+        else:
+            probs = qkv.new_zeros(1, heads, probs_seq, probs_seq) if probs_seq is not None else None
+        if probs is not None:
+            maps.append(probs)
     context = torch.cat(contexts)
-    if probs_shape is None:
+    if probs_seq is None:
         return context, None
-    if not maps:
-        return context, qkv.new_zeros(0, heads, probs_shape[1], probs_shape[1])
-    return context, torch.stack(maps).to(qkv.dtype)
+    return context, torch.cat(maps) if maps else qkv.new_zeros(0, heads, probs_seq, probs_seq)
 
 
 def _hides_rows(bias: torch.Tensor | None) -> bool:
@@ -135,38 +151,24 @@ def _hides_rows(bias: torch.Tensor | None) -> bool:
 
 
 def _place(probs: torch.Tensor, seq: int, columns: torch.Tensor | None) -> torch.Tensor:
-    """(heads, length, length) inside zeros (heads, seq, seq), at the given columns and rows."""
-    length = probs.shape[-1]
+    """(batch, heads, length, length) inside zeros (batch, heads, seq, seq), at the columns and rows given for
+    each of the (batch * length) tokens."""
+    batch, heads, length, _ = probs.shape
     if columns is None:
         return F.pad(probs, (0, seq - length, 0, seq - length))
-    columns = columns.long()
-    rows = probs.new_zeros(probs.shape[0], length, seq).index_copy(2, columns, probs)
-    return rows.new_zeros(probs.shape[0], seq, seq).index_copy(1, columns, rows)
+    places = columns.long().view(batch, 1, length, 1)
+    rows = probs.new_zeros(batch, heads, length, seq).scatter(3, places.transpose(2, 3).expand_as(probs), probs)
+    return rows.new_zeros(batch, heads, seq, seq).scatter(2, places.expand_as(rows), rows)
 
 
-def _attention_without_probs(
-    qkv: torch.Tensor, lengths: list[int], bias: torch.Tensor | None, scale: float, dropout_p: float
+def _fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, dropout_p: float
 ) -> torch.Tensor:
-    """The context alone, by torch's own fused attention: one call for equal lengths, else one a sequence."""
-    tokens, _, heads, head_dim = qkv.shape
-    if bias is not None and bias.dtype != qkv.dtype:  # a masked entry is under the range of a half-precision dtype
-        wide = torch.promote_types(qkv.dtype, bias.dtype)
-        return _attention_without_probs(qkv.to(wide), lengths, bias.to(wide), scale, dropout_p).to(qkv.dtype)
-
-    def sdpa(part: torch.Tensor, batch: int, mask: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = part.view(batch, -1, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
-        return context.transpose(1, 2).reshape(-1, heads, head_dim)
-
-    if len(set(lengths)) == 1 and lengths[0] * len(lengths) == tokens and tokens > 0:
-        return sdpa(qkv, len(lengths), None if bias is None else bias[:, :, : lengths[0], : lengths[0]])
-    contexts, start = [qkv[:0, 2]], 0
-    for b, length in enumerate(lengths):
-        if length > 0:
-            mask = None if bias is None else bias[b : b + 1, :, :length, :length]
-            contexts.append(sdpa(qkv[start : start + length], 1, mask))
-        start += length
-    return torch.cat(contexts)
+    """The context alone, by torch's own fused attention: all (batch, heads, length, head_dim)."""
+    if bias is not None and bias.dtype != q.dtype:  # a masked entry is under the range of a half-precision dtype
+        dtype, wide = q.dtype, torch.promote_types(q.dtype, bias.dtype)
+        return _fused(q.to(wide), k.to(wide), v.to(wide), bias.to(wide), scale, dropout_p).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
 
 def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:

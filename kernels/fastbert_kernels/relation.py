@@ -51,7 +51,7 @@ def _arguments(
         "BLOCK_STUDENT": max(16, triton.next_power_of_2(student_dim)),
         "BLOCK_TEACHER": max(16, triton.next_power_of_2(teacher_dim)),
         "HAS_CU_SEQLENS": cu_seqlens is not None,
-        "KIND": kind,
+        "HAS_SOFTMAX": kind == "kl",
     }
 
 

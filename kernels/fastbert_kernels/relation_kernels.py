@@ -35,7 +35,7 @@ def relation_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_CU_SEQLENS: tl.constexpr,
-    KIND: tl.constexpr,
+    HAS_SOFTMAX: tl.constexpr,  # "kl", else "mse"
 ):
     """One program: BLOCK_M rows of one head of one sequence."""
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
@@ -68,7 +68,7 @@ def relation_forward(
         s = dot(student_a, tl.trans(student_b), zeros)
         t = dot(teacher_a, tl.trans(teacher_b), zeros)
         # Past the sequence both are 0, and so is their difference.
-        if KIND == "mse":
+        if not HAS_SOFTMAX:
             difference = s * student_scale - t * teacher_scale
             gap += tl.sum(difference * difference, axis=1)
         else:
@@ -88,7 +88,7 @@ def relation_forward(
             teacher_max = new_max
 
     row_offset = h.to(tl.int64) * tokens + start + rows
-    if KIND == "kl":
+    if HAS_SOFTMAX:
         student_lse = student_max + tl.log2(student_sum)
         teacher_lse = teacher_max + tl.log2(teacher_sum)
         gap = (gap / teacher_sum - teacher_lse + student_lse) / LOG2E
@@ -98,12 +98,12 @@ def relation_forward(
 
 
 @triton.jit
-def _score_gradient(s, t, student_lse, teacher_lse, student_scale, teacher_scale, KIND: tl.constexpr):
+def _score_gradient(s, t, student_lse, teacher_lse, student_scale, teacher_scale, HAS_SOFTMAX: tl.constexpr):
     """The gradient of the row's loss by its scores S_s, of one tile of the two products A B^T.
 
     The log-sum-exps come shaped to broadcast over the tile.
     """
-    if KIND == "mse":
+    if not HAS_SOFTMAX:
         gradient = 2.0 * (s * student_scale - t * teacher_scale)
     else:
         p_student = tl.exp2(s * (student_scale * LOG2E) - student_lse)
@@ -138,7 +138,7 @@ def relation_backward_a(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_CU_SEQLENS: tl.constexpr,
-    KIND: tl.constexpr,
+    HAS_SOFTMAX: tl.constexpr,
 ):
     """One program: dA of BLOCK_M rows of one head of one sequence."""
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
@@ -161,7 +161,7 @@ def relation_backward_a(
     dloss = tl.load(dloss_ptr + row_offset, mask=rows < length, other=0.0)
     student_lse = tl.zeros([BLOCK_M], dtype=tl.float32)
     teacher_lse = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if KIND == "kl":
+    if HAS_SOFTMAX:
         student_lse = tl.load(lse_ptr + row_offset, mask=rows < length, other=0.0)
         teacher_lse = tl.load(lse_ptr + tl.cast(heads, tl.int64) * tokens + row_offset, mask=rows < length, other=0.0)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -172,7 +172,9 @@ def relation_backward_a(
         teacher_b = _load_heads(teacher_b_ptr, cols, teacher_b_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
         s = dot(student_a, tl.trans(student_b), zeros)
         t = dot(teacher_a, tl.trans(teacher_b), zeros)
-        ds = _score_gradient(s, t, student_lse[:, None], teacher_lse[:, None], student_scale, teacher_scale, KIND)
+        ds = _score_gradient(
+            s, t, student_lse[:, None], teacher_lse[:, None], student_scale, teacher_scale, HAS_SOFTMAX
+        )
         # Past the sequence exp2(-lse) may be infinite, and infinity times the zeros of student_b is not zero.
         ds = tl.where(cols[None, :] < length, ds, 0.0)
         da = dot(cast(ds, student_b.dtype), student_b, da)
@@ -208,7 +210,7 @@ def relation_backward_b(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_CU_SEQLENS: tl.constexpr,
-    KIND: tl.constexpr,
+    HAS_SOFTMAX: tl.constexpr,
 ):
     """One program: dB of BLOCK_N columns of one head of one sequence, over tiles of BLOCK_M rows.
 
@@ -243,14 +245,14 @@ def relation_backward_b(
         student_a = _load_heads(student_a_ptr, rows, student_a_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
         teacher_a = _load_heads(teacher_a_ptr, rows, teacher_a_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
         dloss = tl.load(dloss_ptr + rows, mask=rows < length, other=0.0)
-        if KIND == "kl":
+        if HAS_SOFTMAX:
             student_lse = tl.load(student_lse_ptr + rows, mask=rows < length, other=0.0)
             teacher_lse = tl.load(teacher_lse_ptr + rows, mask=rows < length, other=0.0)
         s = dot(student_b, tl.trans(student_a), zeros)
         t = dot(teacher_b, tl.trans(teacher_a), zeros)
         # Rows past the sequence have dloss = 0; columns past it are not stored.
         ds = dloss[None, :] * _score_gradient(
-            s, t, student_lse[None, :], teacher_lse[None, :], student_scale, teacher_scale, KIND
+            s, t, student_lse[None, :], teacher_lse[None, :], student_scale, teacher_scale, HAS_SOFTMAX
         )
         db = dot(cast(ds, student_a.dtype), student_a, db)
     db *= tl.load(dloss_max_ptr) * student_scale

@@ -1,7 +1,7 @@
 """Tile shapes by kernel, architecture, dtype and width: data, not timing at the first call.
 
 The same call gets the same kernel in every process and on every rank. Chosen so that no kernel spills on any NVIDIA
-target: `python -m fastbert_kernels.static` shows registers, spills and shared memory of each.
+target: `python -m bench.static` shows what each compiles to, and with `--alternatives` what its neighbours would.
 """
 
 import functools
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from .backend import arch
 
@@ -81,7 +82,7 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
     ],
 }
 
-#: float32 has no tensor-core product of full precision, so its tiles are small: one table for every architecture.
+#: float32 has no tensor-core product of full precision, so its tiles are small, and nearly the same everywhere.
 #: Two stages everywhere: with one, operands are held in registers whole, 255 of them instead of about 80.
 _ATTENTION_FLOAT: dict[str, _Rows] = {
     "forward": [
@@ -94,6 +95,18 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
     ],
     "backward_dkv": [
         (64, _attention(16, 32, 8, 2), _attention(16, 16, 4, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
+    ],
+}
+
+#: On sm_80 four warps spill where maps are read; on the others eight do.
+_ATTENTION_FLOAT_SM_80: dict[str, _Rows] = _ATTENTION_FLOAT | {
+    "backward_dq": [
+        (64, _attention(16, 16, 4, 2), _attention(16, 16, 8, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
+    ],
+    "backward_dkv": [
+        (64, _attention(16, 32, 8, 2), _attention(16, 16, 8, 2)),
         (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
     ],
 }
@@ -140,7 +153,10 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
     """
     if target == "interpreter":
         return _ATTENTION_INTERPRETED
-    rows = _ATTENTION_FLOAT[kernel] if itemsize == 4 else _ATTENTION_HALF[target, kernel]
+    if itemsize == 4:
+        rows = (_ATTENTION_FLOAT_SM_80 if target == "sm_80" else _ATTENTION_FLOAT)[kernel]
+    else:
+        rows = _ATTENTION_HALF[target, kernel]
     return next(with_maps if maps else plain for widest, plain, with_maps in rows if head_dim <= widest)
 
 
@@ -173,35 +189,37 @@ def relation_table(target: str, kernel: str, itemsize: int, dim: int) -> Tiles:
 
 
 @functools.cache
-def row_tiles(features: int, elements: int) -> Tiles:
+def row_tiles(features: int, itemsize: int, program_bytes: int) -> Tiles:
     """Tiles of a kernel that holds whole rows: BLOCK_M rows of BLOCK_N >= features.
 
-    About `elements` elements a program: several rows where rows are short, so that every thread has a few independent
-    128-bit accesses in flight; the warps grow with the tile to keep it in registers.
+    A tile of about `program_bytes`: several rows where rows are short, so that every thread has two independent 128-bit
+    accesses of each tensor in flight; the warps grow with the tile to keep it in registers. Where 128-bit accesses do
+    not fit the rows, every element has an address of its own in registers, and a thread gets a quarter.
     """
-    wide = _wide(features)
+    wide = features * itemsize % 16 == 0
     block_n = max(16, triton.next_power_of_2(features))
-    block_m = max(1, min(16, (elements if wide else elements // 2) // block_n))
-    num_warps = min(16, max(1, block_m * block_n // (512 if wide else 128)))
+    block_m = max(1, min(16, (program_bytes if wide else program_bytes // 2) // (block_n * itemsize)))
+    num_warps = min(16, max(1, block_m * block_n * itemsize // (1024 if wide else 256)))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 1}
 
 
-#: Elements of a program of a row kernel. A forward program has one tile: small ones keep more of them resident. A
-#: backward program goes through many rows and adds them up: larger tiles, fewer rounds.
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 2048, 4096
+#: Bytes of a program's tile of one tensor in a row kernel. A forward program has one tile: small ones keep more of them
+#: resident. A backward program goes through many rows and adds them up: larger tiles, fewer rounds.
+FORWARD_BYTES, BACKWARD_BYTES = 4096, 8192
 
 
 @functools.cache
 def column_tiles(features: int) -> Tiles:
-    """Tiles of an element-wise kernel with a column reduction: 128-bit accesses, 16 rows to add up in a thread."""
-    return {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4 if _wide(features) else 8, "num_stages": 1}
+    """Tiles of an element-wise kernel with a column reduction: 128-bit accesses, 16 rows to add up in a thread.
+
+    Where 128-bit accesses do not fit the rows, twice the warps hold the addresses of single elements.
+    """
+    return {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4 if features % 8 == 0 else 8, "num_stages": 1}
 
 
-def _wide(features: int) -> bool:
-    """Whether 128-bit accesses fit the rows. Where they do not, every element has an address of its own in registers,
-    and a thread gets fewer elements."""
-    return features % 8 == 0
-
+#: Blocks of rows under way in a loop over rows: one is worked on while the next is copied to shared memory
+#: asynchronously. Without products in the loop, the compiler does so only when told to.
+ROW_STAGES: tl.constexpr = tl.constexpr(2)
 
 #: Programs that share the rows of a backward pass, each leaving one row of partial sums: enough to fill a GPU, few
 #: enough that reading the partials costs little.

@@ -82,6 +82,14 @@ def test_what_is_built_serves_the_next_workload() -> None:
     assert models[0] is models[1]
 
 
+def test_training_leaves_the_next_workload_the_same_weights() -> None:
+    config = tiny_config(hidden_dropout_prob=0.1, initializer_range=0.1)
+    field = Field("tiny", random_source(config, "finetune"), ["fastbert", "eager"], dtype=torch.float32, device=CPU)
+    for lengths in (LENGTHS, (5, 5)):
+        found = list(field.measure(Workload("w", lengths, "finetune"), seconds=0, rounds=(50, 50)))
+        assert [row.problem for row in found] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("name", "what", "why"),
     [

@@ -79,7 +79,7 @@ def compare(
             scale=head_dim**-0.5 if scale is None else scale,
             dropout_p=dropout_p,
             keep=keep,
-            probs_shape=None if probs_seq is None else (batch, probs_seq),
+            probs_seq=probs_seq,
             columns=columns,
         )[chosen]
 
@@ -101,7 +101,7 @@ def compare(
             contexts.append((probs @ v).transpose(0, 1))
             if probs_seq is not None:
                 here = None if columns is None else columns[start : start + length]
-                maps.append(reference._place(probs, probs_seq, here))
+                maps.append(reference._place(probs[None], probs_seq, here)[0])
             start += length
         return (torch.cat(contexts), torch.stack(maps) if maps else None)[chosen]
 
@@ -125,7 +125,7 @@ def test_definition_is_softmax_attention_in_float64(device: torch.device, mask: 
     visible = torch.rand(2, 1, side, side, device=device) > 0.3
     visible[..., 0] = True
     bias = visible if mask == "bool" else torch.randn(2, 1, side, side, device=device).masked_fill(~visible, -torch.inf)
-    out, probs = reference.attention(qkv, lengths, bias=bias, scale=0.3, probs_shape=(2, 7))
+    out, probs = reference.attention(qkv, lengths, bias=bias, scale=0.3, probs_seq=7)
     alone, none = reference.attention(qkv, lengths, bias=bias, scale=0.3)
     assert none is None
     start = 0
@@ -152,7 +152,7 @@ def test_definition_has_the_right_gradients(device: torch.device) -> None:
 
     def op(qkv: torch.Tensor, head_mask: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return reference.attention(
-            qkv, lengths, bias=bias, head_mask=head_mask, scale=0.5, dropout_p=0.3, keep=keep, probs_shape=(3, 5)
+            qkv, lengths, bias=bias, head_mask=head_mask, scale=0.5, dropout_p=0.3, keep=keep, probs_seq=5
         )
 
     assert torch.autograd.gradcheck(op, (qkv, head_mask))

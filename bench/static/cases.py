@@ -1,0 +1,298 @@
+"""Which configurations of the kernels are compiled, what the host would pass them, and at what size they are costed."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fastbert_kernels import column_sums, embedding, layer_norm
+from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
+from fastbert_kernels.bias_gelu import ACTIVATIONS, _bias_activation_backward, _bias_activation_forward
+from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
+from fastbert_kernels.tiles import (
+    BACKWARD_BYTES,
+    FORWARD_BYTES,
+    PARTIAL_SUMS,
+    Tiles,
+    attention_table,
+    column_tiles,
+    relation_table,
+    row_tiles,
+)
+
+from .limits import FLAGS, VOCABULARY, Cost, cost
+
+TARGETS: dict[str, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+#: The GPU of each target, a key of `limits.PEAKS`.
+DEVICES = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
+
+KERNELS: dict[str, Any] = {
+    "attention_forward": attention_forward,
+    "attention_backward_dq": attention_backward_dq,
+    "attention_backward_dkv": attention_backward_dkv,
+    "relation_forward": relation_forward,
+    "relation_backward_a": relation_backward_a,
+    "relation_backward_b": relation_backward_b,
+    "bias_activation_forward": _bias_activation_forward,
+    "bias_activation_backward": _bias_activation_backward,
+    "add_layer_norm_forward": layer_norm._add_layer_norm_forward,
+    "add_layer_norm_backward": layer_norm._add_layer_norm_backward,
+    "embed_forward": embedding._embed_forward,
+    "embed_backward": embedding._embed_backward,
+    "column_sums": column_sums._column_sums,
+}
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+HEAD_DIMS = (8, 32, 48, 64, 80, 96, 128)
+
+#: The size at which cases are costed: 32,768 tokens of BERT-base.
+LENGTHS = [512] * 64
+HEADS = 12
+
+#: The dtype of each pointer argument; None is the case's own. Absent tensors are never read: any dtype will do.
+_POINTERS: dict[str, torch.dtype | None] = {
+    **dict.fromkeys(("qkv_ptr", "out_ptr", "probs_ptr", "dout_ptr", "dprobs_ptr", "dqkv_ptr", "head_mask_ptr")),
+    **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "norm_bias_ptr", "y_ptr", "dy_ptr", "dz_ptr", "dx_ptr")),
+    **dict.fromkeys(("student_a_ptr", "student_b_ptr", "teacher_a_ptr", "teacher_b_ptr", "da_ptr", "db_ptr")),
+    **dict.fromkeys(("word_table_ptr", "position_table_ptr", "token_type_table_ptr", "bias_ptr")),
+    **dict.fromkeys(
+        ("stats_ptr", "delta_ptr", "dhead_mask_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), torch.float32
+    ),
+    **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "dloss_max_ptr"), torch.float32),
+    **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr"), torch.int32),
+    **dict.fromkeys(("seed_ptr", "words_ptr", "positions_ptr", "token_types_ptr"), torch.int64),
+}
+
+#: Scalars that no problem size changes.
+_SCALARS: dict[str, int | float] = {
+    "masked_below": -1e30,
+    **dict.fromkeys(("scale", "student_scale", "teacher_scale"), 0.125),
+    "stream": 7,
+    "keep_threshold": 214748364,
+    "keep_scale": 1.1,
+    "eps": 1e-12,
+    "rows": PARTIAL_SUMS,
+    "vocab_rows": VOCABULARY,
+    "position_rows": 512,
+    "token_type_rows": 2,
+}
+
+#: Sizes, by whether they are multiples of 16, which the launcher tells the compiler. The bias has one head for all.
+_SIZES: dict[bool, dict[str, int]] = {
+    aligned: {
+        "tokens": batch * seq,
+        "count": batch * seq,
+        "batch": batch,
+        "heads": heads,
+        "max_seqlen": seq,
+        "probs_seq": seq,
+        "bias_batch_stride": seq * seq,
+        "bias_head_stride": 0,
+        "bias_row_stride": seq,
+    }
+    for aligned, batch, heads, seq in ((False, 11, 12, 509), (True, 16, 16, 512))
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration that the host code can launch."""
+
+    kernel: str
+    """A key of `KERNELS`."""
+    dtype: str
+    """A key of `DTYPES`, of the activations and weights."""
+    width: int
+    """head_dim of an attention kernel, dim of a relation kernel (both models'), features of the others."""
+    flags: tuple[str, ...] = ()
+    """Which HAS_ switches are on, without the HAS_."""
+    activation: str | None = None
+    """The activation, for the kernels that have one."""
+    aligned: bool = False
+    """Whether tokens, heads and sequence lengths are multiples of 16."""
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.words}"
+
+    @property
+    def words(self) -> str:
+        """The configuration in words, the kernel's name left out."""
+        words = [self.dtype, str(self.width), self.activation, "+".join(self.flags).lower()]
+        return " ".join([word for word in words if word] + ["aligned"] * self.aligned)
+
+    def matches(self, text: str) -> bool:
+        """Whether each word of `text` is part of the kernel's name or begins one of the configuration's words."""
+        own = self.words.replace("+", " ").split()
+        return all(word in self.kernel or any(mine.startswith(word) for mine in own) for word in text.lower().split())
+
+    @property
+    def attends(self) -> bool:
+        """Whether this is an attention or a relation kernel, which has heads and multiplies matrices."""
+        return self.kernel.startswith(("attention_", "relation_"))
+
+    def order(self) -> tuple[Any, ...]:
+        """Sorts cases by kernel, dtype and width."""
+        return list(KERNELS).index(self.kernel), self.dtype, self.width, str(self)
+
+    def cost(self) -> Cost:
+        """What one call at `LENGTHS` must compute and move."""
+        return cost(
+            self.kernel,
+            lengths=LENGTHS,
+            heads=HEADS if self.attends else 1,
+            width=self.width,
+            dtype=self.dtype,
+            flags=self.flags,
+            activation=self.activation,
+        )
+
+    def trips(self, tiles: Tiles) -> tuple[int, int]:
+        """Programs of one call at `LENGTHS`, and how often they go through their loop, all together."""
+        tokens, block_m, block_n = sum(LENGTHS), tiles["BLOCK_M"], tiles["BLOCK_N"]
+        if self.attends:
+            own, streamed = (block_n, block_m) if self.kernel.endswith(("dkv", "_b")) else (block_m, block_n)
+            programs = [HEADS * -(-length // own) for length in LENGTHS]
+            return sum(programs), sum(p * -(-length // streamed) for p, length in zip(programs, LENGTHS, strict=True))
+        blocks, columns = -(-tokens // block_m), -(-self.width // block_n)
+        if self.kernel == "column_sums":
+            return 3 * columns, 3 * columns * -(-PARTIAL_SUMS // block_m)
+        if self.kernel.endswith("forward"):
+            return blocks * columns, 0
+        return min(blocks, PARTIAL_SUMS) * columns, blocks * columns
+
+
+def cases(full: bool) -> list[Case]:
+    """The configurations to compile.
+
+    Args:
+        full: every dtype, head_dim and activation, with the switches that tell; else a representative part: bfloat16,
+            head_dim 64 and 32, 384 and 768 features, inference, training, probabilities, a bias mask, and float32.
+    """
+    return list(dict.fromkeys(_all_cases() if full else _representative_cases()))
+
+
+def _attention_cases(dtype: str, head_dim: int, *switches: str, aligned: bool = False) -> Iterator[Case]:
+    """The three attention kernels; PROBS stands for probabilities asked for and, in the backward pass, used."""
+    for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv"):
+        flags = (flag.replace("PROBS", "PROBS" if kernel == "attention_forward" else "DPROBS") for flag in switches)
+        yield Case(kernel, dtype, head_dim, tuple(flags), aligned=aligned)
+
+
+def _relation_cases(dtype: str, dim: int, *flags: str, aligned: bool = False) -> Iterator[Case]:
+    for kernel in ("relation_forward", "relation_backward_a", "relation_backward_b"):
+        yield Case(kernel, dtype, dim, flags, aligned=aligned)
+
+
+def _representative_cases() -> Iterator[Case]:
+    for head_dim in (64, 32):
+        yield Case("attention_forward", "bfloat16", head_dim, ("CU_SEQLENS",))
+        yield from _attention_cases("bfloat16", head_dim, "CU_SEQLENS", "DROPOUT")
+    yield from _attention_cases("bfloat16", 64, "CU_SEQLENS", "DROPOUT", "PROBS")
+    yield from _attention_cases("bfloat16", 64, "BIAS")
+    yield from _attention_cases("float32", 64, "CU_SEQLENS")
+    for dtype, dim in (("bfloat16", 64), ("bfloat16", 32), ("float32", 64)):
+        yield from _relation_cases(dtype, dim, "CU_SEQLENS", "SOFTMAX")
+    for features in (384, 768):
+        for direction in ("forward", "backward"):
+            norm = ("BIAS", "RESIDUAL", "DROPOUT")
+            yield Case(f"add_layer_norm_{direction}", "bfloat16", features, norm)
+            yield Case(f"embed_{direction}", "bfloat16", features, ("WORD_TABLE", "DROPOUT"))
+    yield Case("add_layer_norm_forward", "bfloat16", 768, ("BIAS", "RESIDUAL"))
+    yield Case("embed_forward", "bfloat16", 768, ("WORD_TABLE",))
+    for kernel in ("bias_activation_forward", "bias_activation_backward"):
+        yield Case(kernel, "bfloat16", 3072, ("BIAS",), activation="gelu")
+    yield Case("column_sums", "bfloat16", 768)
+
+
+def _subsets(*flags: str) -> Iterator[tuple[str, ...]]:
+    for on in itertools.product((False, True), repeat=len(flags)):
+        yield tuple(itertools.compress(flags, on))
+
+
+#: Features of the row kernels in the full sweep: small, BERT's, odd, and the widest.
+_ROW_WIDTHS = (37, 384, 768, 1023, 1024, 4096)
+
+#: Switches of the attention kernels that stand for the rest: none, each kind of extra work, and all of it.
+_TELLING = ((), ("DROPOUT",), ("PROBS",), ("BIAS", "HEAD_MASK", "DROPOUT", "PROBS"))
+
+
+def _all_cases() -> Iterator[Case]:
+    yield from _representative_cases()
+    for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
+        # Every set of switches where registers are scarcest; elsewhere, and for the twin dtype, the telling ones.
+        every = dtype == "bfloat16" and head_dim in (64, 128)
+        for switches in _subsets("BIAS", "HEAD_MASK", "DROPOUT", "PROBS") if every else _TELLING:
+            # The model packs where there is no bias, and only packed tokens have columns, read with PROBS alone.
+            packed = () if "BIAS" in switches else ("CU_SEQLENS", "COLUMNS") if "PROBS" in switches else ("CU_SEQLENS",)
+            yield from _attention_cases(dtype, head_dim, *packed, *switches)
+        yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "DROPOUT", "PROBS")
+        yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS")
+        yield from _attention_cases(dtype, head_dim, "BIAS", "DROPOUT", "PROBS", aligned=True)
+        for switches in (("CU_SEQLENS", "SOFTMAX"), ("CU_SEQLENS",), ("SOFTMAX",)):
+            yield from _relation_cases(dtype, head_dim, *switches)
+        yield from _relation_cases(dtype, head_dim, "CU_SEQLENS", "SOFTMAX", aligned=True)
+    for dtype, features in itertools.product(DTYPES, _ROW_WIDTHS):
+        for switches in (("BIAS", "RESIDUAL"), ("BIAS", "RESIDUAL", "DROPOUT"), ()):
+            yield Case("add_layer_norm_forward", dtype, features, switches)
+            yield Case("add_layer_norm_backward", dtype, features, switches)
+        for switches in (("WORD_TABLE", "DROPOUT"), ()):
+            yield Case("embed_forward", dtype, features, switches)
+            yield Case("embed_backward", dtype, features, switches)
+    for dtype, features in itertools.product(DTYPES, (37, 768)):
+        for activation in ACTIVATIONS:
+            yield Case("bias_activation_forward", dtype, features, ("BIAS",), activation)
+            yield Case("bias_activation_backward", dtype, features, ("BIAS",), activation)
+        yield Case("column_sums", dtype, features)
+
+
+def launch_tiles(case: Case, target: str) -> Tiles:
+    """The tiles and compile options with which the host launches a case."""
+    itemsize = DTYPES[case.dtype].itemsize
+    if case.kernel.startswith("relation_"):
+        return relation_table(target, case.kernel.removeprefix("relation_"), itemsize, case.width)
+    if case.attends:
+        kernel = case.kernel.removeprefix("attention_")
+        maps = not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags)
+        return attention_table(target, kernel, itemsize, case.width, maps)
+    if case.kernel.startswith("bias_activation_"):
+        return column_tiles(case.width)
+    if case.kernel == "column_sums":
+        return column_sums.TILES
+    return row_tiles(case.width, itemsize, FORWARD_BYTES if case.kernel.endswith("_forward") else BACKWARD_BYTES)
+
+
+def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
+    """A launch of the case by argument name, like the host's: unallocated tensors, sizes, switches, tiles.
+
+    Raises:
+        KeyError: for an argument of the kernel that no table here knows, or a switch that the kernel does not have.
+    """
+    kernel, dtype = KERNELS[case.kernel], DTYPES[case.dtype]
+    known: dict[str, Any] = {f"HAS_{flag}": False for flag in FLAGS}
+    known |= {f"HAS_{flag}": True for flag in case.flags}
+    known |= dict.fromkeys(("HEAD_DIM", "STUDENT_DIM", "TEACHER_DIM"), case.width)
+    blocks = max(16, triton.next_power_of_2(case.width))
+    known |= dict.fromkeys(("BLOCK_D", "BLOCK_STUDENT", "BLOCK_TEACHER"), blocks)
+    operands = ("student_a", "student_b", "teacher_a", "teacher_b")  # of the three projections of a layer
+    known |= {f"{name}_row_stride": 3 * _SIZES[case.aligned]["heads"] * case.width for name in operands}
+    known |= {"features": case.width, "ACTIVATION": case.activation}
+    known |= _SCALARS | _SIZES[case.aligned] | tiles
+    for name, fixed in _POINTERS.items():
+        known[name] = torch.empty(1, dtype=fixed or dtype, device="meta")
+    if case.attends:
+        known["bias_ptr"] = torch.empty(1, dtype=torch.float32, device="meta")  # an additive mask, not a parameter
+    unknown = [name for name in kernel.arg_names if name not in known]
+    unknown += [f"HAS_{flag}" for flag in case.flags if f"HAS_{flag}" not in kernel.arg_names]
+    if unknown:
+        raise KeyError(f"{case.kernel}: cases.py does not know {', '.join(unknown)}: add it to the argument tables")
+    return {name: known[name] for name in kernel.arg_names}

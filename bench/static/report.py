@@ -1,0 +1,123 @@
+"""One row of the report: what a case compiles to on a target, the least it must do, what falls short and why."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from fastbert_kernels.tiles import Tiles
+
+from .assembly import Machine
+from .cases import DEVICES, TARGETS, Case
+from .limits import ITEMSIZE, PEAKS, Floor, floor
+from .occupancy import MULTIPROCESSORS, Occupancy, occupancy
+
+
+class Shortfall(NamedTuple):
+    """Where a kernel is less than it could be."""
+
+    what: str
+    why: str | None
+    """A key of `REASONS`; None where there is no reason, and then the kernel must not ship."""
+
+
+#: Why a kernel may fall short, by what the row says.
+REASONS = {
+    "float32": "its products are exact; tensor cores would round the operands to TF32",
+    "map's edge": "a map's tile may end at any of its two-byte elements; asynchronous copies take 4, 8 or 16 bytes",
+    "gathered map": "elements of a map are found through an index, one by one",
+    "gfx942 copies": "loads straight to LDS are 32 bits wide there; tiles come through registers",
+    "odd width": "rows that are no multiple of 16 bytes start anywhere, and so do their tiles",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one case compiles to on one target."""
+
+    case: Case
+    target: str
+    tiles: Tiles
+    machine: Machine
+
+    @property
+    def nvidia(self) -> bool:
+        return self.target.startswith("sm_")
+
+    @property
+    def occupancy(self) -> Occupancy:
+        machine = self.machine
+        return occupancy(
+            self.target,
+            registers=machine.registers,
+            shared=machine.shared,
+            num_warps=self.tiles["num_warps"],
+            tensor_memory=machine.tensor_memory,
+        )
+
+    @property
+    def floor(self) -> Floor:
+        """The least time at `cases.LENGTHS` on the target's GPU."""
+        return floor(self.case.cost(), PEAKS[DEVICES[self.target]], self.case.dtype)
+
+    @property
+    def issue(self) -> float | None:
+        """Microseconds in which the target's GPU can issue the instructions of a call at `cases.LENGTHS`.
+
+        Loops are counted once for each trip, what stands outside once for each program. NVIDIA multiprocessors issue
+        four instructions a clock; None for AMD, where kinds of instructions are issued side by side.
+        """
+        if not self.nvidia:
+            return None
+        programs, trips = self.case.trips(self.tiles)
+        looped = sum(loop.code for loop in self.machine.loops)
+        issued = (programs * (self.machine.code - looped) + trips * looped) * self.tiles["num_warps"]
+        peaks = PEAKS[DEVICES[self.target]]
+        return issued / (4 * peaks.multiprocessors * peaks.clock) * 1e6
+
+    def shortfalls(self) -> list[Shortfall]:
+        """All in which this kernel falls short of what the report looks for."""
+        machine, case, flags = self.machine, self.case, self.case.flags
+        itemsize = ITEMSIZE[case.dtype]
+        found = []
+        if machine.shared > MULTIPROCESSORS[self.target].program_shared:
+            found.append(Shortfall("over the limit of shared memory", None))
+        if self.nvidia and (machine.spills or machine.stack):
+            found.append(Shortfall("spills", None))
+        if machine.own_dots < machine.dots or (machine.dots and not machine.tensor_core):
+            found.append(Shortfall("products off the tensor cores", "float32" if case.dtype == "float32" else None))
+        odd = "odd width" if case.width * itemsize % 16 else None
+        edge = "map's edge" if "DPROBS" in flags and itemsize == 2 else None
+        if any(not loop.async_copies for loop in machine.loops):
+            found.append(Shortfall("a loop without asynchronous copies", odd if self.nvidia else "gfx942 copies"))
+        elif machine.sync_tiles:
+            found.append(Shortfall("a loop that waits for a tile", "gathered map" if "COLUMNS" in flags else edge))
+        if self.floor.bound == "bandwidth" and not machine.wide_loads + machine.wide_async:
+            found.append(Shortfall("no 128-bit load", odd))
+        return found
+
+    def problems(self) -> list[str]:
+        """Why this kernel must not ship; empty when it may."""
+        return [shortfall.what for shortfall in self.shortfalls() if shortfall.why is None]
+
+    def reasons(self) -> list[str]:
+        """The reasons of what falls short, keys of `REASONS`."""
+        return list(dict.fromkeys(shortfall.why for shortfall in self.shortfalls() if shortfall.why is not None))
+
+    def order(self) -> tuple[Any, ...]:
+        """Sorts reports by case, then target."""
+        return *self.case.order(), list(TARGETS).index(self.target)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data, its case and derived values included."""
+        cost = self.case.cost()
+        return {
+            "name": f"{self.target}: {self.case}",
+            **dataclasses.asdict(self),
+            "occupancy": self.occupancy._asdict(),
+            "cost": dataclasses.asdict(cost),
+            "floors": {name: floor(cost, peaks, self.case.dtype)._asdict() for name, peaks in PEAKS.items()},
+            "issue": self.issue,
+            "shortfalls": [
+                shortfall._asdict() | {"because": REASONS.get(shortfall.why or "")} for shortfall in self.shortfalls()
+            ],
+            "problems": self.problems(),
+        }
