@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import distill as distill
     from .fusing import Explanation as Explanation
     from .fusing import explain as explain
     from .fusing import fuse as fuse
@@ -38,14 +39,16 @@ _HOMES = {
     "unfuse": "fusing",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, "distill"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "distill":
+        return importlib.import_module(".distill", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *__all__])

@@ -5,7 +5,7 @@ They are called the Hugging Face way, with hidden states (batch, seq, hidden); o
 then runs the forward it inherits.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -167,6 +167,9 @@ class FusedSelfAttention(hf.BertSelfAttention):
     """One product for query, key and value, then one attention kernel that reads its result in place."""
 
     dropout_stream = 0
+    #: Given the projections (tokens, 3, heads, head_dim), cu_seqlens, max_seqlen and the mask of every forward pass,
+    #: while `distill.capture` looks on. A hook would cost the batch its packing.
+    watcher: Callable[[torch.Tensor, torch.Tensor | None, int, torch.Tensor | None], None] | None = None
 
     def unfused_reason(self) -> str | None:
         if self.is_decoder or self.is_causal:
@@ -253,13 +256,16 @@ class FusedSelfAttention(hf.BertSelfAttention):
             map_seq = seq
         qkv = project_qkv(self.query, self.key, self.value, hidden_states)
         qkv = qkv.view(-1).view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
+        max_seqlen = seq if max_length_q is None else max_length_q
+        if self.watcher is not None:
+            self.watcher(qkv, cu_seq_lens_q, max_seqlen, attention_mask)
         if prefix is not None:
             qkv = prefix.prepend(qkv, self.layer_idx)
         dropout_p = self.dropout.p if self.training else 0.0
         context, probs = attention(
             qkv,
             cu_seq_lens_q,
-            seq if max_length_q is None else max_length_q,
+            max_seqlen,
             bias=attention_mask,
             head_mask=head_mask,
             scale=self.scaling,

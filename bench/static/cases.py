@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from fastbert_kernels import column_sums, embedding, layer_norm
 from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
 from fastbert_kernels.bias_gelu import ACTIVATIONS, _bias_activation_backward, _bias_activation_forward
+from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
 from fastbert_kernels.tiles import (
     BACKWARD_BYTES,
     FORWARD_BYTES,
@@ -19,6 +20,7 @@ from fastbert_kernels.tiles import (
     Tiles,
     attention_table,
     column_tiles,
+    relation_table,
     row_tiles,
 )
 
@@ -38,6 +40,9 @@ KERNELS: dict[str, Any] = {
     "attention_forward": attention_forward,
     "attention_backward_dq": attention_backward_dq,
     "attention_backward_dkv": attention_backward_dkv,
+    "relation_forward": relation_forward,
+    "relation_backward_a": relation_backward_a,
+    "relation_backward_b": relation_backward_b,
     "bias_activation_forward": _bias_activation_forward,
     "bias_activation_backward": _bias_activation_backward,
     "add_layer_norm_forward": layer_norm._add_layer_norm_forward,
@@ -58,10 +63,12 @@ HEADS = 12
 _POINTERS: dict[str, torch.dtype | None] = {
     **dict.fromkeys(("qkv_ptr", "out_ptr", "probs_ptr", "dout_ptr", "dprobs_ptr", "dqkv_ptr", "head_mask_ptr")),
     **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "norm_bias_ptr", "y_ptr", "dy_ptr", "dz_ptr", "dx_ptr")),
+    **dict.fromkeys(("student_a_ptr", "student_b_ptr", "teacher_a_ptr", "teacher_b_ptr", "da_ptr", "db_ptr")),
     **dict.fromkeys(("word_table_ptr", "position_table_ptr", "token_type_table_ptr", "bias_ptr")),
     **dict.fromkeys(
         ("stats_ptr", "delta_ptr", "dhead_mask_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), torch.float32
     ),
+    **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "dloss_max_ptr"), torch.float32),
     **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr"), torch.int32),
     **dict.fromkeys(("seed_ptr", "words_ptr", "positions_ptr", "token_types_ptr"), torch.int64),
 }
@@ -69,7 +76,7 @@ _POINTERS: dict[str, torch.dtype | None] = {
 #: Scalars that no problem size changes.
 _SCALARS: dict[str, int | float] = {
     "masked_below": -1e30,
-    "scale": 0.125,
+    **dict.fromkeys(("scale", "student_scale", "teacher_scale"), 0.125),
     "stream": 7,
     "keep_threshold": 214748364,
     "keep_scale": 1.1,
@@ -106,7 +113,7 @@ class Case:
     dtype: str
     """A key of `DTYPES`, of the activations and weights."""
     width: int
-    """head_dim of an attention kernel, features of the others."""
+    """head_dim of an attention kernel, dim of a relation kernel (both models'), features of the others."""
     flags: tuple[str, ...] = ()
     """Which HAS_ switches are on, without the HAS_."""
     activation: str | None = None
@@ -130,8 +137,8 @@ class Case:
 
     @property
     def attends(self) -> bool:
-        """Whether this is an attention kernel, which multiplies matrices."""
-        return self.kernel.startswith("attention_")
+        """Whether this is an attention or a relation kernel, which has heads and multiplies matrices."""
+        return self.kernel.startswith(("attention_", "relation_"))
 
     def order(self) -> tuple[Any, ...]:
         """Sorts cases by kernel, dtype and width."""
@@ -153,7 +160,7 @@ class Case:
         """Programs of one call at `LENGTHS`, and how often they go through their loop, all together."""
         tokens, block_m, block_n = sum(LENGTHS), tiles["BLOCK_M"], tiles["BLOCK_N"]
         if self.attends:
-            own, streamed = (block_n, block_m) if self.kernel.endswith("dkv") else (block_m, block_n)
+            own, streamed = (block_n, block_m) if self.kernel.endswith(("dkv", "_b")) else (block_m, block_n)
             programs = [HEADS * -(-length // own) for length in LENGTHS]
             return sum(programs), sum(p * -(-length // streamed) for p, length in zip(programs, LENGTHS, strict=True))
         blocks, columns = -(-tokens // block_m), -(-self.width // block_n)
@@ -181,6 +188,11 @@ def _attention_cases(dtype: str, head_dim: int, *switches: str, aligned: bool = 
         yield Case(kernel, dtype, head_dim, tuple(flags), aligned=aligned)
 
 
+def _relation_cases(dtype: str, dim: int, *flags: str, aligned: bool = False) -> Iterator[Case]:
+    for kernel in ("relation_forward", "relation_backward_a", "relation_backward_b"):
+        yield Case(kernel, dtype, dim, flags, aligned=aligned)
+
+
 def _representative_cases() -> Iterator[Case]:
     for head_dim in (64, 32):
         yield Case("attention_forward", "bfloat16", head_dim, ("CU_SEQLENS",))
@@ -188,6 +200,8 @@ def _representative_cases() -> Iterator[Case]:
     yield from _attention_cases("bfloat16", 64, "CU_SEQLENS", "DROPOUT", "PROBS")
     yield from _attention_cases("bfloat16", 64, "BIAS")
     yield from _attention_cases("float32", 64, "CU_SEQLENS")
+    for dtype, dim in (("bfloat16", 64), ("bfloat16", 32), ("float32", 64)):
+        yield from _relation_cases(dtype, dim, "CU_SEQLENS", "SOFTMAX")
     for features in (384, 768):
         for direction in ("forward", "backward"):
             norm = ("BIAS", "RESIDUAL", "DROPOUT")
@@ -224,6 +238,9 @@ def _all_cases() -> Iterator[Case]:
         yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "DROPOUT", "PROBS")
         yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS")
         yield from _attention_cases(dtype, head_dim, "BIAS", "DROPOUT", "PROBS", aligned=True)
+        for switches in (("CU_SEQLENS", "SOFTMAX"), ("CU_SEQLENS",), ("SOFTMAX",)):
+            yield from _relation_cases(dtype, head_dim, *switches)
+        yield from _relation_cases(dtype, head_dim, "CU_SEQLENS", "SOFTMAX", aligned=True)
     for dtype, features in itertools.product(DTYPES, _ROW_WIDTHS):
         for switches in (("BIAS", "RESIDUAL"), ("BIAS", "RESIDUAL", "DROPOUT"), ()):
             yield Case("add_layer_norm_forward", dtype, features, switches)
@@ -241,6 +258,8 @@ def _all_cases() -> Iterator[Case]:
 def launch_tiles(case: Case, target: str) -> Tiles:
     """The tiles and compile options with which the host launches a case."""
     itemsize = DTYPES[case.dtype].itemsize
+    if case.kernel.startswith("relation_"):
+        return relation_table(target, case.kernel.removeprefix("relation_"), itemsize, case.width)
     if case.attends:
         kernel = case.kernel.removeprefix("attention_")
         maps = not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags)
@@ -261,7 +280,11 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
     kernel, dtype = KERNELS[case.kernel], DTYPES[case.dtype]
     known: dict[str, Any] = {f"HAS_{flag}": False for flag in FLAGS}
     known |= {f"HAS_{flag}": True for flag in case.flags}
-    known |= {"HEAD_DIM": case.width, "BLOCK_D": max(16, triton.next_power_of_2(case.width))}
+    known |= dict.fromkeys(("HEAD_DIM", "STUDENT_DIM", "TEACHER_DIM"), case.width)
+    blocks = max(16, triton.next_power_of_2(case.width))
+    known |= dict.fromkeys(("BLOCK_D", "BLOCK_STUDENT", "BLOCK_TEACHER"), blocks)
+    operands = ("student_a", "student_b", "teacher_a", "teacher_b")  # of the three projections of a layer
+    known |= {f"{name}_row_stride": 3 * _SIZES[case.aligned]["heads"] * case.width for name in operands}
     known |= {"features": case.width, "ACTIVATION": case.activation}
     known |= _SCALARS | _SIZES[case.aligned] | tiles
     for name, fixed in _POINTERS.items():

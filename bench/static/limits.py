@@ -17,7 +17,7 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Compile-time switches of the kernels, without their HAS_.
 FLAGS = (
     *("CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS"),
-    *("RESIDUAL", "WORD_TABLE"),
+    *("RESIDUAL", "WORD_TABLE", "SOFTMAX"),
 )
 #: Rows of BERT's word table.
 VOCABULARY = 30522
@@ -155,6 +155,17 @@ def _attention(products: int, matrices: int, statistics: int) -> Callable[[_Call
     return cost
 
 
+def _relation(products: int, matrices: int) -> Callable[[_Call], Cost]:
+    """Cost of a relation kernel. A number for each row goes in or out, and with the softmaxes two log-sum-exps."""
+
+    def cost(call: _Call) -> Cost:
+        softmax = call.having("SOFTMAX")
+        moved = call.matrices(matrices) + call.statistics(1 + 2 * softmax)
+        return Cost(2 * products * call.scores * call.width, moved, 2 * softmax * call.scores)
+
+    return cost
+
+
 def _rows(
     matrices: int, optional: tuple[str, ...], statistics: int, vectors: int, partials: int, direction: int = 0
 ) -> Callable[[_Call], Cost]:
@@ -197,6 +208,11 @@ _COSTS: dict[str, Callable[[_Call], Cost]] = {
     "attention_backward_dkv": _attention(4, 6, 3),
     # Both as one: S, dP, dQ, dK and dV; qkv, dO and O in, dqkv out. Delta need not leave the chip.
     "attention_backward": _attention(5, 8, 2),
+    # The scores of both models; their four operands in.
+    "relation_forward": _relation(2, 4),
+    # The scores again and dA, or dB; the operands in, and the gradient of one out.
+    "relation_backward_a": _relation(3, 5),
+    "relation_backward_b": _relation(3, 5),
     "bias_activation_forward": _rows(2, (), 0, 0, 0),
     "bias_activation_backward": _rows(3, (), 0, 0, 0, direction=1),
     # x in, y out; mean and rstd out; weight and bias of the norm.
@@ -227,9 +243,9 @@ def cost(
     Args:
         kernel: one of `KERNELS`; "attention_backward" is the two backward kernels as one.
         lengths: tokens of each sequence; the kernels of rows only need their sum.
-        width: head_dim of an attention kernel, features of the others.
+        width: head_dim of an attention kernel, dim of a relation kernel, features of the others.
         dtype: of activations and weights, a key of `ITEMSIZE`.
-        heads: of an attention kernel.
+        heads: of an attention or relation kernel.
         flags: which HAS_ switches of the kernel are on, without the HAS_. A BIAS of attention is float32, one for
             all heads; "PROBS" (forward) and "DPROBS" (backward) are maps of every head in `dtype`.
         activation: "gelu", "gelu_tanh", "silu" or "relu", for the kernels that have one.
@@ -245,7 +261,7 @@ def cost(
     _known("activation", activation or "relu", _EXPONENTIALS)
     if not lengths or min(lengths) < 0 or width < 1 or heads < 1:
         raise ValueError(f"a call needs sequences, got lengths={lengths}, width={width}, heads={heads}")
-    if not kernel.startswith("attention_") and heads != 1:
+    if not kernel.startswith(("attention_", "relation_")) and heads != 1:
         raise ValueError(f"{kernel} has no heads, got heads={heads}: its width is all its features")
     sides = max(lengths) if probs_seq is None else probs_seq
     exponentials = _EXPONENTIALS[activation or "relu"]

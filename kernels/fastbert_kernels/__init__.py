@@ -8,6 +8,7 @@ from .backend import backend, get_backend, set_backend, uses_triton
 from .bias_gelu import ACTIVATIONS, bias_activation
 from .embedding import embed
 from .layer_norm import add_layer_norm
+from .relation import relation_loss
 
 __all__ = [
     "ACTIVATIONS",
@@ -17,6 +18,7 @@ __all__ = [
     "bias_activation",
     "embed",
     "get_backend",
+    "relation_loss",
     "set_backend",
     "uses_triton",
 ]

@@ -334,6 +334,29 @@ def attention(
     return out, probs if probs_seq is not None else None
 
 
+def check_lengths(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int) -> None:
+    """Raise ValueError unless the sequences make up the tokens of `x` (tokens, ...), which the message calls `name`."""
+    if max_seqlen < 1:
+        raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}")
+    if cu_seqlens is None and x.shape[0] % max_seqlen != 0:
+        raise ValueError(
+            f"without cu_seqlens every sequence has max_seqlen={max_seqlen} tokens, but {name} has {x.shape[0]} "
+            "tokens, not a multiple: pass cu_seqlens"
+        )
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
+        raise ValueError(
+            f"cu_seqlens must be int32 of shape (batch + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens is not None and (not cu_seqlens.is_cuda or check_mode()) and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        steps = [after - before for before, after in itertools.pairwise(bounds)]
+        if not steps or bounds[0] != 0 or bounds[-1] != x.shape[0] or min(steps) < 0 or max(steps) > max_seqlen:
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the {x.shape[0]} tokens of {name} in steps of at most "
+                f"max_seqlen={max_seqlen}, got {bounds}"
+            )
+
+
 def _check(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
@@ -352,25 +375,7 @@ def _check(
         raise ValueError(f"attention has kernels for head_dim up to {MAX_HEAD_DIM}, got {head_dim}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
-    if max_seqlen < 1:
-        raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}")
-    if cu_seqlens is None and qkv.shape[0] % max_seqlen != 0:
-        raise ValueError(
-            f"without cu_seqlens every sequence has max_seqlen={max_seqlen} tokens, but qkv has {qkv.shape[0]} tokens, "
-            "not a multiple: pass cu_seqlens"
-        )
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
-        raise ValueError(
-            f"cu_seqlens must be int32 of shape (batch + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens is not None and (not cu_seqlens.is_cuda or check_mode()) and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        steps = [after - before for before, after in itertools.pairwise(bounds)]
-        if not steps or bounds[0] != 0 or bounds[-1] != qkv.shape[0] or min(steps) < 0 or max(steps) > max_seqlen:
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to the {qkv.shape[0]} tokens of qkv in steps of at most "
-                f"max_seqlen={max_seqlen}, got {bounds}"
-            )
+    check_lengths("qkv", qkv, cu_seqlens, max_seqlen)
     if bias is not None:
         if bias.requires_grad:
             raise ValueError("attention has no gradient for bias: pass bias.detach()")

@@ -151,13 +151,14 @@ def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     return decorate
 
 
-def forbid_double_backward(op: Any, name: str) -> None:
-    """Make differentiating a backward op an error instead of a silently missing gradient."""
+def forbid_double_backward(
+    op: Any, name: str, instead: str = "run plain PyTorch with FASTBERT_BACKEND=torch, or fastbert.unfuse(model)"
+) -> None:
+    """Make differentiating a backward op an error that says what to do instead, not a silently missing gradient."""
 
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise NotImplementedError(
-            f"fastbert's {name} kernel has no second derivative: for gradients of gradients run plain PyTorch "
-            "with FASTBERT_BACKEND=torch, or fastbert.unfuse(model)"
+            f"fastbert's {name} kernel has no second derivative: for gradients of gradients {instead}"
         )
 
     op.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)

@@ -238,3 +238,36 @@ def embed(
     z = upcast(vectors) + F.embedding(token_types, token_type_table) + F.embedding(positions, position_table)
     normed = F.layer_norm(z, z.shape[-1:], weight.to(z.dtype), norm_bias.to(z.dtype), eps)
     return dropout(normed, dropout_p, keep).to(torch.promote_types(vectors.dtype, position_table.dtype))
+
+
+def relation_loss(
+    student_a: torch.Tensor,
+    student_b: torch.Tensor,
+    teacher_a: torch.Tensor,
+    teacher_b: torch.Tensor,
+    lengths: list[int],
+    kind: str,
+    student_scale: float,
+    teacher_scale: float,
+) -> torch.Tensor:
+    """How far the student's relations are from the teacher's, a number for each row: (heads, tokens), float32 or wider.
+
+    A relation is the matrix of scores S = scale * A B^T of one head in one sequence.
+
+    Args:
+        student_a, student_b, teacher_a, teacher_b: (tokens, heads, dim), dim the same within a pair.
+        lengths: tokens of each sequence.
+        kind: "kl", the divergence KL(softmax(S_t) || softmax(S_s)) of the row in nats; or "mse", the row's sum of
+            (S_s - S_t)^2.
+    """
+    losses = [upcast(student_a)[:0, :, 0].T]  # of student_a, so that no token at all still has a gradient
+    parts = (upcast(x).split(lengths) for x in (student_a, student_b, teacher_a, teacher_b))
+    for a, b, teacher_part_a, teacher_part_b in zip(*parts, strict=True):
+        s = a.transpose(0, 1) @ b.permute(1, 2, 0) * student_scale  # (heads, length, length)
+        t = teacher_part_a.transpose(0, 1) @ teacher_part_b.permute(1, 2, 0) * teacher_scale
+        if kind == "mse":
+            losses.append((s - t).square().sum(-1))
+        else:
+            log_s, log_t = F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1)
+            losses.append((log_t.exp() * (log_t - log_s)).sum(-1))
+    return torch.cat(losses, dim=1)

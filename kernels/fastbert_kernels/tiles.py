@@ -111,6 +111,30 @@ _ATTENTION_FLOAT_SM_80: dict[str, _Rows] = _ATTENTION_FLOAT | {
     ],
 }
 
+#: (architecture, kernel) -> tiles of the relation kernels for two-byte dtypes. Every dim up to 128 has the same: two
+#: products of scores are what fills the registers, whatever they sum over.
+_RELATION_HALF: dict[tuple[str, str], Tiles] = {
+    ("sm_80", "forward"): _attention(64, 32, 4, 2),
+    ("sm_80", "backward_a"): _attention(64, 32, 4, 2),
+    ("sm_80", "backward_b"): _attention(32, 64, 4, 2),
+    ("sm_90", "forward"): _attention(128, 64, 8, 2),
+    ("sm_90", "backward_a"): _attention(128, 64, 8, 2),
+    ("sm_90", "backward_b"): _attention(64, 128, 8, 2),
+    ("sm_100", "forward"): _attention(128, 64, 8, 2),
+    ("sm_100", "backward_a"): _attention(64, 64, 4, 2),
+    ("sm_100", "backward_b"): _attention(64, 64, 4, 2),
+    ("gfx942", "forward"): _attention(64, 32, 4, 1),
+    ("gfx942", "backward_a"): _attention(64, 32, 4, 1),
+    ("gfx942", "backward_b"): _attention(32, 64, 4, 1),
+}
+
+#: The same for float32, by the dim up to which: see `_ATTENTION_FLOAT`.
+_RELATION_FLOAT: dict[str, list[tuple[int, Tiles]]] = {
+    "forward": [(64, _attention(32, 32, 4, 2)), (128, _attention(32, 16, 8, 2))],
+    "backward_a": [(64, _attention(32, 32, 8, 2)), (128, _attention(16, 16, 8, 2))],
+    "backward_b": [(64, _attention(16, 16, 4, 2)), (128, _attention(16, 16, 8, 2))],
+}
+
 #: The interpreter pays by the program, not by the register.
 _ATTENTION_INTERPRETED = _attention(64, 64, 4, 1)
 
@@ -139,6 +163,29 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
 def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool) -> Tiles:
     """`attention_table` for qkv (tokens, 3, heads, head_dim), on the device it is on."""
     return attention_table(arch(qkv.device), kernel, qkv.element_size(), qkv.shape[3], maps)
+
+
+def relation_tiles(kernel: str, student: torch.Tensor, teacher: torch.Tensor) -> Tiles:
+    """`relation_table` for operands (tokens, heads, dim) of both models, on the device they are on."""
+    itemsize = max(student.element_size(), teacher.element_size())
+    return relation_table(arch(student.device), kernel, itemsize, max(student.shape[2], teacher.shape[2]))
+
+
+@functools.cache
+def relation_table(target: str, kernel: str, itemsize: int, dim: int) -> Tiles:
+    """Tiles of a relation kernel.
+
+    Args:
+        target: what `backend.arch` says.
+        kernel: "forward", "backward_a" or "backward_b".
+        itemsize: bytes of an element of the wider of both models' operands.
+        dim: the larger of both models' dims, up to 128.
+    """
+    if target == "interpreter":
+        return _ATTENTION_INTERPRETED
+    if itemsize == 4:
+        return next(tiles for widest, tiles in _RELATION_FLOAT[kernel] if dim <= widest)
+    return _RELATION_HALF[target, kernel]
 
 
 @functools.cache

@@ -36,6 +36,16 @@ def test_the_backward_kernels_and_the_pass_as_one() -> None:
     assert by_name[""].bytes < by_name["_dq"].bytes + by_name["_dkv"].bytes
 
 
+def test_relations_of_two_models() -> None:
+    product, matrix, row = 2 * 64 * 12 * 512 * 512 * 64, TOKENS * 768 * 2, 12 * TOKENS * 4
+    forward = cost("relation_forward", **BASE, flags=["SOFTMAX"])
+    assert forward == Cost(2 * product, 4 * matrix + 3 * row, 2 * 64 * 12 * 512 * 512)
+    assert cost("relation_forward", **BASE) == Cost(2 * product, 4 * matrix + row, 0)
+    for operand in "ab":
+        backward = cost(f"relation_backward_{operand}", **BASE, flags=["SOFTMAX"])
+        assert backward == Cost(3 * product, 5 * matrix + 3 * row, 2 * 64 * 12 * 512 * 512)
+
+
 def test_maps_are_moved_once() -> None:
     bare, side = cost("attention_forward", **BASE), 520
     written = cost("attention_forward", **BASE, flags=["PROBS"], probs_seq=side)
@@ -89,7 +99,7 @@ def test_measured_rates_take_the_place_of_peaks() -> None:
 def test_every_kernel_has_a_cost(kernel: str) -> None:
     costs = [case.cost() for case in cases(full=True) if case.kernel == kernel]
     assert min(call.bytes for call in costs) > 0
-    assert all((call.flops > 0) == kernel.startswith("attention_") for call in costs)
+    assert all((call.flops > 0) == kernel.startswith(("attention_", "relation_")) for call in costs)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_nothing_spills(written: dict[str, Any], target: str) -> None:
 
 @pytest.mark.parametrize("target", static.TARGETS)
 def test_products_run_on_the_targets_own_tensor_cores(written: dict[str, Any], target: str) -> None:
-    products = [r for r in _of(written, target, "attention_") if r["case"]["dtype"] != "float32"]
+    products = [r for r in _of(written, target, "attention_", "relation_") if r["case"]["dtype"] != "float32"]
     machines = [r["machine"] for r in products]
     assert all(m["dots"] > 0 for m in machines)
     assert [m for m in machines if m["own_dots"] < m["dots"] or m["tensor_core"] == 0] == []
@@ -78,7 +78,7 @@ def test_products_run_on_the_targets_own_tensor_cores(written: dict[str, Any], t
 @pytest.mark.parametrize("target", NVIDIA)
 def test_loops_copy_their_tiles_asynchronously(written: dict[str, Any], target: str) -> None:
     looping = [r for r in _of(written, target, "") if not r["case"]["kernel"].endswith("forward")]
-    looping += _of(written, target, "attention_forward")
+    looping += _of(written, target, "attention_forward", "relation_forward")
     assert [r["name"] for r in looping if not r["machine"]["loops"]] == []
     assert [r["name"] for r in looping if any(loop["async_copies"] == 0 for loop in r["machine"]["loops"])] == []
     assert {r["name"] for r in looping if r["machine"]["sync_tiles"]} == {
@@ -90,7 +90,9 @@ def test_loops_copy_their_tiles_asynchronously(written: dict[str, Any], target: 
 def test_bandwidth_bound_kernels_move_128_bits_at_a_time(written: dict[str, Any], target: str) -> None:
     device = static.DEVICES[target]
     bound = [r for r in _of(written, target, "") if r["floors"][device]["bound"] == "bandwidth"]
-    assert {r["case"]["kernel"] for r in bound} >= {k for k in static.KERNELS if not k.startswith("attention_")}
+    assert {r["case"]["kernel"] for r in bound} >= {
+        k for k in static.KERNELS if not k.startswith(("attention_", "relation_"))
+    }
     assert [r["name"] for r in bound if r["machine"]["wide_loads"] + r["machine"]["wide_async"] == 0] == []
     streaming = [r for r in bound if r["case"]["kernel"].startswith(("add_layer_norm", "bias_activation", "embed"))]
     assert [r["name"] for r in streaming if r["machine"]["wide_stores"] == 0] == []
