@@ -89,7 +89,9 @@ class Report:
         if any(not loop.async_copies for loop in machine.loops):
             found.append(Shortfall("a loop without asynchronous copies", odd if self.nvidia else "gfx942 copies"))
         elif machine.sync_tiles:
-            found.append(Shortfall("a loop that waits for a tile", "gathered map" if "COLUMNS" in flags else edge or odd))
+            found.append(
+                Shortfall("a loop that waits for a tile", "gathered map" if "COLUMNS" in flags else edge or odd)
+            )
         if self.floor.bound == "bandwidth" and not machine.wide_loads + machine.wide_async:
             found.append(Shortfall("no 128-bit load", odd))
         return found
