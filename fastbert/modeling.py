@@ -281,7 +281,7 @@ class BertModel(transformers.BertModel):
 
     @torch.compiler.assume_constant_result
     def _say_unfused(self) -> None:
-        """Log once which layers a graph leaves unfused, and why: traced code cannot log, but this runs while tracing."""
+        """Log once which layers a graph leaves unfused, and why: traced code cannot log, this runs while tracing."""
         from .fusing import explain  # which imports this module
 
         explanation = explain(self)
