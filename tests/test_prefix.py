@@ -134,7 +134,7 @@ def test_reentrant_checkpointing_would_lose_the_prefixs_gradient() -> None:
 def test_any_other_cache_takes_hugging_faces_path_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     plain, fused = pair()
     x = ids()
-    fastbert.notices._warn.cache_clear()
+    fastbert.notices.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "fastbert"):
         ours = fused(x, past_key_values=cache(layers=1)).last_hidden_state
     assert "not one prefix a layer" in caplog.text

@@ -282,7 +282,7 @@ def test_the_table_tells_what_ships_and_why() -> None:
     ("options", "message"),
     [
         (["--target", "sm_70"], "unknown target sm_70: there are sm_80, sm_90, sm_100, gfx942"),
-        (["--kernel", "softmax"], "no case has the words 'softmax'"),
+        (["--kernel", "convolution"], "no case has the words 'convolution'"),
         (["--write-baseline", "--full"], "takes all the main cases"),
         (["--json", "no/such/folder/x.json"], "there is no folder"),
     ],

@@ -230,7 +230,7 @@ def test_one_batch_with_an_adapter_a_text() -> None:
 def test_what_cannot_stay_fused_says_which_layer_and_why(
     config: peft.PeftConfig, layer_norm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    notices._warn.cache_clear()
+    notices.say_once.cache_clear()
     theirs, ours = adapted(plain_model(), config), adapted(fastbert.fuse(plain_model()), config)
     wanted, wanted_grads = outcome(theirs)
     with caplog.at_level(logging.WARNING, "fastbert"):

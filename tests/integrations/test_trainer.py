@@ -161,7 +161,7 @@ def test_resuming_from_another_width_names_both(
 def test_resuming_from_another_depth_names_both(
     tiny: Path, tmp_path: Path, layers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    notices._warn.cache_clear()
+    notices.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "fastbert"), pytest.raises(ValueError, match="optimizer's group"):
         resume(other_model(tiny, num_hidden_layers=layers), tiny, tmp_path)
     assert f"a checkpoint with 2 encoder layers is loaded into a model with {layers}" in caplog.text
