@@ -62,7 +62,7 @@ def contenders(model: Path, device: torch.device, batch: int, tokens: int) -> di
     ours = Encoder(
         model,
         pooling=like[1].pooling_mode,
-        normalize=len(like) > 2,
+        normalize=any(type(module).__name__ == "Normalize" for module in like),
         max_length=like.max_seq_length,
         tokens=tokens,
         device=device,
@@ -132,7 +132,7 @@ def _summary(lengths: list[int]) -> list[float]:
 
 def _show(times: dict[str, Times], cosines: dict[str, float], count: int) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column("contender")
+    table.add_column("contender", no_wrap=True)
     for name in ("texts/s", "20-80%", f"{OURS} over it", "least cosine"):
         table.add_column(name, justify="right")
     for name, cosine in cosines.items():

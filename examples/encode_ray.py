@@ -1,7 +1,7 @@
 """Embed a column of text on a Ray cluster: the map of `fastbert encode`, on a pool of actors.
 
-Every row keeps its columns and gets one more, `embedding`, null where the text is null, empty or not UTF-8. On one
-machine, with two workers:
+Every row keeps its columns and gets two more: `embedding`, and `problem`, which is null unless the text is null, empty
+or not UTF-8; the embedding is then NaN. On one machine, with two workers:
 
     pip install 'fastbert[encode]' 'ray[data]'
     python examples/encode_ray.py path/to/checkpoint texts.parquet --column text --out embedded --workers 2
@@ -29,7 +29,9 @@ class Embed:
     def __call__(self, table: Any) -> Any:
         from fastbert.bulk import embed_column
 
-        return table.append_column("embedding", embed_column(self.encoder, table[self.column], self.column))
+        for name, values in embed_column(self.encoder, table[self.column], self.column).items():
+            table = table.append_column(name, values)
+        return table
 
 
 def main(
@@ -76,10 +78,10 @@ def main(
     ).write_parquet(str(out.absolute()))
 
     written = ds.dataset(out, format="parquet")
-    bad = written.count_rows(filter=ds.field("embedding").is_null())
+    bad = written.count_rows(filter=ds.field("problem").is_valid())
     typer.echo(f"{written.count_rows() - bad:,} embeddings: {out}")
     if bad:
-        typer.echo(f"{bad:,} rows are bad: their embedding is null", err=True)
+        typer.echo(f"{bad:,} rows are bad: their problem is named, their embedding is NaN", err=True)
         raise typer.Exit(1)
 
 

@@ -63,8 +63,9 @@ def encode_file(
     keep_text: bool = False,
     tell: Callable[[int, int], object] = lambda done, rows: None,
 ) -> Summary:
-    """Embed every row of a file into a Parquet file with the columns `row` (int64, from 0), `text` (when kept) and
-    `embedding` (fixed-size list of float32; null for a bad row), in the order of the input.
+    """Embed every row of a file into a Parquet file, in the order of the input, with the columns `row` (int64, from 0),
+    `text` (when kept), `embedding` (fixed-size list of float32) and `problem` (string, null where there is none). A bad
+    row's embedding is all NaN.
 
     Args:
         encoder: embeds.
@@ -107,22 +108,25 @@ def encode_file(
     return summary
 
 
-def embed_column(encoder: Encoder, column: pa.ChunkedArray | pa.Array, name: str) -> pa.FixedSizeListArray:
-    """The embeddings of an Arrow column of text: a fixed-size list of float32 each, null for a bad row.
+def embed_column(encoder: Encoder, column: pa.ChunkedArray | pa.Array, name: str) -> dict[str, pa.Array]:
+    """The columns `embedding` and `problem` for an Arrow column of text, as `encode_file` writes them.
 
     Raises:
         InputError: when it is not of text.
     """
     rows = list(check_column(column, name))
-    values = np.zeros((len(rows), encoder.hidden), np.float32)
-    good = [i for i, row in enumerate(rows) if isinstance(row, str)]
-    values[good] = encoder([row for row in rows if isinstance(row, str)])
-    return _embeddings(values, rows)
+    values = np.empty((len(rows), encoder.hidden), np.float32)
+    values[[isinstance(row, str) for row in rows]] = encoder([row for row in rows if isinstance(row, str)])
+    return _columns(values, rows)
 
 
-def _embeddings(values: np.ndarray, rows: Sequence[Row]) -> pa.FixedSizeListArray:
-    bad = pa.array([isinstance(row, Problem) for row in rows], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1], mask=bad)
+def _columns(values: np.ndarray, rows: Sequence[Row]) -> dict[str, pa.Array]:
+    # NaN, for before version 26 pyarrow neither writes nor reads a null among lists of fixed size.
+    values[[isinstance(row, Problem) for row in rows]] = np.nan
+    return {
+        "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]),
+        "problem": pa.array([row.reason if isinstance(row, Problem) else None for row in rows], pa.string()),
+    }
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -192,8 +196,10 @@ class _Parts:
     def write(self, out: Path, texts: Texts, keep_text: bool, about: dict[str, Any]) -> None:
         """Write the output, whole or not at all, and remove the folder."""
         kind = pa.list_(pa.float32(), self.hidden)
-        fields = [pa.field("row", pa.int64()), pa.field("text", pa.string()), pa.field("embedding", kind)]
-        schema = pa.schema([f for f in fields if keep_text or f.name != "text"], {"fastbert": json.dumps(about)})
+        fields = {"row": pa.int64(), "text": pa.string(), "embedding": kind, "problem": pa.string()}
+        if not keep_text:
+            del fields["text"]
+        schema = pa.schema(fields, {"fastbert": json.dumps(about)})
         whole = self.folder / "whole.parquet"
         start, width = 0, 4 * self.hidden
         with pq.ParquetWriter(whole, schema, use_dictionary=False) as writer:
@@ -202,7 +208,7 @@ class _Parts:
                 columns = {
                     "row": pa.array(range(start, start + len(rows)), pa.int64()),
                     "text": pa.array([row if isinstance(row, str) else None for row in rows], pa.string()),
-                    "embedding": _embeddings(np.frombuffer(held, np.float32).reshape(-1, self.hidden), rows),
+                    **_columns(np.frombuffer(held, np.float32).reshape(-1, self.hidden).copy(), rows),
                 }
                 writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
                 start += len(rows)

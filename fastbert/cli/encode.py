@@ -34,10 +34,10 @@ def encode(
     ] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")] = None,
 ) -> None:
-    """Embed every row of a file into a Parquet file with the columns row (from 0) and embedding, in its order.
+    """Embed every row of a file into a Parquet file, in its order: columns row (from 0), embedding and problem.
 
     Whatever stops it, the same command goes on where it stopped: what is finished waits in OUT.parts. A bad row (empty,
-    null, not UTF-8) is reported, gets no embedding, and the rest goes on.
+    null, not UTF-8) is reported, its problem is named, its embedding is NaN, and the rest goes on.
 
     Exit code 0: every row has an embedding; 1: there are bad rows; 2: the input cannot be used, or it had to stop.
     """
@@ -83,7 +83,7 @@ def encode(
         console.print(f"row {row}: {reason}", markup=False)
     count = summary.reasons.total()
     if count > len(summary.bad):
-        console.print(f"... and {count - len(summary.bad):,} more, all with a null embedding")
+        console.print(f"... and {count - len(summary.bad):,} more, all named in the column problem")
     done = f"{summary.rows - count:,} embeddings of {encoder.hidden} numbers: {out}"
     if summary.resumed:
         done += f"; {summary.resumed:,} rows were finished before"

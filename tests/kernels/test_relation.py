@@ -216,6 +216,19 @@ def test_scores_of_large_magnitude(device: torch.device, dtype: torch.dtype, fac
     compare(device, "kl", [37], given=given)
 
 
+@pytest.mark.parametrize("shift", [-60.0, 60.0])
+def test_rows_of_scores_far_from_zero(device: torch.device, shift: float, tile: Tile) -> None:
+    """Where every score of a row is so low that exp(-lse) is infinite, or so high.
+
+    In bfloat16: in float32 an lse of 200 leaves less of a probability's digits than a softmax that subtracts the maximum.
+    """
+    tile(16, 16)
+    given = operands(37, 2, (16, 16), (torch.bfloat16, torch.bfloat16), device)
+    for model in ("student", "teacher"):
+        given[f"{model}_a"][:, :, 0], given[f"{model}_b"][:, :, 0] = 10.0, shift
+    compare(device, "kl", [37], dtype=torch.bfloat16, given=given)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_models_have_no_loss_and_no_gradient(device: torch.device, kind: str) -> None:
     a, b, *_ = operands(20, 2, (16, 16), (torch.float32, torch.float32), device).values()
