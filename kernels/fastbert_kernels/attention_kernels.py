@@ -6,7 +6,7 @@ The derivation stands in `attention.py`. Scores are in base 2 throughout, statis
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E, MASKED, cast, dot, dropout_keep
+from .numerics import LOG2E, MASKED, cast, dot, dropout_keep_map
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def attention_forward(
     masked_below,  # bias entries at or under this are masked keys
     scale,
     stream,  # int32, which dropout of the model this is
-    keep_threshold,  # int32, see dropout_keep
+    keep_threshold,  # int32, see dropout_keep_map
     keep_scale,  # 1 / (1 - dropout_p)
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -146,7 +146,7 @@ def attention_forward(
         p = tl.exp2(s - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(p, axis=1)
         if HAS_DROPOUT:
-            keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+            keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
             p = tl.where(keep, p, 0.0)
         v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
         acc = dot(cast(p, v.dtype), v, acc * rescale[:, None])
@@ -179,7 +179,7 @@ def attention_forward(
             valid = (rows[:, None] < length) & (cols[None, :] < length)
             p = tl.where(valid, tl.exp2(s - row_max[:, None]) * (factor / row_sum)[:, None], 0.0)
             if HAS_DROPOUT:
-                keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+                keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
             if HAS_COLUMNS:
@@ -279,7 +279,7 @@ def attention_backward_dq(
             valid = (rows[:, None] < length) & (cols[None, :] < length)
             p = _softmax_tile(s, row_max[:, None], log_sum[:, None], valid) * (factor * g)
             if HAS_DROPOUT:
-                keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+                keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
             dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
@@ -303,7 +303,7 @@ def attention_backward_dq(
             dp += tl.load(dprobs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
         dp *= factor
         if HAS_DROPOUT:
-            keep = dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N)
+            keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
             dp = tl.where(keep, dp, 0.0)
         if HAS_HEAD_MASK:
             dhead_mask += tl.sum(p * dp, axis=1)
@@ -412,7 +412,9 @@ def attention_backward_dkv(
         p_out = p * factor
         dp *= factor
         if HAS_DROPOUT:
-            keep = tl.trans(dropout_keep(seed_ptr, stream, plane, rows, col_start, keep_threshold, BLOCK_N))
+            keep = tl.trans(
+                dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
+            )
             p_out = tl.where(keep, p_out, 0.0)
             dp = tl.where(keep, dp, 0.0)
         dv = dot(cast(p_out, dout.dtype), dout, dv)

@@ -88,7 +88,7 @@ def _embed_forward(
     normed, mean, rstd = normalize(z, cols, features, eps)
     y = normed * load_vector(weight_ptr, cols, features) + load_vector(norm_bias_ptr, cols, features)
     if HAS_DROPOUT:
-        keep = dropout_keep(seed_ptr, stream, 0, rows, 0, keep_threshold, BLOCK_N)
+        keep = dropout_keep(seed_ptr, stream, rows, keep_threshold, BLOCK_N)
         y = tl.where(keep, y * keep_scale, 0.0)
     store_rows(y_ptr, y, rows, cols, count, features)
     tl.store(mean_ptr + rows, mean, mask=rows < count)
@@ -136,7 +136,7 @@ def _embed_backward(
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)
         dy = load_rows(dy_ptr, rows, cols, count, features)
         if HAS_DROPOUT:
-            keep = dropout_keep(seed_ptr, stream, 0, rows, 0, keep_threshold, BLOCK_N)
+            keep = dropout_keep(seed_ptr, stream, rows, keep_threshold, BLOCK_N)
             dy = tl.where(keep, dy * keep_scale, 0.0)
         z = _embedding_sum(
             words_ptr, positions_ptr, token_types_ptr, word_table_ptr, position_table_ptr, token_type_table_ptr,

@@ -72,7 +72,7 @@ def _presum(
     if HAS_BIAS:
         z += load_vector(bias_ptr, cols, features)
     if HAS_DROPOUT:
-        keep = dropout_keep(seed_ptr, stream, 0, rows, 0, keep_threshold, BLOCK_N)
+        keep = dropout_keep(seed_ptr, stream, rows, keep_threshold, BLOCK_N)
         z = tl.where(keep, z * keep_scale, 0.0)
     if HAS_RESIDUAL:
         z += load_rows(residual_ptr, rows, cols, count, features)
@@ -164,7 +164,7 @@ def _add_layer_norm_backward(
         dnorm_bias += tl.sum(dy, axis=0)
         dx = dz
         if HAS_DROPOUT:
-            keep = dropout_keep(seed_ptr, stream, 0, rows, 0, keep_threshold, BLOCK_N)
+            keep = dropout_keep(seed_ptr, stream, rows, keep_threshold, BLOCK_N)
             dx = tl.where(keep, dz * keep_scale, 0.0)
             store_rows(dx_ptr, dx, rows, cols, count, features)
         if HAS_BIAS:

@@ -43,27 +43,76 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(seed_ptr, stream, plane, rows, col_start, threshold, BLOCK_N: tl.constexpr):
-    """Which elements dropout keeps, [BLOCK_M, BLOCK_N], as a pure function of (seed, stream, plane, row, column).
+def _kept_halves(seed_ptr, stream, plane, rows, groups, threshold):
+    """What dropout keeps by the eight 16-bit halves of each word of Philox-4x32, bool [..., 2, 2, 2].
 
-    One Philox call serves four neighbouring columns. `reference.dropout_keep` computes the same bits in PyTorch.
+    The last three dimensions are the words' number, its high bit first, and the half, the low one first. One 64-bit
+    product a word and round, and comparisons of words as they are: this is most of what dropout costs.
+
+    Args:
+        seed_ptr: int64 scalar on the device: the key.
+        stream, plane, rows, groups: the counter, int32; the last two broadcast against each other.
+        threshold: int32, p * 2**16: a half is kept when it is at least this.
+    """
+    seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    zeros = rows.to(tl.uint32) * 0 + groups.to(tl.uint32) * 0
+    c0, c1 = groups.to(tl.uint32) + zeros, rows.to(tl.uint32) + zeros
+    c2, c3 = tl.cast(plane, tl.uint32) + zeros, tl.cast(stream, tl.uint32) + zeros
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        first, second = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (second >> 32).to(tl.uint32) ^ c1 ^ key0, second.to(tl.uint32)
+        c2, c3 = (first >> 32).to(tl.uint32) ^ c3 ^ key1, first.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    least = tl.cast(threshold, tl.uint32) << 16
+    kept0 = tl.join((c0 << 16) >= least, c0 >= least)
+    kept1 = tl.join((c1 << 16) >= least, c1 >= least)
+    kept2 = tl.join((c2 << 16) >= least, c2 >= least)
+    kept3 = tl.join((c3 << 16) >= least, c3 >= least)
+    kept = tl.join(tl.join(kept0, kept2), tl.join(kept1, kept3))  # [..., half, high bit, low bit]
+    return tl.permute(kept, [0, 1, 3, 4, 2])
+
+
+@triton.jit
+def dropout_keep(seed_ptr, stream, rows, threshold, BLOCK_N: tl.constexpr):
+    """Which elements of rows dropout keeps, [BLOCK_M, BLOCK_N], as a pure function of (seed, stream, row, column).
+
+    One Philox call serves eight neighbouring columns, which the threads of a row kernel have at once.
+    `reference.dropout_keep` computes the same bits in PyTorch.
 
     Args:
         seed_ptr: int64 scalar on the device.
         stream: int32, which dropout of the model this is.
-        plane: int32, which matrix of the tensor (batch * heads + head; 0 for token matrices).
         rows: int32 [BLOCK_M].
-        col_start: int32, first column, a multiple of 4.
-        threshold: int32, p * 2**31: an element is kept when the top 31 bits of its draw are at least this.
+        threshold: `reference.dropout_threshold`.
     """
-    seed = tl.load(seed_ptr)
+    groups = tl.arange(0, BLOCK_N // 8)
+    kept = _kept_halves(seed_ptr, stream, 0, rows[:, None], groups[None, :], threshold)
+    return tl.reshape(kept, [rows.shape[0], BLOCK_N])
+
+
+@triton.jit
+def dropout_keep_map(
+    seed_ptr, stream, plane, row_start, col_start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Which elements of a tile of a map dropout keeps, [BLOCK_M, BLOCK_N], as a pure function of what draws it.
+
+    One Philox call serves rows 8 apart, columns 8 apart and their right neighbours: the eight elements of 16 by 16 that
+    one thread holds of a tensor-core product, so that no draw goes from one thread to another.
+    `reference.dropout_keep_map` computes the same bits in PyTorch.
+
+    Args:
+        seed_ptr, stream, threshold: as in `dropout_keep`.
+        plane: int32, which map of the tensor: batch * heads + head.
+        row_start, col_start: int32, the first row and column, multiples of 16.
+    """
+    rows = row_start // 2 + tl.arange(0, BLOCK_M // 2)
     groups = col_start // 4 + tl.arange(0, BLOCK_N // 4)
-    zeros = rows[:, None] * 0 + groups[None, :] * 0  # [BLOCK_M, BLOCK_N // 4]
-    r0, r1, r2, r3 = tl.philox(
-        seed, groups[None, :] + zeros, rows[:, None] + zeros, plane + zeros, stream + zeros, PHILOX_ROUNDS
-    )
-    draws = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [BLOCK_M, BLOCK_N // 4, 2, 2]
-    return (tl.reshape(draws, [rows.shape[0], BLOCK_N]) >> 1).to(tl.int32) >= threshold
+    kept = _kept_halves(seed_ptr, stream, plane, rows[:, None], groups[None, :], threshold)
+    kept = tl.reshape(kept, [BLOCK_M // 16, 8, BLOCK_N // 16, 4, 2, 2, 2])  # [..., column's 8, row's 8, column's 1]
+    kept = tl.permute(kept, [0, 5, 1, 2, 4, 3, 6])
+    return tl.reshape(kept, [BLOCK_M, BLOCK_N])
 
 
 @triton.jit

@@ -32,30 +32,50 @@ def dropout(x: torch.Tensor, p: float, keep: torch.Tensor | None = None) -> torc
 
 
 def dropout_threshold(p: float) -> int:
-    """The 31-bit draw below which an element is dropped, for dropout probability p."""
-    return min(round(p * 2**31), 2**31 - 1)
+    """The 16-bit draw below which an element is dropped, for dropout probability p, kept in steps of 2**-16."""
+    return min(round(p * 2**16), 2**16 - 1)
 
 
-def dropout_keep(seed: int, stream: int, planes: int, rows: int, columns: int, p: float) -> torch.Tensor:
-    """The mask the kernels draw, bit for bit: bool (planes, rows, columns), True where an element is kept.
+def _kept_halves(
+    seed: int, stream: int, planes: int, rows: torch.Tensor, groups: torch.Tensor, p: float
+) -> torch.Tensor:
+    """What dropout keeps by the halves of Philox-4x32, low before high: bool (planes, rows, groups, 4 words, 2 halves).
 
-    Philox-4x32 with seven rounds, key = seed, counter = (column // 4, row, plane, stream); the four words it returns
-    serve four neighbouring columns. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    Seven rounds, key = seed, counter = (group, row, plane, stream). Salmon et al., "Parallel random numbers: as easy as
+    1, 2, 3", SC 2011.
     """
     low = 0xFFFFFFFF
-    groups = -(-columns // 4)
-    c0 = torch.arange(groups).expand(planes, rows, groups)
-    c1 = torch.arange(rows)[:, None].expand(planes, rows, groups)
-    c2 = torch.arange(planes)[:, None, None].expand(planes, rows, groups)
-    c3 = torch.full((planes, rows, groups), stream)
+    c2 = torch.arange(planes)[:, None, None]
+    c0, c1, c2, c3 = torch.broadcast_tensors(groups, rows[:, None], c2, torch.tensor(stream))
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(PHILOX_ROUNDS):
         # int64 products wrap, which leaves both 32-bit halves of the unsigned product right.
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (b >> 32 & low) ^ c1 ^ k0, b & low, (a >> 32 & low) ^ c3 ^ k1, a & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    draws = torch.stack((c0, c1, c2, c3), dim=-1).reshape(planes, rows, 4 * groups)
-    return draws[:, :, :columns] >> 1 >= dropout_threshold(p)
+    words = torch.stack((c0, c1, c2, c3), dim=-1)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1) >= dropout_threshold(p)
+
+
+def dropout_keep(seed: int, stream: int, rows: int, columns: int, p: float) -> torch.Tensor:
+    """The mask the row kernels draw, bit for bit: bool (rows, columns), True where an element is kept.
+
+    The eight draws of a Philox call serve eight neighbouring columns.
+    """
+    kept = _kept_halves(seed, stream, 1, torch.arange(rows), torch.arange(-(-columns // 8)), p)
+    return kept[0].flatten(1)[:, :columns]
+
+
+def dropout_keep_map(seed: int, stream: int, planes: int, rows: int, columns: int, p: float) -> torch.Tensor:
+    """The mask the attention kernels draw, bit for bit: bool (planes, rows, columns), True where an element is kept.
+
+    The four words of a Philox call serve rows and columns 8 apart, a word's two halves neighbouring columns.
+    """
+    row_blocks, column_blocks = -(-rows // 16), -(-columns // 16)
+    kept = _kept_halves(seed, stream, planes, torch.arange(8 * row_blocks), torch.arange(4 * column_blocks), p)
+    # Rows by (16, 1), columns by (16, 2), words by the columns' 8 and the rows' 8, halves by the columns' 1.
+    kept = kept.view(planes, row_blocks, 8, column_blocks, 4, 2, 2, 2).permute(0, 1, 6, 2, 3, 5, 4, 7)
+    return kept.reshape(planes, 16 * row_blocks, 16 * column_blocks)[:, :rows, :columns]
 
 
 def masked_below(dtype: torch.dtype) -> float:

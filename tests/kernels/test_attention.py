@@ -51,7 +51,7 @@ def compare(
     chosen = {"out": slice(0, 1), "probs": slice(1, 2), "all": slice(0, 2)}[returned]
     keep = None
     if dropout_p > 0.0:
-        keep = reference.dropout_keep(SEED, STREAM, batch * heads, longest, longest, dropout_p)
+        keep = reference.dropout_keep_map(SEED, STREAM, batch * heads, longest, longest, dropout_p)
         keep = keep.view(batch, heads, longest, longest).to(device)
 
     def kernel(qkv: torch.Tensor, head_mask: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
@@ -148,7 +148,7 @@ def test_definition_has_the_right_gradients(device: torch.device) -> None:
     bias = torch.randn(3, 1, 4, 4, dtype=torch.float64, device=device)
     bias[0, :, :, 1] = -torch.inf
     bias[2, :, 2, 2:] = -torch.inf
-    keep = reference.dropout_keep(SEED, STREAM, 6, 4, 4, 0.3).view(3, 2, 4, 4).to(device)
+    keep = reference.dropout_keep_map(SEED, STREAM, 6, 4, 4, 0.3).view(3, 2, 4, 4).to(device)
 
     def op(qkv: torch.Tensor, head_mask: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return reference.attention(

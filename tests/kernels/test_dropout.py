@@ -33,15 +33,29 @@ def test_philox_known_answers() -> None:
     assert philox_4x32(0, (0, 0, 0, 0), 10) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 
+def kept(seed: int, counter: tuple[int, int, int, int], word: int, half: int, p: float) -> bool:
+    """Whether the half, 0 the low and 1 the high, of a word of a Philox call is kept."""
+    draw = philox_4x32(seed % 2**64, counter, 7)[word] >> 16 * half & 0xFFFF
+    return draw >= round(p * 2**16)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("stream", [0, 7, 2**31 - 1])
-def test_reference_mask_is_philox(seed: int, stream: int) -> None:
-    planes, rows, columns, p = 2, 3, 10, 0.4
-    keep = reference.dropout_keep(seed, stream, planes, rows, columns, p)
-    assert keep.shape == (planes, rows, columns)
+def test_reference_masks_are_philox(seed: int, stream: int) -> None:
+    rows, columns, p = 3, 19, 0.4
+    found = reference.dropout_keep(seed, stream, rows, columns, p)
+    assert found.shape == (rows, columns)
+    for row, column in itertools.product(range(rows), range(columns)):
+        counter = (column // 8, row, 0, stream)
+        assert found[row, column].item() == kept(seed, counter, column % 8 // 2, column % 2, p)
+
+    planes, rows, columns = 2, 19, 35
+    found = reference.dropout_keep_map(seed, stream, planes, rows, columns, p)
+    assert found.shape == (planes, rows, columns)
     for plane, row, column in itertools.product(range(planes), range(rows), range(columns)):
-        draw = philox_4x32(seed % 2**64, (column // 4, row, plane, stream), 7)[column % 4]
-        assert keep[plane, row, column].item() == (draw / 2**32 >= p)
+        counter = (column // 16 * 4 + column % 8 // 2, row // 16 * 8 + row % 8, plane, stream)
+        word = 2 * (column // 8 % 2) + row // 8 % 2
+        assert found[plane, row, column].item() == kept(seed, counter, word, column % 2, p)
 
 
 def ops(device: torch.device) -> dict[str, Callable[..., torch.Tensor]]:
@@ -80,7 +94,11 @@ def draw(name: str, device: torch.device, p: float, seed: int, stream: int) -> t
 @pytest.mark.parametrize("seed", SEEDS[:4])
 def test_kernels_draw_the_reference_mask(device: torch.device, name: str, seed: int) -> None:
     y = draw(name, device, 0.3, seed, 2**31 - 1)
-    assert torch.equal(y.cpu() != 0, reference.dropout_keep(seed, 2**31 - 1, *y.shape, 0.3))
+    if name == "attention":
+        expected = reference.dropout_keep_map(seed, 2**31 - 1, *y.shape, 0.3)
+    else:
+        expected = reference.dropout_keep(seed, 2**31 - 1, *y.shape[1:], 0.3)[None]
+    assert torch.equal(y.cpu() != 0, expected)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -117,10 +135,12 @@ def test_rates_zero_and_one(device: torch.device, name: str) -> None:
 
 def test_thresholds() -> None:
     assert reference.dropout_threshold(0.0) == 0
-    assert reference.dropout_threshold(0.5) == 2**30
-    assert reference.dropout_threshold(1.0) == 2**31 - 1  # the largest int32
-    assert bool(reference.dropout_keep(42, 3, 1, 20, 20, 0.0).all())
-    assert not reference.dropout_keep(42, 3, 1, 20, 20, 1.0).any()
+    assert reference.dropout_threshold(0.5) == 2**15
+    assert reference.dropout_threshold(1.0) == 2**16 - 1  # the largest draw, which a scale of 0 takes care of
+    for mask in (reference.dropout_keep, reference.dropout_keep_map):
+        shape = (20, 20) if mask is reference.dropout_keep else (1, 20, 20)
+        assert bool(mask(42, 3, *shape, 0.0).all())
+        assert mask(42, 3, *shape, 1.0).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])

@@ -47,7 +47,7 @@ def compare(
     count = ids["positions"].shape[0]
     keep = None
     if dropout_p > 0.0:
-        keep = reference.dropout_keep(SEED, STREAM, 1, count, features, dropout_p)[0].to(device)
+        keep = reference.dropout_keep(SEED, STREAM, count, features, dropout_p).to(device)
 
     def arguments(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int | None]:
         common = {"word_table": None, "eps": EPS, "padding_idx": padding_idx, "dropout_p": dropout_p}
@@ -182,7 +182,7 @@ def test_only_some_inputs_need_gradients(device: torch.device) -> None:
 
 def test_definition_has_the_right_gradients(device: torch.device) -> None:
     ids, tables = random_ids(5, device), random_tables(6, torch.float64, device)
-    keep = reference.dropout_keep(SEED, STREAM, 1, 5, 6, 0.3)[0].to(device)
+    keep = reference.dropout_keep(SEED, STREAM, 5, 6, 0.3).to(device)
     tables["word_table"] = tables["word_table"][:8].clone()
     ids["words"] %= 8
 

@@ -220,7 +220,7 @@ def test_scores_of_large_magnitude(device: torch.device, dtype: torch.dtype, fac
 def test_rows_of_scores_far_from_zero(device: torch.device, shift: float, tile: Tile) -> None:
     """Where every score of a row is so low that exp(-lse) is infinite, or so high.
 
-    In bfloat16: in float32 an lse of 200 leaves less of a probability's digits than a softmax that subtracts the maximum.
+    In bfloat16: in float32 an lse of 200 takes digits of a probability that subtracting the maximum leaves.
     """
     tile(16, 16)
     given = operands(37, 2, (16, 16), (torch.bfloat16, torch.bfloat16), device)
