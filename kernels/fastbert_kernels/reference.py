@@ -201,7 +201,8 @@ def _fused(
 
 def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     """f(x + bias), in x's dtype: x (..., features), bias (features,) or None, f one of gelu, gelu_tanh, relu, silu."""
-    z = upcast(x) if bias is None else upcast(x) + bias
+    # On half precision torch's own activations, too, compute in float32 and round once.
+    z = x if bias is None else upcast(x) + bias
     if activation == "gelu":
         y = F.gelu(z)
     elif activation == "gelu_tanh":
