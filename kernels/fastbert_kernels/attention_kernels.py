@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .numerics import LOG2E, MASKED, cast, dot, dropout_keep_map
+from .tiles import LOAD_STAGES
 
 
 @triton.jit
@@ -170,7 +171,7 @@ def attention_forward(
         else:
             cols_end = probs_seq
         probs_ptr += plane.to(tl.int64) * probs_seq * probs_seq
-        for col_start in range(0, cols_end, BLOCK_N):
+        for col_start in tl.range(0, cols_end, BLOCK_N, num_stages=LOAD_STAGES):
             cols = col_start + tl.arange(0, BLOCK_N)
             k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
             s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
@@ -270,7 +271,7 @@ def attention_backward_dq(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
 
     if HAS_DPROBS:
-        for col_start in range(0, length, BLOCK_N):
+        for col_start in tl.range(0, length, BLOCK_N, num_stages=LOAD_STAGES):
             cols = col_start + tl.arange(0, BLOCK_N)
             k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
             s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2

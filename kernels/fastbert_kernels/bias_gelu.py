@@ -16,7 +16,7 @@ from .column_sums import column_sums, partial_rows
 from .layer_norm import load_rows, load_vector, store_rows
 from .numerics import activation as apply_activation
 from .numerics import activation_grad
-from .tiles import ROW_STAGES, column_tiles
+from .tiles import LOAD_STAGES, column_tiles
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -64,7 +64,7 @@ def _bias_activation_backward(
     if HAS_BIAS:
         bias = load_vector(bias_ptr, cols, features)
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=ROW_STAGES):
+    for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=LOAD_STAGES):
         rows = row_start + tl.arange(0, BLOCK_M)
         x = load_rows(x_ptr, rows, cols, count, features)
         if HAS_BIAS:

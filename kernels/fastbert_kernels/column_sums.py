@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .backend import wrap_triton
 from .numerics import cast
-from .tiles import PARTIAL_SUMS, ROW_STAGES
+from .tiles import PARTIAL_SUMS, LOAD_STAGES
 
 
 def partial_rows(blocks: int) -> int:
@@ -31,7 +31,7 @@ def _column_sums(
     which = tl.program_id(1).to(tl.int64)
     partials_ptr += which * rows * features
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for row_start in tl.range(0, rows, BLOCK_M, num_stages=ROW_STAGES):
+    for row_start in tl.range(0, rows, BLOCK_M, num_stages=LOAD_STAGES):
         block = row_start + tl.arange(0, BLOCK_M)
         mask = (block[:, None] < rows) & (cols[None, :] < features)
         total += tl.load(partials_ptr + block[:, None].to(tl.int64) * features + cols[None, :], mask=mask, other=0.0)

@@ -23,7 +23,7 @@ from .layer_norm import (
     store_rows,
 )
 from .numerics import dropout_keep
-from .tiles import BACKWARD_BYTES, FORWARD_BYTES, ROW_STAGES, row_tiles
+from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _embed_backward(
     weight = load_vector(weight_ptr, cols, features)
     dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=ROW_STAGES):
+    for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=LOAD_STAGES):
         rows = row_start + tl.arange(0, BLOCK_M)
         mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)

@@ -14,7 +14,7 @@ from . import reference
 from .backend import check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
 from .column_sums import column_sums, partial_rows
 from .numerics import cast, dropout_keep
-from .tiles import BACKWARD_BYTES, FORWARD_BYTES, ROW_STAGES, row_tiles
+from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 
 #: Features of a row that one program can hold.
 MAX_FEATURES = 4096
@@ -148,7 +148,7 @@ def _add_layer_norm_backward(
     dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=ROW_STAGES):
+    for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=LOAD_STAGES):
         rows = row_start + tl.arange(0, BLOCK_M)
         mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)

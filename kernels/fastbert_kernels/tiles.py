@@ -218,9 +218,9 @@ def column_tiles(features: int) -> Tiles:
     return {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4 if features % 8 == 0 else 8, "num_stages": 1}
 
 
-#: Blocks of rows under way in a loop over rows: one is worked on while the next is copied to shared memory
-#: asynchronously. Without products in the loop, the compiler does so only when told to.
-ROW_STAGES: tl.constexpr = tl.constexpr(2)
+#: Tiles under way in a loop whose loads feed no product: one is worked on while the next is copied to shared memory
+#: asynchronously. The compiler does so of itself only for what a product takes.
+LOAD_STAGES: tl.constexpr = tl.constexpr(2)
 
 #: Programs that share the rows of a backward pass, each leaving one row of partial sums: enough to fill a GPU, few
 #: enough that reading the partials costs little.
