@@ -1,5 +1,6 @@
 """torch.compile, torch.export and AOTInductor: the model's own numbers, and one graph for every shape."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,14 @@ def test_an_exported_program_saved_and_loaded(tmp_path: Path, flags: dict[str, A
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for shape in EXPORTED:
         print(check_forward(loaded, fused, plain, batch(*shape), flags))
+
+
+def test_an_exported_program_is_fused_whole(caplog: pytest.LogCaptureFixture) -> None:
+    fastbert.notices.say_once.cache_clear()
+    _, fused = pair(num_hidden_layers=1)
+    with caplog.at_level(logging.WARNING, "fastbert"):
+        exported(fused, {})
+    assert caplog.text == ""
 
 
 @pytest.mark.slow
