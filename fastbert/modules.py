@@ -180,6 +180,8 @@ class FusedSelfAttention(hf.BertSelfAttention):
 
     def note(self) -> str | None:
         if can_stack(self.query, self.key, self.value):
+            if torch.compiler.is_compiling():  # a graph stacks copies, wherever the parameters lie
+                return None
             groups = qkv_parameters(self.query, self.key, self.value)
             return None if all(parts[0].is_meta or can_be_neighbours(parts) for parts in groups) else APART
         return _called(query=self.query, key=self.key, value=self.value)
