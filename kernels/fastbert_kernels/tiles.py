@@ -26,45 +26,56 @@ def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> T
 #: costs so much that smaller products are not what is waited for.
 _Rows = list[tuple[int, Tiles, Tiles]]
 
-#: (architecture, kernel) -> rows, for two-byte dtypes. On sm_90, 128 rows (forward, dQ) or keys (dK and dV) a program
-#: on 8 warps, two warp groups: as many warps resident as with 64 on 4, and half the traffic from L2. On sm_80, smaller
-#: where that leaves more warps resident. On sm_100, what fits with dropout's random numbers in registers.
+#: (architecture, kernel) -> rows, for two-byte dtypes. The rule: of the tiles that spill in no configuration, the one
+#: whose instructions take the least time to issue, with dropout on; of nearly equal ones, the one with more warps
+#: resident. Times in the reasons are the static report's, of head_dim 64 unless said otherwise.
 _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
     ("sm_80", "forward"): [
+        # 32: rows of half the bytes, so twice of them. 64: 12 warps resident, 8 with 128 rows and 4% less to issue.
         (32, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
         (64, _attention(64, 64, 4, 3), _attention(64, 32, 4, 2)),
-        (128, _attention(128, 32, 8, 2), _attention(64, 32, 4, 2)),
+        # Maps: 64 rows on 4 warps issue 16% more, and spill with a bias.
+        (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
     ],
     ("sm_80", "backward_dq"): [
-        (64, _attention(128, 32, 8, 2), _attention(64, 32, 8, 2)),
-        (128, _attention(64, 32, 8, 2), _attention(64, 32, 8, 2)),
+        # Maps: 32 keys spill with a bias; 8 warps on 64 rows leave the products half their size and issue 46% more.
+        (64, _attention(128, 32, 8, 2), _attention(64, 16, 4, 2)),
+        (128, _attention(64, 32, 8, 2), _attention(128, 16, 8, 2)),
     ],
     ("sm_80", "backward_dkv"): [
+        # All larger tiles are over 255 registers.
         (64, _attention(32, 128, 8, 2), _attention(16, 128, 8, 2)),
         (128, _attention(32, 64, 8, 2), _attention(32, 64, 8, 2)),
     ],
     ("sm_90", "forward"): [
+        # Two warp groups of 64 rows: as many warps resident as with one, half the traffic from L2. Maps: 64 keys issue
+        # 10% less, but spill where maps are gathered.
         (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
         (128, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
     ],
     ("sm_90", "backward_dq"): [
-        (64, _attention(128, 64, 8, 2), _attention(64, 32, 8, 2)),
-        (128, _attention(128, 32, 8, 2), _attention(64, 32, 8, 2)),
+        # A warp group for every 64 rows: half of one makes products of half the size, and issues twice as much.
+        (64, _attention(128, 64, 8, 2), _attention(128, 64, 8, 2)),
+        (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
     ],
     ("sm_90", "backward_dkv"): [
-        (64, _attention(64, 128, 8, 2), _attention(16, 128, 8, 2)),
-        (128, _attention(32, 64, 8, 2), _attention(16, 64, 8, 2)),
+        # The same for keys. Maps: 64 rows issue 8% less, and spill.
+        (64, _attention(64, 128, 8, 2), _attention(32, 64, 4, 2)),
+        (128, _attention(32, 64, 8, 2), _attention(16, 128, 8, 2)),
     ],
     ("sm_100", "forward"): [
+        # 128 rows fill the lanes of tensor memory. Maps: 64 keys issue 5% less, and spill.
         (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
-        (128, _attention(128, 64, 8, 2), _attention(64, 16, 8, 2)),
+        (128, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
     ],
     ("sm_100", "backward_dq"): [
-        (64, _attention(64, 64, 8, 2), _attention(64, 16, 8, 2)),
-        (128, _attention(64, 32, 8, 2), _attention(64, 32, 8, 2)),
+        # 128 rows for the same reason: 64 issue 25% more.
+        (64, _attention(128, 64, 8, 2), _attention(64, 64, 4, 2)),
+        (128, _attention(64, 32, 8, 2), _attention(64, 32, 4, 2)),
     ],
     ("sm_100", "backward_dkv"): [
-        (64, _attention(64, 64, 8, 2), _attention(16, 64, 8, 2)),
+        # 128 keys: 64 issue 17% more with as many warps resident.
+        (64, _attention(32, 128, 8, 2), _attention(32, 64, 4, 2)),
         # With two stages ptxas spills a register or two to fit one more program on a multiprocessor.
         (128, _attention(32, 64, 8, 3), _attention(16, 64, 8, 3)),
     ],
