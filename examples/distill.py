@@ -153,7 +153,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 100,
     batch_size: Annotated[int, typer.Option(min=2, help="Texts in a batch, half of them without a label.")] = 16,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-4,
-    weight: Annotated[float, typer.Option(min=0.0, help="Of the attention loss at the first step; falls to 0.")] = 3.0,
+    weight: Annotated[float, typer.Option(min=0.0, help="Of the attention loss at the first step; falls to 0.")] = 10.0,
 ) -> None:
     """Train a small student with and without its teacher's attention, test both and draw their losses."""
     if importlib.util.find_spec("matplotlib") is None:
