@@ -25,6 +25,8 @@ REASONS = {
     "map's edge": "a map's tile may end at any of its two-byte elements; asynchronous copies take 4, 8 or 16 bytes",
     "gathered map": "elements of a map are found through an index, one by one",
     "gfx942 copies": "loads straight to LDS are 32 bits wide there; tiles come through registers",
+    "map's gradient": "a product starts from its tile, so that it is loaded to registers",
+    "narrow rows": "a tile has fewer than 16 bytes for each thread",
     "odd width": "rows that are no multiple of 16 bytes start anywhere, and so do their tiles",
 }
 
@@ -73,6 +75,12 @@ class Report:
         peaks = PEAKS[DEVICES[self.target]]
         return issued / (4 * peaks.multiprocessors * peaks.clock) * 1e6
 
+    @property
+    def _tile_bytes(self) -> int:
+        """Of the smaller tile of rows that an attention kernel loads."""
+        rows = min(self.tiles["BLOCK_M"], self.tiles["BLOCK_N"])
+        return rows * max(16, self.case.width) * ITEMSIZE[self.case.dtype]
+
     def shortfalls(self) -> list[Shortfall]:
         """All in which this kernel falls short of what the report looks for."""
         machine, case, flags = self.machine, self.case, self.case.flags
@@ -85,7 +93,9 @@ class Report:
         if machine.own_dots < machine.dots or (machine.dots and not machine.tensor_core):
             found.append(Shortfall("products off the tensor cores", "float32" if case.dtype == "float32" else None))
         odd = "odd width" if case.width * itemsize % 16 else None
-        edge = "map's edge" if "DPROBS" in flags and itemsize == 2 else None
+        edge = None
+        if "DPROBS" in flags:
+            edge = "map's edge" if itemsize == 2 else "map's gradient"
         if any(not loop.async_copies for loop in machine.loops):
             found.append(Shortfall("a loop without asynchronous copies", odd if self.nvidia else "gfx942 copies"))
         elif machine.sync_tiles:
@@ -93,7 +103,8 @@ class Report:
                 Shortfall("a loop that waits for a tile", "gathered map" if "COLUMNS" in flags else edge or odd)
             )
         if self.floor.bound == "bandwidth" and not machine.wide_loads + machine.wide_async:
-            found.append(Shortfall("no 128-bit load", odd))
+            narrow = case.attends and self._tile_bytes < 16 * 32 * self.tiles["num_warps"]
+            found.append(Shortfall("no 128-bit load", odd or ("narrow rows" if narrow else None)))
         return found
 
     def problems(self) -> list[str]:

@@ -271,7 +271,7 @@ def attention_backward_dq(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
 
     if HAS_DPROBS:
-        for col_start in tl.range(0, length, BLOCK_N, num_stages=LOAD_STAGES):
+        for col_start in range(0, length, BLOCK_N):
             cols = col_start + tl.arange(0, BLOCK_N)
             k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
             s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2

@@ -225,10 +225,10 @@ def add_layer_norm(
     """LayerNorm(dropout(x + bias) + residual), in the residual's dtype: x and residual (..., features)."""
     z = upcast(x)
     if bias is not None:
-        z = z + bias
+        z = z + upcast(bias)
     z = dropout(z, dropout_p, keep)
     if residual is not None:
-        z = z + residual
+        z = z + upcast(residual)  # torch is slow at adding tensors of different dtypes
     dtype = z.dtype
     normed = F.layer_norm(z, z.shape[-1:], weight.to(dtype), norm_bias.to(dtype), eps)
     return normed.to(x.dtype if residual is None else residual.dtype)
@@ -256,7 +256,9 @@ def embed(
         padding_idx: the row of `word_table` that gets no gradient.
     """
     vectors = words if word_table is None else F.embedding(words, word_table, padding_idx)
-    z = upcast(vectors) + F.embedding(token_types, token_type_table) + F.embedding(positions, position_table)
+    z = upcast(vectors)
+    for ids, table in ((token_types, token_type_table), (positions, position_table)):
+        z = z + upcast(F.embedding(ids, table))
     normed = F.layer_norm(z, z.shape[-1:], weight.to(z.dtype), norm_bias.to(z.dtype), eps)
     return dropout(normed, dropout_p, keep).to(torch.promote_types(vectors.dtype, position_table.dtype))
 

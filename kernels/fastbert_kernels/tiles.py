@@ -34,18 +34,19 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
         # 32: rows of half the bytes, so twice of them. 64: 12 warps resident, 8 with 128 rows and 4% less to issue.
         (32, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
         (64, _attention(64, 64, 4, 3), _attention(64, 32, 4, 2)),
-        # Maps: 64 rows on 4 warps issue 16% more, and spill with a bias.
+        # Maps: 32 keys spill with a bias.
         (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
     ],
     ("sm_80", "backward_dq"): [
-        # Maps: 32 keys spill with a bias; 8 warps on 64 rows leave the products half their size and issue 46% more.
+        # Maps: 32 keys spill with a bias; 8 warps on 64 rows leave the products half their size and issue 46% more, but
+        # are all that holds wider heads.
         (64, _attention(128, 32, 8, 2), _attention(64, 16, 4, 2)),
-        (128, _attention(64, 32, 8, 2), _attention(128, 16, 8, 2)),
+        (128, _attention(64, 32, 8, 2), _attention(64, 16, 8, 2)),
     ],
     ("sm_80", "backward_dkv"): [
         # All larger tiles are over 255 registers.
         (64, _attention(32, 128, 8, 2), _attention(16, 128, 8, 2)),
-        (128, _attention(32, 64, 8, 2), _attention(32, 64, 8, 2)),
+        (128, _attention(32, 64, 8, 2), _attention(16, 32, 4, 2)),
     ],
     ("sm_90", "forward"): [
         # Two warp groups of 64 rows: as many warps resident as with one, half the traffic from L2. Maps: 64 keys issue
@@ -54,8 +55,9 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
         (128, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
     ],
     ("sm_90", "backward_dq"): [
-        # A warp group for every 64 rows: half of one makes products of half the size, and issues twice as much.
-        (64, _attention(128, 64, 8, 2), _attention(128, 64, 8, 2)),
+        # A warp group for every 64 rows: half of one makes products of half the size, and issues twice as much. Maps: 64
+        # keys issue half as much where head_dim is 64, and spill where it is 32; 32 keys spill with a bias.
+        (64, _attention(128, 64, 8, 2), _attention(64, 16, 4, 2)),
         (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
     ],
     ("sm_90", "backward_dkv"): [
@@ -64,14 +66,14 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
         (128, _attention(32, 64, 8, 2), _attention(16, 128, 8, 2)),
     ],
     ("sm_100", "forward"): [
-        # 128 rows fill the lanes of tensor memory. Maps: 64 keys issue 5% less, and spill.
-        (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
-        (128, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
+        # 128 rows fill the lanes of tensor memory. Maps: 64 keys issue 5% less, and spill; so do 32 of head_dim 128.
+        (64, _attention(128, 64, 8, 2), _attention(64, 32, 4, 3)),
+        (128, _attention(128, 64, 8, 2), _attention(64, 16, 4, 2)),
     ],
     ("sm_100", "backward_dq"): [
-        # 128 rows for the same reason: 64 issue 25% more.
-        (64, _attention(128, 64, 8, 2), _attention(64, 64, 4, 2)),
-        (128, _attention(64, 32, 8, 2), _attention(64, 32, 4, 2)),
+        # 128 rows for the same reason: 64 issue 25% more. Maps: 32 keys or more spill in some head_dim.
+        (64, _attention(128, 64, 8, 2), _attention(128, 16, 8, 2)),
+        (128, _attention(64, 32, 8, 2), _attention(128, 16, 8, 2)),
     ],
     ("sm_100", "backward_dkv"): [
         # 128 keys: 64 issue 17% more with as many warps resident.
@@ -101,7 +103,7 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
         (128, _attention(32, 16, 8, 2), _attention(16, 16, 8, 2)),
     ],
     "backward_dq": [
-        (64, _attention(16, 16, 4, 2), _attention(16, 16, 4, 2)),
+        (64, _attention(16, 16, 4, 2), _attention(16, 32, 4, 2)),
         (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
     ],
     "backward_dkv": [
@@ -110,15 +112,15 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
     ],
 }
 
-#: On sm_80 four warps spill where maps are read; on the others eight do.
+#: On sm_80, where what spills is another few registers.
 _ATTENTION_FLOAT_SM_80: dict[str, _Rows] = _ATTENTION_FLOAT | {
     "backward_dq": [
         (64, _attention(16, 16, 4, 2), _attention(16, 16, 8, 2)),
-        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
     ],
     "backward_dkv": [
-        (64, _attention(16, 32, 8, 2), _attention(16, 16, 8, 2)),
-        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
+        (64, _attention(16, 32, 8, 2), _attention(16, 16, 8, 3)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
     ],
 }
 
