@@ -107,15 +107,15 @@ GPU_WORKLOADS = {
 CPU_WORKLOADS = {
     w.name: w
     for w in (
-        Workload("full", full(16, 128), "forward", about="full batch, length 128"),
-        Workload("ragged", ragged(16, 128, 0.46), "forward", about="54% padding"),
+        Workload("full", full(8, 128), "forward", about="full batch, length 128"),
+        Workload("ragged", ragged(8, 128, 0.46), "forward", about="54% padding"),
         Workload("one", full(1, 128), "forward", about="one sentence of 128 tokens"),
-        Workload("attentions", ragged(16, 128, 0.46), "forward", attentions=True, about="attention maps returned"),
-        Workload("finetune-full", full(16, 128), "finetune", about="a fine-tuning step, full batch"),
-        Workload("finetune-ragged", ragged(16, 128, 0.46), "finetune", about="a fine-tuning step, 54% padding"),
+        Workload("attentions", ragged(8, 128, 0.46), "forward", attentions=True, about="attention maps returned"),
+        Workload("finetune-full", full(8, 128), "finetune", about="a fine-tuning step, full batch"),
+        Workload("finetune-ragged", ragged(8, 128, 0.46), "finetune", about="a fine-tuning step, 54% padding"),
         Workload(
             "attentions-backward",
-            ragged(16, 128, 0.46),
+            ragged(8, 128, 0.46),
             "backward",
             attentions=True,
             about="backward through the attention maps",

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .backend import wrap_triton
 from .numerics import cast
-from .tiles import PARTIAL_SUMS, LOAD_STAGES
+from .tiles import LOAD_STAGES, PARTIAL_SUMS
 
 
 def partial_rows(blocks: int) -> int:

@@ -55,8 +55,8 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
         (128, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
     ],
     ("sm_90", "backward_dq"): [
-        # A warp group for every 64 rows: half of one makes products of half the size, and issues twice as much. Maps: 64
-        # keys issue half as much where head_dim is 64, and spill where it is 32; 32 keys spill with a bias.
+        # A warp group for every 64 rows: half of one makes products of half the size, and issues twice as much.
+        # Maps: 64 keys issue half as much where head_dim is 64, and spill where it is 32; 32 keys spill with a bias.
         (64, _attention(128, 64, 8, 2), _attention(64, 16, 4, 2)),
         (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
     ],
