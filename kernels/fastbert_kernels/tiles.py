@@ -114,6 +114,10 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
 
 #: On sm_80, where what spills is another few registers.
 _ATTENTION_FLOAT_SM_80: dict[str, _Rows] = _ATTENTION_FLOAT | {
+    "forward": [
+        (64, _attention(32, 16, 4, 2), _attention(16, 16, 8, 2)),
+        (128, _attention(32, 16, 8, 2), _attention(16, 16, 8, 2)),
+    ],
     "backward_dq": [
         (64, _attention(16, 16, 4, 2), _attention(16, 16, 8, 2)),
         (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
