@@ -215,7 +215,7 @@ def row_tiles(features: int, itemsize: int, program_bytes: int) -> Tiles:
     """
     wide = features * itemsize % 16 == 0
     block_n = max(16, triton.next_power_of_2(features))
-    block_m = max(1, min(16, (program_bytes if wide else program_bytes // 2) // (block_n * itemsize)))
+    block_m = max(1, min(16, (program_bytes if wide else program_bytes // 4) // (block_n * itemsize)))
     # Over 8 warps, ptxas spills in the widest rows, float32 of 4096, to fit two programs on a multiprocessor.
     num_warps = min(8 if wide else 16, max(1, block_m * block_n * itemsize // (1024 if wide else 256)))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 1}
