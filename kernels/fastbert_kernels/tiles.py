@@ -112,18 +112,22 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
     ],
 }
 
-#: On sm_80, where what spills is another few registers.
-_ATTENTION_FLOAT_SM_80: dict[str, _Rows] = _ATTENTION_FLOAT | {
-    "forward": [
+#: Where what spills is another few registers: (architecture, kernel) -> rows instead of those.
+_ATTENTION_FLOAT_OWN: dict[tuple[str, str], _Rows] = {
+    ("sm_80", "forward"): [
         (64, _attention(32, 16, 4, 2), _attention(16, 16, 8, 2)),
         (128, _attention(32, 16, 8, 2), _attention(16, 16, 8, 2)),
     ],
-    "backward_dq": [
+    ("sm_80", "backward_dq"): [
         (64, _attention(16, 16, 4, 2), _attention(16, 16, 8, 2)),
         (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
     ],
-    "backward_dkv": [
+    ("sm_80", "backward_dkv"): [
         (64, _attention(16, 32, 8, 2), _attention(16, 16, 8, 3)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
+    ],
+    ("sm_100", "backward_dq"): [
+        (64, _attention(16, 16, 4, 2), _attention(32, 32, 4, 2)),
         (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
     ],
 }
@@ -171,7 +175,7 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
     if target == "interpreter":
         return _ATTENTION_INTERPRETED
     if itemsize == 4:
-        rows = (_ATTENTION_FLOAT_SM_80 if target == "sm_80" else _ATTENTION_FLOAT)[kernel]
+        rows = _ATTENTION_FLOAT_OWN.get((target, kernel), _ATTENTION_FLOAT[kernel])
     else:
         rows = _ATTENTION_HALF[target, kernel]
     return next(with_maps if maps else plain for widest, plain, with_maps in rows if head_dim <= widest)
