@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from finetune import DEMO_CHECKPOINT, fail, load_task, read_checkpoint
+from finetune import DEMO_CHECKPOINT, fail, load_task, make_folder, read_checkpoint
 
 Rows = list[dict[str, Any]]
 
@@ -160,10 +160,7 @@ def main(
         fail("matplotlib not installed: pip install matplotlib")
     if weight == 0:
         fail("--weight must be above 0: at 0 the two students are one")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output {str(output)!r} cannot be a folder ({error.strerror}): choose another place")
+    make_folder(output)
 
     import torch
     import transformers

@@ -89,6 +89,14 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+def make_folder(output: Path) -> None:
+    """The folder of --output, with those above it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output {str(output)!r} cannot be a folder ({error.strerror}): choose another place")
+
+
 def read_checkpoint(model: str) -> tuple[Any, Any]:
     """The configuration and the tokenizer of a BERT checkpoint."""
     from transformers import AutoConfig, AutoTokenizer
@@ -127,10 +135,7 @@ def main(
     missing = [name for name in ("accelerate", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         fail(f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output {str(output)!r} cannot be a folder ({error.strerror}): choose another place")
+    make_folder(output)
 
     import torch
     import transformers

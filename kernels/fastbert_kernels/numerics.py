@@ -44,7 +44,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def _kept_halves(seed_ptr, stream, plane, rows, groups, threshold):
-    """What dropout keeps by the eight 16-bit halves of each word of Philox-4x32, bool [..., 2, 2, 2].
+    """What dropout keeps by the eight 16-bit halves of the four words of a Philox-4x32 call, bool [..., 2, 2, 2].
 
     The last three dimensions are the words' number, its high bit first, and the half, the low one first. One 64-bit
     product a word and round, and comparisons of words as they are: this is most of what dropout costs.
