@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, which must be chos
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -63,3 +64,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def same_verbosity() -> Iterator[None]:
+    """Leave transformers' logging, which the examples make quiet, as it was."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()

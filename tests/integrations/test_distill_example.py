@@ -1,7 +1,6 @@
 """examples/distill.py, as its reader runs it."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,13 @@ import finetune
 import matplotlib.image
 import pytest
 import torch
-import transformers
 import typer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, GPT2Config
 from typer.testing import CliRunner, Result
 
 import fastbert
 
-
-@pytest.fixture(autouse=True)
-def _same_verbosity() -> Iterator[None]:
-    before = transformers.utils.logging.get_verbosity()
-    yield
-    transformers.utils.logging.set_verbosity(before)
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("same_verbosity")
 
 
 def run(*arguments: str | Path) -> Result:

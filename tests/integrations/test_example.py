@@ -1,6 +1,5 @@
 """examples/finetune.py, as its reader runs it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import finetune
@@ -10,13 +9,7 @@ import transformers
 import typer
 from typer.testing import CliRunner, Result
 
-
-@pytest.fixture(autouse=True)
-def _same_verbosity() -> Iterator[None]:
-    before = transformers.utils.logging.get_verbosity()
-    yield
-    transformers.utils.logging.set_verbosity(before)
-    transformers.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("same_verbosity")
 
 
 def run(*arguments: str | Path) -> Result:
