@@ -14,7 +14,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import ray
 import typer
+from ray.data.datasource import BlockBasedFileDatasink
 
 
 class Embed:
@@ -34,6 +38,16 @@ class Embed:
         return table
 
 
+class ParquetFiles(BlockBasedFileDatasink):
+    """A Parquet file for each block, its rows in order, the files named in order: `write_parquet` mixes rows up."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), file_format="parquet")
+
+    def write_block_to_file(self, block: Any, file: Any) -> None:
+        pq.write_table(block.to_arrow(), file)
+
+
 def main(
     model: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint, or a name on the Hugging Face hub.")],
     input_file: Annotated[Path, typer.Argument(metavar="INPUT", help="A Parquet file, or a folder of them.")],
@@ -41,15 +55,12 @@ def main(
     column: Annotated[str, typer.Option(help="The column of text.")] = "text",
     workers: Annotated[int, typer.Option(min=1, help="Actors, each with a model.")] = 2,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs for each actor.")] = 0.0,
-    rows: Annotated[int, typer.Option(min=1, help="Rows given to an actor at a time.")] = 8192,
+    rows: Annotated[int, typer.Option(min=1, help="Rows given to an actor at a time, and in a file written.")] = 8192,
     pooling: Annotated[str, typer.Option(help="mean or cls.")] = "mean",
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: this machine.")] = None,
 ) -> None:
     """Embed INPUT on Ray. Exit code 0: every row has an embedding; 1: there are bad rows; 2: bad input."""
-    import pyarrow.dataset as ds
-    import ray
-
     from fastbert.encode import POOLINGS
 
     if pooling not in POOLINGS:
@@ -64,7 +75,7 @@ def main(
     ray.init(address=address, num_cpus=cpus, include_dashboard=False)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     texts = ray.data.read_parquet(str(input_file.absolute()))
-    texts.map_batches(
+    embedded = texts.repartition(target_num_rows_per_block=rows).map_batches(
         Embed,
         fn_constructor_args=(
             model,
@@ -75,7 +86,8 @@ def main(
         batch_size=rows,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_gpus=gpus,
-    ).write_parquet(str(out.absolute()))
+    )
+    embedded.write_datasink(ParquetFiles(out.absolute()))
 
     written = ds.dataset(out, format="parquet")
     bad = written.count_rows(filter=ds.field("problem").is_valid())

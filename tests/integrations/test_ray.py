@@ -46,6 +46,7 @@ def test_two_workers_embed_as_one_process_does(tiny: Path, tmp_path: Path) -> No
     assert "150 embeddings" in done.stdout
     assert "2 rows are bad" in done.stderr
     found, expected = pq.read_table(many), pq.read_table(single)
+    assert len(list(many.iterdir())) == 10  # both actors had work
     assert found.drop(["embedding", "problem"]).equals(table)
     assert found["problem"].to_pylist() == expected["problem"].to_pylist()
     ours, theirs = (np.array(part["embedding"].to_pylist()) for part in (found, expected))
