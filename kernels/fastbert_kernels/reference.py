@@ -125,9 +125,11 @@ def attention(
         bias = additive(bias).expand(batch, heads, -1, -1)
     explicit = probs_seq is not None or head_mask is not None or keep is not None or _hides_rows(bias)
 
-    def attend(part: slice, sequences: slice, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The sequences of one length whose tokens are a part of qkv."""
-        q, k, v = qkv[part].unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
+    def attend(
+        part: torch.Tensor, sequences: slice, length: int, places: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sequences of one length: the part of qkv that holds their tokens, and of the columns."""
+        q, k, v = part.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
         added = None if bias is None else bias[sequences, :, :length, :length]
         if not explicit:
             return as_rows(_fused(q, k, v, added, scale, dropout_p).transpose(1, 2)), None
@@ -141,22 +143,22 @@ def attention(
         context = as_rows((probs @ upcast(v)).transpose(1, 2)).to(qkv.dtype)
         if probs_seq is None:
             return context, None
-        return context, _place(probs, probs_seq, None if columns is None else columns[part]).to(qkv.dtype)
+        return context, _place(probs, probs_seq, places).to(qkv.dtype)
 
     if not isinstance(lengths, list):
-        return attend(slice(None), slice(None), lengths)
-    contexts, maps = [qkv[:0, 2]], []  # of qkv, so that no token at all still has a gradient
-    start = 0
+        return attend(qkv, slice(None), lengths, columns)
+    contexts, maps = [], []
+    parts = qkv.split(lengths)  # not slices, each of which would have a gradient as large as qkv
+    places = [None] * batch if columns is None else columns.split(lengths)
     for b, length in enumerate(lengths):
         if length > 0:
-            context, probs = attend(slice(start, start + length), slice(b, b + 1), length)
+            context, probs = attend(parts[b], slice(b, b + 1), length, places[b])
             contexts.append(context)
-            start += length
         else:
             probs = qkv.new_zeros(1, heads, probs_seq, probs_seq) if probs_seq is not None else None
         if probs is not None:
             maps.append(probs)
-    context = torch.cat(contexts)
+    context = torch.cat(contexts or [qkv[:, 2]])  # of qkv, so that no token at all still has a gradient
     if probs_seq is None:
         return context, None
     return context, torch.cat(maps) if maps else qkv.new_zeros(0, heads, probs_seq, probs_seq)
@@ -193,6 +195,10 @@ def _fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, dropout_p: float
 ) -> torch.Tensor:
     """The context alone, by torch's own fused attention: all (batch, heads, length, head_dim)."""
+    if dropout_p > 0.0 and q.is_cpu:  # which has no fused attention with dropout: rounded where eager attention rounds
+        scores = q @ k.transpose(2, 3) * scale
+        probs = torch.softmax(scores if bias is None else scores + bias, dim=-1, dtype=upcast(q).dtype)
+        return dropout(probs, dropout_p).to(q.dtype) @ v
     if bias is not None and bias.dtype != q.dtype:  # a masked entry is under the range of a half-precision dtype
         dtype, wide = q.dtype, torch.promote_types(q.dtype, bias.dtype)
         return _fused(q.to(wide), k.to(wide), v.to(wide), bias.to(wide), scale, dropout_p).to(dtype)
