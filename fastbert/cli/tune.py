@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import fail, quiet
+from .common import check_writable, fail, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def tune(
 
     from fastbert.loading import InputError, load_config, parse_dtype
     from fastbert.tuning.launches import COMMON, Widths, launches
-    from fastbert_kernels.tuned import KERNELS
+    from fastbert_kernels.tuned import KERNELS, kind, path_of
 
     try:
         working = parse_dtype(dtype)
@@ -74,6 +74,7 @@ def tune(
     todo = launches(models, working, full, tuple(kernel or ()))
     if not todo:
         fail(f"no kernel has {' or '.join(kernel or ())!r} in its name: there are {', '.join(KERNELS)}")
+    check_writable("FASTBERT_CACHE", path_of(kind(gpu)))
     console = Console(highlight=False)
     outcomes: list[Outcome] = []
     try:

@@ -1,6 +1,7 @@
 """The tuner: what reaches a launch, and what is kept of tiles that are fast, wrong, slow or broken."""
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +49,7 @@ def on_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
                 return lambda **arguments: wrap_triton(self.kernel)[grid](**change(name, arguments))
 
         for module in _MODULES:
-            monkeypatch.setattr(f"fastbert_kernels.{module}.wrap_triton", Spied)
+            monkeypatch.setattr(importlib.import_module(f"fastbert_kernels.{module}"), "wrap_triton", Spied)
 
     return install
 
