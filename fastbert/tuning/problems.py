@@ -215,7 +215,7 @@ def _attention(call: _Call) -> Problem:
             else bias.masked_fill(torch.rand(bias.shape, device=device) < 0.3, torch.finfo(launch.dtype).min)
         )
     if "PROBS" in on:
-        probs_seq = longest + 3
+        probs_seq = longest + 3 if "COLUMNS" in on else longest
     if "COLUMNS" in on:
         columns = torch.cat([torch.arange(length) + 2 for length in lengths]).to(device, torch.int32)
     ends = torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32) if "CU_SEQLENS" in on else None

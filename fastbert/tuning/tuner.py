@@ -333,7 +333,9 @@ def _loaded(kernel: str) -> dict[int, Any]:
 
 def _spills(kernel: str, before: Mapping[int, Any]) -> int:
     """Registers that what was compiled since `before` spills."""
-    return max((x.n_spills or 0 for key, x in _loaded(kernel).items() if key not in before), default=0)
+    return max(
+        (getattr(x, "n_spills", None) or 0 for key, x in _loaded(kernel).items() if key not in before), default=0
+    )
 
 
 def _shape_name(launch: Launch, on: Switches, length: int, sizes: Sizes) -> str:
