@@ -270,7 +270,8 @@ def test_faster_once_is_not_enough(cuda_index: torch.device) -> None:
 
 def test_slower_in_one_shape_is_too_slow(cuda_index: torch.device) -> None:
     rows = 2 * shipped_tiles(NORM, arch(cuda_index))["BLOCK_M"]
-    assert not measure(NORM, cuda_index, (rows,), _by_call(0.2, 1.1)).kept
+    refused = measure(NORM, cuda_index, (rows,), _by_call(0.2, 1.1, 0.2, 1.1))
+    assert (refused.kept, refused.refused) == (False, [])
     outcome = measure(NORM, cuda_index, (rows,), _by_call(0.2, 1.0, 0.2, 1.0))
     assert outcome.kept
     assert [shape.name for shape in outcome.shapes] == ["12 rows", "12 rows, dropout"]
