@@ -89,17 +89,11 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertModel, Any]:
-    """Hugging Face's eager `BertModel` in float32 on the CPU, and its tokenizer.
-
-    A pooler that the checkpoint lacks gets fixed random weights; anything else that it lacks is an error.
-
-    Args:
-        model: a folder saved by transformers, or a name on the Hugging Face hub.
-        dropout: keep the checkpoint's dropout probabilities; else they are 0.
+def load_config(model: str | os.PathLike[str]) -> Any:
+    """The configuration of a BERT checkpoint: a folder saved by transformers, or a name on the Hugging Face hub.
 
     Raises:
-        InputError: when there is no BERT checkpoint with a tokenizer under that name.
+        InputError: when there is none under that name.
     """
     folder = Path(model)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -113,6 +107,22 @@ def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertMode
         ) from error
     if config.model_type != "bert":
         raise InputError(f"model {str(model)!r} is of type {config.model_type!r}, not 'bert': fastbert takes BERT only")
+    return config
+
+
+def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertModel, Any]:
+    """Hugging Face's eager `BertModel` in float32 on the CPU, and its tokenizer.
+
+    A pooler that the checkpoint lacks gets fixed random weights; anything else that it lacks is an error.
+
+    Args:
+        model: a folder saved by transformers, or a name on the Hugging Face hub.
+        dropout: keep the checkpoint's dropout probabilities; else they are 0.
+
+    Raises:
+        InputError: when there is no BERT checkpoint with a tokenizer under that name.
+    """
+    load_config(model)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["FASTBERT_TUNED"] = "0"  # tests are of the shipped tiles
 
 import pytest
 
@@ -52,6 +53,20 @@ def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertModel(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def tuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of measured tiles, empty, that launches read as a user's; nothing of it is read yet."""
+    from fastbert_kernels import tuned
+
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FASTBERT_CACHE", str(folder))
+    monkeypatch.setenv("FASTBERT_TUNED", "1")
+    monkeypatch.setattr(tuned, "_tables", {})
+    tuned._read.cache_clear()
+    yield folder
+    tuned._read.cache_clear()
 
 
 @pytest.fixture(autouse=True)

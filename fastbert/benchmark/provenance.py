@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import fastbert
+from fastbert_kernels.tuned import measured
 
 #: What to ask of a GPU's driver.
 _DRIVER_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
@@ -22,7 +23,8 @@ def facts(device: torch.device) -> dict[str, Any]:
 
     Returns:
         date (UTC), commit of the code (None outside a repository; "+" marks uncommitted changes), versions, device
-        name and type, and for a GPU its driver, clocks (MHz), power limit and temperature, for a CPU its threads.
+        name and type, and for a GPU its driver, clocks (MHz), power limit and temperature, and how many launches have
+        tiles of `fastbert tune` in place of the shipped ones; for a CPU its threads.
     """
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -38,6 +40,7 @@ def facts(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "driver": _ask_driver(device),
+            "measured_tiles": len(measured(device)),
         }
     else:
         found["threads"] = torch.get_num_threads()

@@ -9,6 +9,7 @@ import typer
 from .attend import attend
 from .bench import bench
 from .encode import encode
+from .tune import tune
 from .verify import verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -16,6 +17,7 @@ app.command()(verify)
 app.command()(bench)
 app.command()(encode)
 app.command()(attend)
+app.command()(tune)
 
 
 @app.callback()

@@ -17,6 +17,7 @@ from .layer_norm import load_rows, load_vector, store_rows
 from .numerics import activation as apply_activation
 from .numerics import activation_grad
 from .tiles import LOAD_STAGES, column_tiles
+from .tuned import tuned_tiles
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -84,7 +85,7 @@ def _forward_fake(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -
 def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     count, features = x.shape
     y = torch.empty_like(x)
-    tiles = column_tiles(features)
+    tiles = tuned_tiles("bias_activation_forward", x, features, column_tiles(features))
     grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(features, tiles["BLOCK_N"]),)
     if count > 0:
         wrap_triton(_bias_activation_forward)[grid](
@@ -114,7 +115,7 @@ def _backward(
     count, features = x.shape
     dy = dy.contiguous()
     dx = torch.empty_like(x)
-    tiles = column_tiles(features)
+    tiles = tuned_tiles("bias_activation_backward", x, features, column_tiles(features))
     programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
     partials = x.new_empty(1, programs, features if bias is not None else 0, dtype=torch.float32)
     wrap_triton(_bias_activation_backward)[(triton.cdiv(features, tiles["BLOCK_N"]), programs)](

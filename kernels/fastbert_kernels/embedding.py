@@ -24,6 +24,7 @@ from .layer_norm import (
 )
 from .numerics import dropout_keep
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
+from .tuned import tuned_tiles
 
 
 @triton.jit
@@ -225,7 +226,7 @@ def _forward(
     count, features = y.shape
     mean = y.new_empty(count, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    tiles = row_tiles(features, y.element_size(), FORWARD_BYTES)
+    tiles = tuned_tiles("embed_forward", y, features, row_tiles(features, y.element_size(), FORWARD_BYTES))
     if count > 0:
         wrap_triton(_embed_forward)[(triton.cdiv(count, tiles["BLOCK_M"]),)](
             norm_bias_ptr=norm_bias,
@@ -278,7 +279,7 @@ def _backward(
     count, features = dy.shape
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
-    tiles = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
+    tiles = tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), BACKWARD_BYTES))
     programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
     partials = dy.new_empty(2, programs, features, dtype=torch.float32)
     wrap_triton(_embed_backward)[(programs,)](

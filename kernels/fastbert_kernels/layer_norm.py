@@ -15,6 +15,7 @@ from .backend import check_same_device, forbid_double_backward, register_op, use
 from .column_sums import column_sums, partial_rows
 from .numerics import cast, dropout_keep
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
+from .tuned import tuned_tiles
 
 #: Features of a row that one program can hold.
 MAX_FEATURES = 4096
@@ -218,7 +219,8 @@ def _forward(
     y = torch.empty_like(x if residual is None else residual)
     mean = x.new_empty(count, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    tiles = row_tiles(features, x.element_size(), FORWARD_BYTES)
+    shipped = row_tiles(features, x.element_size(), FORWARD_BYTES)
+    tiles = tuned_tiles("add_layer_norm_forward", x, features, shipped)
     if count > 0:
         wrap_triton(_add_layer_norm_forward)[(triton.cdiv(count, tiles["BLOCK_M"]),)](
             x_ptr=x,
@@ -277,7 +279,8 @@ def _backward(
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
     dx = torch.empty_like(x) if dropout_p > 0.0 else x.new_empty(0)
-    tiles = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
+    shipped = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
+    tiles = tuned_tiles("add_layer_norm_backward", dy, features, shipped)
     programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
     partials = x.new_empty(3 if bias is not None else 2, programs, features, dtype=torch.float32)
     wrap_triton(_add_layer_norm_backward)[(programs,)](

@@ -1,7 +1,8 @@
 """Tile shapes by kernel, architecture, dtype and width: data, not timing at the first call.
 
 The same call gets the same kernel in every process and on every rank. Chosen so that no kernel spills on any NVIDIA
-target: `python -m bench.static` shows what each compiles to, and with `--alternatives` what its neighbours would.
+target: `python -m bench.static` shows what each compiles to, and with `--alternatives` what its neighbours would. Tiles
+that a user measured on a GPU of their own, see `tuned.py`, go before these at a launch, and nowhere else.
 """
 
 import functools
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .backend import arch
+from .tuned import tuned_tiles
 
 #: Launch parameters: the tile sizes a kernel takes, and how it is compiled.
 Tiles = dict[str, Any]
@@ -183,13 +185,16 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
 
 def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool) -> Tiles:
     """`attention_table` for qkv (tokens, 3, heads, head_dim), on the device it is on."""
-    return attention_table(arch(qkv.device), kernel, qkv.element_size(), qkv.shape[3], maps)
+    shipped = attention_table(arch(qkv.device), kernel, qkv.element_size(), qkv.shape[3], maps)
+    return tuned_tiles(f"attention_{kernel}", qkv, qkv.shape[3], shipped, maps)
 
 
 def relation_tiles(kernel: str, student: torch.Tensor, teacher: torch.Tensor) -> Tiles:
     """`relation_table` for operands (tokens, heads, dim) of both models, on the device they are on."""
-    itemsize = max(student.element_size(), teacher.element_size())
-    return relation_table(arch(student.device), kernel, itemsize, max(student.shape[2], teacher.shape[2]))
+    wider = student if student.element_size() >= teacher.element_size() else teacher
+    dim = max(student.shape[2], teacher.shape[2])
+    shipped = relation_table(arch(student.device), kernel, wider.element_size(), dim)
+    return tuned_tiles(f"relation_{kernel}", wider, dim, shipped)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bench.static import assembly, baseline
@@ -20,6 +21,9 @@ from bench.static.assembly import Loop, Machine
 from bench.static.occupancy import occupancy
 from bench.static.report import Report
 from bench.static.table import reasons, table
+from fastbert.tuning.neighbours import shipped_tiles
+from fastbert_kernels import tuned
+from fastbert_kernels.tuned import Launch
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 ROOT = Path(__file__).parents[2]
@@ -250,6 +254,18 @@ def test_loops_are_found_in_machine_code(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read["loops"] == (Loop(1, 1, 0, 5), Loop(0, 0, 1, 2))
     assert (read["registers"], read["stack"], read["wide_async"]) == (40, 8, 1)
     assert (read["wide_loads"], read["loads"], read["tensor_core"]) == (1, 3, 1)
+
+
+def test_what_is_compiled_is_what_ships_whatever_a_user_measured() -> None:
+    for case in static.cases(full=True):
+        launch = Launch(case.kernel, static.DTYPES[case.dtype], case.width)
+        launch = launch._replace(maps=not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags) and launch.attends)
+        if launch.kernel not in tuned.KERNELS:
+            continue
+        table = {launch: {"BLOCK_M": 1, "BLOCK_N": 1, "num_warps": 1, "num_stages": 1}}
+        for target in static.TARGETS:
+            with tuned.in_force(torch.device("cpu"), table):
+                assert static.launch_tiles(case, target) == shipped_tiles(launch, target)
 
 
 def test_the_shipped_tiles_lead_their_alternatives() -> None:

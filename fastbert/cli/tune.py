@@ -1,0 +1,271 @@
+"""`fastbert tune`: the fastest tiles on this GPU, measured once and kept."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import check_writable, fail, quiet
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from fastbert.tuning.tuner import Outcome
+
+_INTERRUPTED = 130
+
+
+def tune(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of a BERT checkpoint, or a name on the Hugging Face hub, for whose widths to measure. "
+            "Default: those of BERT-base, BERT-large and MiniLM.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence in the timed calls, with commas.")] = "128,512",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a timed call.")] = 32768,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(help="Only kernels with this in their names; may be repeated.", show_default=False),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also launches with attention maps, and the kernels of distillation.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for each timing, once seven rounds are done.")] = 1.0,
+    device: Annotated[str | None, typer.Option(help="cuda or cuda:N. Default: the first GPU.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the measured tiles and where they lie; nothing else.")] = (
+        False
+    ),
+    reset: Annotated[bool, typer.Option("--reset", help="Delete this device's measured tiles; nothing else.")] = False,
+) -> None:
+    """Measure which tiles the kernels are fastest with on this GPU, and keep them for it in the cache folder.
+
+    Never needed: the shipped tiles are chosen for every GPU. Other tiles are kept only when their results are right and
+    they were faster twice. Each launch that is done is kept, whatever stops the rest. FASTBERT_TUNED=0 runs the shipped
+    tiles again, and so does --reset.
+
+    Exit code 0: measured, shown or deleted; 2: the input cannot be used, or there is no GPU; 130: interrupted.
+    """
+    if show and reset:
+        fail("--show and --reset: give one of them")
+    if show or reset:
+        _show() if show else _reset()
+        return
+    chosen = _parse_lengths(lengths, tokens)
+
+    from rich.console import Console
+
+    from fastbert.loading import InputError, load_config, parse_dtype
+    from fastbert.tuning.launches import COMMON, Widths, launches
+    from fastbert_kernels.tuned import KERNELS, kind, path_of
+
+    try:
+        working = parse_dtype(dtype)
+        gpu = _gpu(device)
+        with quiet():
+            models = COMMON if model is None else (Widths.of(load_config(model)),)
+    except InputError as error:
+        fail(str(error))
+    todo = launches(models, working, full, tuple(kernel or ()))
+    if not todo:
+        fail(f"no kernel has {' or '.join(kernel or ())!r} in its name: there are {', '.join(KERNELS)}")
+    check_writable("FASTBERT_CACHE", path_of(kind(gpu)))
+    console = Console(highlight=False)
+    outcomes: list[Outcome] = []
+    try:
+        _measure(todo, gpu, (chosen, tokens, seconds), outcomes)
+    except OSError as error:
+        fail(f"cannot write measured tiles: {error}; FASTBERT_CACHE names another folder")
+    except KeyboardInterrupt:
+        console.print("interrupted: what is finished is kept", style="yellow")
+        _report(console, outcomes, gpu)
+        raise typer.Exit(_INTERRUPTED) from None
+    _report(console, outcomes, gpu)
+
+
+def _parse_lengths(text: str, tokens: int) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        fail(f"--lengths {text!r} are not whole numbers with commas between: write such as 128,512")
+    for length in lengths:
+        if not 1 <= length <= tokens:
+            fail(f"--lengths {text!r}: {length} is out of range: a call has {tokens} tokens (--tokens)")
+    return tuple(dict.fromkeys(lengths))
+
+
+def _gpu(device: str | None) -> "torch.device":
+    """The GPU to measure on, with its index; from here on the current one."""
+    import torch
+
+    from fastbert.loading import parse_device
+
+    if not torch.cuda.is_available():
+        fail("tune measures on a GPU, and torch sees none here: the shipped tiles stay in force")
+    found = parse_device(device or "cuda")
+    if found.type != "cuda":
+        fail(f"tune measures on a GPU, not on {device!r}: name one, such as cuda:0")
+    torch.cuda.set_device(found.index or 0)
+    return torch.device("cuda", found.index or 0)
+
+
+def _measure(
+    todo: list[Any], gpu: "torch.device", how: tuple[tuple[int, ...], int, float], outcomes: "list[Outcome]"
+) -> None:
+    """Measure launches, adding to the outcomes and to the file as each is done."""
+    import functools
+
+    from rich.console import Console
+
+    from fastbert.benchmark.provenance import facts
+    from fastbert.tuning.neighbours import neighbours
+    from fastbert.tuning.problems import Sizes
+    from fastbert.tuning.tuner import flushed, tune
+    from fastbert_kernels import tuned
+    from fastbert_kernels.backend import arch
+
+    lengths, tokens, seconds = how
+    name = tuned.kind(gpu)
+    entries = _kept_before(name)
+    provenance = facts(gpu) | {"architecture": arch(gpu)}
+    with _progress(Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=len(todo))
+        measuring = tune(
+            todo,
+            gpu,
+            sizes=Sizes(lengths=lengths, tokens=tokens),
+            candidates=neighbours,
+            timer=functools.partial(flushed, seconds=seconds),
+            tell=lambda message: bar.update(task, description=message),
+        )
+        for outcome in measuring:
+            outcomes.append(outcome)
+            before = entries.pop(outcome.launch, None)
+            if outcome.kept:
+                entries[outcome.launch] = outcome.entry()
+            if outcome.kept or before is not None:
+                tuned.write(name, list(entries.values()), provenance)
+            bar.advance(task)
+
+
+def _kept_before(name: str) -> dict[Any, dict[str, Any]]:
+    """The entries of the file of a kind of device, as far as they hold here."""
+    from fastbert_kernels import tuned
+
+    try:
+        entries = tuned.load(tuned.path_of(name), name)["entries"]
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {tuned.read_entry(entry)[0]: entry for entry in entries}
+
+
+def _report(console: "Console", outcomes: "list[Outcome]", gpu: "torch.device") -> None:
+    """What was measured, gains and losses alike, and where it lies."""
+    from fastbert.tuning.tuner import words
+    from fastbert_kernels import tuned
+
+    table = _table()
+    for outcome in outcomes:
+        for shape in outcome.shapes:
+            best = words(outcome.best) if outcome.best is not None else ""
+            times = 1e6 * shape.shipped.median, 1e6 * shape.best.median
+            _add(table, str(outcome.launch), shape.name, words(outcome.shipped), best, times, outcome.kept)
+        if not outcome.shapes:
+            table.add_row(str(outcome.launch), "-", words(outcome.shipped), "-", "-", "-", "-", "shipped")
+    console.print(table)
+    for outcome in outcomes:
+        for line in outcome.refused:
+            console.print(f"{outcome.launch}: {line}", style="yellow", markup=False, soft_wrap=True)
+    kept = sum(outcome.kept for outcome in outcomes)
+    console.print(f"{kept} of {len(outcomes)} launches have faster tiles than the shipped ones", style="bold")
+    if kept:
+        console.print(f"kept in {tuned.path_of(tuned.kind(gpu))}", markup=False, soft_wrap=True)
+    if kept and not tuned.enabled():
+        console.print("FASTBERT_TUNED=0 is set: they will not be read", style="yellow")
+
+
+def _show() -> None:
+    """Print the files there are, and the tiles in force."""
+    from rich.console import Console
+
+    from fastbert.tuning.tuner import words
+    from fastbert_kernels import tuned
+
+    console = Console(highlight=False)
+    name, files = _this_device(), sorted(tuned.folder().glob("tiles-*.json"))
+    if not files:
+        console.print(f"no measured tiles in {tuned.folder()}: the shipped ones run", markup=False, soft_wrap=True)
+    for file in files:
+        if file != tuned.path_of(name):
+            console.print(f"{file}: of another device", markup=False, soft_wrap=True)
+            continue
+        try:
+            content = tuned.load(file, name)
+        except ValueError as error:
+            console.print(f"{file}: ignored, {error}", markup=False, style="yellow", soft_wrap=True)
+            continue
+        state = "in force" if tuned.enabled() else "not read, FASTBERT_TUNED=0 is set"
+        about = content.get("provenance", {})
+        console.print(f"{file}: {state}; {name}, {about.get('date', 'no date')}", markup=False, soft_wrap=True)
+        table = _table()
+        for entry in content["entries"]:
+            launch, tiles = tuned.read_entry(entry)
+            for shape in entry.get("shapes", []):
+                times = shape["shipped_us"], shape["tuned_us"]
+                _add(table, str(launch), shape["shape"], words(entry["shipped"]), words(tiles), times, True)
+        console.print(table)
+
+
+def _reset() -> None:
+    from fastbert_kernels import tuned
+
+    path = tuned.path_of(_this_device())
+    if path.exists():
+        path.unlink()
+        typer.echo(f"deleted {path}: the shipped tiles run")
+    else:
+        typer.echo(f"no measured tiles of this device in {tuned.folder()}: the shipped ones run")
+
+
+def _this_device() -> str:
+    import torch
+
+    from fastbert_kernels import tuned
+
+    return tuned.kind(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _table() -> "Table":
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("kernel", "shape", "shipped"):
+        shown.add_column(name)
+    shown.add_column("us", justify="right", no_wrap=True)
+    shown.add_column("best other")
+    for name in ("us", "gain"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("in force", no_wrap=True)
+    return shown
+
+
+def _add(
+    table: "Table", launch: str, shape: str, shipped: str, best: str, times: tuple[float, float], kept: bool
+) -> None:
+    from rich.text import Text
+
+    gain = times[0] / times[1]
+    verdict = Text("tuned", "green") if kept else Text("shipped")
+    table.add_row(launch, shape, shipped, f"{times[0]:.1f}", best, f"{times[1]:.1f}", f"{gain:.2f}x", verdict)
+
+
+def _progress(console: "Console") -> "Progress":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)

@@ -1,0 +1,54 @@
+"""The tiles of a launch as shipped, and others worth a try."""
+
+import itertools
+from collections.abc import Iterator
+
+from fastbert_kernels.tiles import (
+    BACKWARD_BYTES,
+    FORWARD_BYTES,
+    Tiles,
+    attention_table,
+    column_tiles,
+    relation_table,
+    row_tiles,
+)
+from fastbert_kernels.tuned import Launch
+
+
+def shipped_tiles(launch: Launch, target: str) -> Tiles:
+    """What the package's own tables say for a launch on a target that `backend.arch` names."""
+    family, itemsize = launch.kernel.partition("_")[0], launch.dtype.itemsize
+    if family == "attention":
+        kernel = launch.kernel.removeprefix("attention_")
+        return attention_table(target, kernel, itemsize, launch.width, launch.maps)
+    if family == "relation":
+        return relation_table(target, launch.kernel.removeprefix("relation_"), itemsize, launch.width)
+    if family == "bias":
+        return column_tiles(launch.width)
+    return row_tiles(launch.width, itemsize, FORWARD_BYTES if launch.kernel.endswith("_forward") else BACKWARD_BYTES)
+
+
+def neighbours(launch: Launch, target: str, shipped: Tiles) -> list[Tiles]:
+    """Tiles beside the shipped ones: sides and warps halved and doubled, a stage less or more.
+
+    Tiles that a target's own tensor cores cannot work on, and sides of rows that must be held whole, are left out.
+    """
+    return [tiles for tiles in _all(launch, target, shipped) if tiles != shipped]
+
+
+def _all(launch: Launch, target: str, shipped: Tiles) -> Iterator[Tiles]:
+    sides = [_around(shipped[side], 1 if launch.whole_rows else 16, 128) for side in ("BLOCK_M", "BLOCK_N")]
+    if launch.whole_rows:
+        sides[1] = [shipped["BLOCK_N"]]
+    shapes = itertools.product(*sides, _around(shipped["num_warps"], 1, 16), [shipped["num_stages"]])
+    stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if launch.attends else []
+    kept = [shipped["BLOCK_M"], shipped["BLOCK_N"], shipped["num_warps"]]
+    for block_m, block_n, num_warps, num_stages in [*shapes, *((*kept, stage) for stage in stages if stage > 0)]:
+        rows = block_n if launch.kernel.endswith("dkv") else block_m
+        if launch.attends and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100") and rows < 64:
+            continue
+        yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def _around(value: int, least: int, most: int) -> list[int]:
+    return [x for x in (value // 2, value, value * 2) if least <= x <= most or x == value]

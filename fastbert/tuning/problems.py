@@ -1,0 +1,333 @@
+"""Calls of the ops that tiles are timed on and checked by, each beside its definition.
+
+A call's switches are the kernels' own, without their HAS_, and the activation. Three more: FLAT makes every attention
+probability count the same, so that one element of a dropout mask drawn wrongly shows; COLUMNS shifts the maps; FROZEN
+leaves out the gradients of the embedding tables, whose scatter is not the kernel's.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert_kernels import (
+    ACTIVATIONS,
+    add_layer_norm,
+    attention,
+    backend,
+    bias_activation,
+    embed,
+    reference,
+    relation_loss,
+)
+from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
+from fastbert_kernels.bias_gelu import _bias_activation_backward, _bias_activation_forward
+from fastbert_kernels.embedding import _embed_backward, _embed_forward
+from fastbert_kernels.layer_norm import _add_layer_norm_backward, _add_layer_norm_forward
+from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
+from fastbert_kernels.tuned import Launch
+
+Switches = tuple[str, ...]
+Op = Callable[..., tuple[Tensor, ...]]
+
+#: Kernel -> what is compiled.
+COMPILED: dict[str, Any] = {
+    "attention_forward": attention_forward,
+    "attention_backward_dq": attention_backward_dq,
+    "attention_backward_dkv": attention_backward_dkv,
+    "relation_forward": relation_forward,
+    "relation_backward_a": relation_backward_a,
+    "relation_backward_b": relation_backward_b,
+    "bias_activation_forward": _bias_activation_forward,
+    "bias_activation_backward": _bias_activation_backward,
+    "add_layer_norm_forward": _add_layer_norm_forward,
+    "add_layer_norm_backward": _add_layer_norm_backward,
+    "embed_forward": _embed_forward,
+    "embed_backward": _embed_backward,
+}
+
+DROPOUT_P = 0.1
+#: Over 32 bits, so that both words of the Philox key matter.
+SEED, STREAM = 123_456_789_123, 7
+EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the calls are.
+
+    Attributes:
+        lengths: tokens of a sequence in the timed calls: a shape for each.
+        tokens: of a timed call.
+        heads: of a timed call's attention.
+        ragged: lengths of the sequences of a checked call with CU_SEQLENS.
+        even: the same without it or with FLAT, all of them equal.
+        rows: of a checked call without sequences: more than the programs of a backward pass take at once.
+        vocabulary: rows of the word table.
+    """
+
+    lengths: tuple[int, ...] = (128, 512)
+    tokens: int = 32768
+    heads: int = 12
+    ragged: tuple[int, ...] = (1, 63, 64, 65, 257)
+    even: tuple[int, ...] = (193, 193)
+    rows: int = 4500
+    vocabulary: int = 30522
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call.
+
+    Attributes:
+        op: the call by fastbert's kernels.
+        definition: the same in plain PyTorch, with the mask that the kernels must draw.
+        inputs: what both take, and what gradients are taken of.
+    """
+
+    op: Op
+    definition: Op
+    inputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a problem is made of; attention takes no rows, row kernels neither lengths nor heads."""
+
+    launch: Launch
+    on: Switches
+    lengths: tuple[int, ...]
+    heads: int
+    rows: int
+    vocabulary: int
+    device: torch.device
+
+
+def timed_switches(launch: Launch) -> list[Switches]:
+    """The calls that tiles are timed on: a model's, in inference and in training."""
+    base: dict[str, Switches] = {
+        "attention": ("CU_SEQLENS", "PROBS") if launch.maps else ("CU_SEQLENS",),
+        "relation": ("CU_SEQLENS", "SOFTMAX"),
+        "bias": ("BIAS", "gelu"),
+        "add": ("BIAS", "RESIDUAL"),
+        "embed": ("WORD_TABLE", "FROZEN"),
+    }
+    family = _family(launch)
+    plain = base[family]
+    return [plain] if family in ("relation", "bias") else [plain, (*plain, "DROPOUT")]
+
+
+def all_switches(launch: Launch) -> list[Switches]:
+    """Every kind of call that the tiles of a launch serve: what they are checked by before they are kept."""
+    family = _family(launch)
+    if family == "relation":
+        return _subsets("CU_SEQLENS", "SOFTMAX")
+    if family == "bias":
+        return [(*on, activation) for on in _subsets("BIAS") for activation in ACTIVATIONS]
+    if family == "add":
+        return _subsets("BIAS", "RESIDUAL", "DROPOUT")
+    if family == "embed":
+        return _subsets("WORD_TABLE", "DROPOUT")
+    if not launch.maps:
+        return [*_subsets("CU_SEQLENS", "HEAD_MASK", "DROPOUT"), ("CU_SEQLENS", "DROPOUT", "FLAT")]
+    maps: list[Switches] = [
+        ("CU_SEQLENS", "PROBS"),
+        ("CU_SEQLENS", "COLUMNS", "PROBS"),
+        ("CU_SEQLENS", "COLUMNS", "BIAS", "PROBS"),
+        ("BIAS",),
+        ("BIAS", "PROBS"),
+    ]
+    return [
+        *((*kind, *more) for kind in maps for more in _subsets("HEAD_MASK", "DROPOUT")),
+        *((*kind, "DROPOUT", "FLAT") for kind in (("CU_SEQLENS", "PROBS"), ("BIAS",))),
+    ]
+
+
+def checked_problem(launch: Launch, on: Switches, sizes: Sizes, device: torch.device) -> Problem:
+    """A small call with nasty lengths."""
+    # Values of short sequences are large: beside them, one element of a long one's mask would not show.
+    lengths = sizes.ragged if "CU_SEQLENS" in on and "FLAT" not in on else sizes.even
+    return _MAKERS[_family(launch)](_Call(launch, on, lengths, 3, sizes.rows, sizes.vocabulary, device))
+
+
+def timed_problem(launch: Launch, on: Switches, length: int, sizes: Sizes, device: torch.device) -> Problem:
+    """A call of a model's size."""
+    lengths = (length,) * max(1, sizes.tokens // length)
+    return _MAKERS[_family(launch)](_Call(launch, on, lengths, sizes.heads, sizes.tokens, sizes.vocabulary, device))
+
+
+def cotangents_of(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients of the outputs, the same whoever made them."""
+    torch.manual_seed(1)
+    return [_draw(*y.shape, dtype=y.dtype, device=y.device) for y in outputs]
+
+
+def by_kernels(op: Op) -> Op:
+    """The op by Triton, whatever the device."""
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with backend("triton"):
+            return op(*inputs)
+
+    return run
+
+
+def _family(launch: Launch) -> str:
+    return launch.kernel.partition("_")[0]
+
+
+def _subsets(*switches: str) -> list[Switches]:
+    kept = itertools.product((False, True), repeat=len(switches))
+    return [tuple(itertools.compress(switches, keep)) for keep in kept]
+
+
+def _draw(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal random numbers that bfloat16 holds."""
+    return torch.randn(*shape, device=device).bfloat16().to(dtype)
+
+
+def _dropout(on: Switches, device: torch.device) -> dict[str, Any]:
+    if "DROPOUT" not in on:
+        return {}
+    return {"dropout_p": DROPOUT_P, "seed": torch.tensor(SEED, device=device), "stream": STREAM}
+
+
+def _attention(call: _Call) -> Problem:
+    launch, on, lengths, heads, device = call.launch, call.on, call.lengths, call.heads, call.device
+    batch, longest = len(lengths), max(lengths)
+    torch.manual_seed(0)
+    qkv = _draw(sum(lengths), 3, heads, launch.width, dtype=launch.dtype, device=device)
+    if "FLAT" in on:
+        qkv = qkv.sign()
+        qkv[:, 0] = 0
+    inputs = [qkv]
+    if "HEAD_MASK" in on:
+        inputs.append(torch.linspace(0.5, 1.5, heads).to(device, launch.dtype))
+    bias = columns = probs_seq = None
+    if "BIAS" in on:
+        bias = _draw(batch, 1, longest, longest, dtype=launch.dtype, device=device)
+        bias = (
+            torch.zeros_like(bias)
+            if "FLAT" in on
+            else bias.masked_fill(torch.rand(bias.shape, device=device) < 0.3, torch.finfo(launch.dtype).min)
+        )
+    if "PROBS" in on:
+        probs_seq = longest + 3 if "COLUMNS" in on else longest
+    if "COLUMNS" in on:
+        columns = torch.cat([torch.arange(length) + 2 for length in lengths]).to(device, torch.int32)
+    ends = torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32) if "CU_SEQLENS" in on else None
+
+    def op(qkv: Tensor, head_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        more = {"bias": bias, "head_mask": head_mask, "probs_seq": probs_seq, "columns": columns}
+        out, probs = attention(qkv, ends, longest, **more, **_dropout(on, device))  # type: ignore[arg-type]
+        return (out,) if probs is None else (out, probs)
+
+    def definition(qkv: Tensor, head_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        dropout: dict[str, Any] = {}
+        if "DROPOUT" in on:
+            keep = reference.dropout_keep_map(SEED, STREAM, batch * heads, longest, longest, DROPOUT_P)
+            dropout = {"dropout_p": DROPOUT_P, "keep": keep.view(batch, heads, longest, longest).to(device)}
+        more = {"bias": bias, "head_mask": head_mask, "probs_seq": probs_seq, "columns": columns}
+        scale = launch.width**-0.5
+        out, probs = reference.attention(qkv, list(lengths), scale=scale, **more, **dropout)  # type: ignore[arg-type]
+        return (out,) if probs is None else (out, probs)
+
+    return Problem(op, definition, tuple(inputs))
+
+
+def _relation(call: _Call) -> Problem:
+    launch, on, lengths, device = call.launch, call.on, call.lengths, call.device
+    torch.manual_seed(0)
+    shape = (sum(lengths), call.heads, launch.width)
+    a, b, teacher_a, teacher_b = (_draw(*shape, dtype=launch.dtype, device=device) for _ in range(4))
+    kind, scale = "kl" if "SOFTMAX" in on else "mse", launch.width**-0.5
+    ends = torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32) if "CU_SEQLENS" in on else None
+
+    def definition(a: Tensor, b: Tensor) -> tuple[Tensor]:
+        theirs = teacher_a.to(a.dtype), teacher_b.to(a.dtype)
+        return (reference.relation_loss(a, b, *theirs, list(lengths), kind, scale, scale),)
+
+    def op(a: Tensor, b: Tensor) -> tuple[Tensor]:
+        return (relation_loss(a, b, teacher_a, teacher_b, ends, max(lengths), kind=kind),)
+
+    return Problem(op, definition, (a, b))
+
+
+def _add_layer_norm(call: _Call) -> Problem:
+    launch, on, rows, device = call.launch, call.on, call.rows, call.device
+    torch.manual_seed(0)
+    x, residual = (_draw(rows, launch.width, dtype=launch.dtype, device=device) for _ in range(2))
+    weight, norm_bias, bias = (_draw(launch.width, dtype=launch.dtype, device=device) for _ in range(3))
+    given = {"x": x, "weight": weight, "norm_bias": norm_bias}
+    given |= {"bias": bias} if "BIAS" in on else {}
+    given |= {"residual": residual} if "RESIDUAL" in on else {}
+    absent = {name: None for name in ("bias", "residual") if name not in given}
+
+    def op(*inputs: Tensor) -> tuple[Tensor]:
+        arguments: dict[str, Any] = absent | dict(zip(given, inputs, strict=True))
+        return (add_layer_norm(**arguments, eps=EPS, **_dropout(on, device)),)
+
+    def definition(*inputs: Tensor) -> tuple[Tensor]:
+        arguments: dict[str, Any] = absent | dict(zip(given, inputs, strict=True))
+        return (reference.add_layer_norm(**arguments, eps=EPS, **_kept(on, rows, launch.width, device)),)
+
+    return Problem(op, definition, tuple(given.values()))
+
+
+def _embed(call: _Call) -> Problem:
+    launch, on, rows, device = call.launch, call.on, call.rows, call.device
+    torch.manual_seed(0)
+    ids, positions, types = (torch.randint(high, (rows,), device=device) for high in (call.vocabulary, 512, 2))
+    tables = [_draw(high, launch.width, dtype=launch.dtype, device=device) for high in (call.vocabulary, 512, 2)]
+    affine = [_draw(launch.width, dtype=launch.dtype, device=device) for _ in range(2)]
+    if "WORD_TABLE" not in on:
+        tables[0] = _draw(rows, launch.width, dtype=launch.dtype, device=device)  # the word vectors
+    frozen = tables if "FROZEN" in on else []
+
+    def arguments(inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        words, position, token_type, weight, norm_bias = (*frozen, *inputs)
+        first, table = (ids, words) if "WORD_TABLE" in on else (words, None)
+        return first, positions, types, table, position, token_type, weight, norm_bias, EPS
+
+    def op(*inputs: Tensor) -> tuple[Tensor]:
+        return (embed(*arguments(inputs), **_dropout(on, device)),)
+
+    def definition(*inputs: Tensor) -> tuple[Tensor]:
+        return (reference.embed(*arguments(inputs), **_kept(on, rows, launch.width, device)),)
+
+    return Problem(op, definition, tuple(affine if frozen else [*tables, *affine]))
+
+
+def _bias_activation(call: _Call) -> Problem:
+    launch, on, rows, device = call.launch, call.on, call.rows, call.device
+    torch.manual_seed(0)
+    x = _draw(rows, launch.width, dtype=launch.dtype, device=device)
+    bias = (_draw(launch.width, dtype=launch.dtype, device=device),) if "BIAS" in on else ()
+    activation = next(name for name in on if name in ACTIVATIONS)
+
+    def op(x: Tensor, bias: Tensor | None = None) -> tuple[Tensor]:
+        return (bias_activation(x, bias, activation),)
+
+    def definition(x: Tensor, bias: Tensor | None = None) -> tuple[Tensor]:
+        return (reference.bias_activation(x, bias, activation),)
+
+    return Problem(op, definition, (x, *bias))
+
+
+def _kept(on: Switches, rows: int, features: int, device: torch.device) -> dict[str, Any]:
+    if "DROPOUT" not in on:
+        return {}
+    keep = reference.dropout_keep(SEED, STREAM, rows, features, DROPOUT_P)
+    return {"dropout_p": DROPOUT_P, "keep": keep.to(device)}
+
+
+_MAKERS: dict[str, Callable[[_Call], Problem]] = {
+    "attention": _attention,
+    "relation": _relation,
+    "bias": _bias_activation,
+    "add": _add_layer_norm,
+    "embed": _embed,
+}

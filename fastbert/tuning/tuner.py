@@ -1,0 +1,358 @@
+"""The tiles of each launch timed beside its neighbours: kept are those that are right, and faster twice."""
+
+import datetime
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert.benchmark.timing import Run, Times, interleaved
+from fastbert_kernels.backend import arch
+from fastbert_kernels.tiles import Tiles
+from fastbert_kernels.tuned import Launch, Table, dtype_name, in_force
+
+from .neighbours import neighbours, shipped_tiles
+from .problems import (
+    COMPILED,
+    Problem,
+    Sizes,
+    Switches,
+    all_switches,
+    by_kernels,
+    checked_problem,
+    cotangents_of,
+    timed_problem,
+    timed_switches,
+)
+
+#: Times of runs by name, like `timing.interleaved`.
+Timer = Callable[[Mapping[str, Run], torch.device], dict[str, Times]]
+
+#: How much faster other tiles must be.
+MARGIN = 0.03
+
+#: What a bound adds to twice the shipped tiles' own error, relative to the largest value.
+FLOOR = 1e-5
+
+#: In units of the dtype's rounding: an error of the shipped tiles that is no rounding any more.
+_ROUNDINGS = 16
+
+#: How many of those that led the first round are tried in the second.
+_LEADERS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A timed call.
+
+    Attributes:
+        name: for people.
+        shipped, best: the times with the shipped tiles and with the best others, of one interleaved run.
+    """
+
+    name: str
+    shipped: Times
+    best: Times
+
+
+@dataclass
+class Outcome:
+    """What measuring a launch gave.
+
+    Attributes:
+        launch: the launch.
+        shipped: the package's own tiles.
+        best: the fastest of the other tiles that were right; None where there was none.
+        kept: whether `best` takes the place of the shipped ones.
+        shapes: the timed calls, none where nothing was timed.
+        refused: other tiles that were not timed or not kept though fast, each with the reason.
+        tried: how many other tiles there were.
+    """
+
+    launch: Launch
+    shipped: Tiles
+    best: Tiles | None = None
+    kept: bool = False
+    shapes: list[Shape] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    tried: int = 0
+
+    def entry(self) -> dict[str, Any]:
+        """What `tuned.write` takes of kept tiles."""
+        return {
+            "kernel": self.launch.kernel,
+            "dtype": dtype_name(self.launch.dtype),
+            "width": self.launch.width,
+            "maps": self.launch.maps,
+            "tiles": self.best,
+            "shipped": self.shipped,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "shapes": [
+                {"shape": x.name, "shipped_us": _microseconds(x.shipped), "tuned_us": _microseconds(x.best)}
+                for x in self.shapes
+            ],
+        }
+
+
+def words(tiles: Tiles) -> str:
+    """Tiles for people, and for keys."""
+    return "{BLOCK_M}x{BLOCK_N}, {num_warps} warps, {num_stages} stages".format(**tiles)
+
+
+def flushed(runs: Mapping[str, Run], device: torch.device, seconds: float = 1.0) -> dict[str, Times]:
+    """The GPU's own time of each run, with nothing of its own in the L2 cache."""
+    return interleaved(runs, device, seconds=seconds, rounds=(7, 100), flush=True)
+
+
+def tune(
+    launches: Iterable[Launch],
+    device: torch.device,
+    *,
+    sizes: Sizes | None = None,
+    candidates: Callable[[Launch, str, Tiles], list[Tiles]] = neighbours,
+    timer: Timer = flushed,
+    margin: float = MARGIN,
+    tell: Callable[[str], object] = lambda message: None,
+) -> Iterator[Outcome]:
+    """Measure launches one after the other; what is kept of one is in force for the next.
+
+    Other tiles are kept when they compile without spills, err at most twice as much as the shipped ones against
+    float64, forward and backward, in every kind of call they serve, dropout masks included, and are faster in two
+    separate rounds: by `margin` and by more than the 20-80% spread on the geometric mean of the shapes, and slower in
+    none.
+
+    Args:
+        launches: what to measure.
+        device: where, with an index.
+        sizes: of the calls.
+        candidates: the tiles to try, by launch, target and shipped tiles.
+        timer: what times them.
+        margin: how much faster other tiles must be, as a share.
+        tell: called with what is going on, for people.
+    """
+    table: Table = {}
+    for launch in launches:
+        outcome = _Subject(launch, device, table, sizes or Sizes(), timer, margin, tell).measure(candidates)
+        if outcome.kept and outcome.best is not None:
+            table[launch] = outcome.best
+        yield outcome
+
+
+class _Subject:
+    """One launch under measurement."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        device: torch.device,
+        table: Table,
+        sizes: Sizes,
+        timer: Timer,
+        margin: float,
+        tell: Callable[[str], object],
+    ) -> None:
+        self.launch, self.device, self.table, self.sizes = launch, device, table, sizes
+        self.timer, self.margin, self.tell = timer, margin, tell
+        self.target = arch(device)
+        self.shipped = shipped_tiles(launch, self.target)
+        self.backward = "_backward" in launch.kernel
+        self._truths: dict[Switches, tuple[list[Tensor], list[float]]] = {}
+
+    def measure(self, candidates: Callable[[Launch, str, Tiles], list[Tiles]]) -> Outcome:
+        others = candidates(self.launch, self.target, self.shipped)
+        outcome = Outcome(self.launch, self.shipped, tried=len(others))
+        try:
+            self._measure(others, outcome)
+        except Exception as failure:  # one launch that cannot be measured is a line, not the end of the run
+            outcome = Outcome(self.launch, self.shipped, tried=len(others))
+            outcome.refused.append(f"the shipped {words(self.shipped)}: {_reason(failure)}")
+        return outcome
+
+    def _measure(self, others: list[Tiles], outcome: Outcome) -> None:
+        self._shipped_errors(self._first)
+        right = []
+        for number, tiles in enumerate(others, 1):
+            self.tell(f"{self.launch}: checking {number} of {len(others)}")
+            if (problem := self._problem(tiles, [self._first])) is None:
+                right.append(tiles)
+            else:
+                outcome.refused.append(f"{words(tiles)}: {problem}")
+        if not right:
+            return
+        self.tell(f"{self.launch}: timing {len(right)}")
+        first = self._times(right, outcome)
+        ranked = sorted((x for x in right if words(x) in first), key=lambda x: _ratio(first[words(x)]))
+        for tiles in [x for x in ranked if self._faster(first[words(x)])][:_LEADERS]:
+            self.tell(f"{self.launch}: confirming {words(tiles)}")
+            if problem := self._problem(tiles, all_switches(self.launch)):
+                outcome.refused.append(f"{words(tiles)}: {problem}")
+                continue
+            second = self._times([tiles], outcome).get(words(tiles))
+            if second is None or not self._faster(second):
+                outcome.refused.append(f"{words(tiles)}: faster in one round, not in another")
+                continue
+            outcome.best, outcome.shapes, outcome.kept = tiles, second, True
+            return
+        # What led and was refused must not be shown as if it could have been had.
+        refused = {line.partition(": ")[0] for line in outcome.refused}
+        for tiles in [x for x in ranked if words(x) not in refused][:1]:
+            outcome.best, outcome.shapes = tiles, first[words(tiles)]
+
+    @property
+    def _first(self) -> Switches:
+        """The call that every candidate is checked by before it is timed: the last timed, which draws dropout."""
+        return tuple(x for x in timed_switches(self.launch)[-1] if x != "FROZEN")
+
+    def _under(self, tiles: Tiles) -> Any:
+        """A block in which this launch has these tiles, the earlier ones what they got, and all others the shipped."""
+        return in_force(self.device, self.table | {self.launch: tiles})
+
+    # Right? ---------------------------------------------------------------------------------------------------------
+
+    def _problem(self, tiles: Tiles, calls: list[Switches]) -> str | None:
+        """Why tiles cannot be used, None when they can."""
+        for on in calls:
+            try:
+                truth, bounds = self._shipped_errors(on)
+                before = _loaded(self.launch.kernel)
+                with self._under(tiles):
+                    got = _results(checked_problem(self.launch, on, self.sizes, self.device), truth=False)
+                if spills := _spills(self.launch.kernel, before):
+                    return f"spills {spills} registers with {_named(on)}"
+                for error, bound in zip(_errors(got, truth), bounds, strict=True):
+                    if not error <= bound:
+                        return f"wrong with {_named(on)}: its error {error:.1e} is over {bound:.1e}"
+            except Exception as failure:  # what does not fit the device fails in its own way
+                return f"failed with {_named(on)}: {_reason(failure)}"
+        return None
+
+    def _shipped_errors(self, on: Switches) -> tuple[list[Tensor], list[float]]:
+        """What float64 gives for a call, and how far other tiles may be from it.
+
+        Raises:
+            ValueError: when the shipped tiles themselves are wrong.
+        """
+        if on not in self._truths:
+            problem = checked_problem(self.launch, on, self.sizes, self.device)
+            truth = _results(problem, truth=True)
+            with self._under(self.shipped):
+                errors = _errors(_results(problem, truth=False), truth)
+            limit = max(_ROUNDINGS * torch.finfo(self.launch.dtype).eps, 1e-4)
+            if not all(error <= limit for error in errors):
+                raise ValueError(f"wrong with {_named(on)}: the error of the shipped tiles is {max(errors):.1e}")
+            self._truths[on] = truth, [2 * error + FLOOR for error in errors]
+        return self._truths[on]
+
+    # Faster? --------------------------------------------------------------------------------------------------------
+
+    def _times(self, others: list[Tiles], outcome: Outcome) -> dict[str, list[Shape]]:
+        """Times of each of these tiles in every shape. One that fails is left out, and told in the outcome."""
+        found: dict[str, list[Shape]] = {words(tiles): [] for tiles in others}
+        lengths = self.sizes.lengths if self.launch.attends else self.sizes.lengths[:1]
+        for on in timed_switches(self.launch):
+            for length in lengths:
+                problem = timed_problem(self.launch, on, length, self.sizes, self.device)
+                with self._under(self.shipped):
+                    run = _run(problem, self.backward)
+                runs: dict[str, Run] = {}
+                runs[words(self.shipped)] = functools.partial(self._run_under, self.shipped, run)
+                runs[words(self.shipped)]()
+                for tiles in [x for x in others if words(x) in found]:
+                    runs[words(tiles)] = functools.partial(self._run_under, tiles, run)
+                    try:
+                        runs[words(tiles)]()
+                    except Exception as failure:
+                        del runs[words(tiles)], found[words(tiles)]
+                        outcome.refused.append(f"{words(tiles)}: failed with {_named(on)}: {_reason(failure)}")
+                times = self.timer(runs, self.device)
+                name = _shape_name(self.launch, on, length, self.sizes)
+                for key, shapes in found.items():
+                    shapes.append(Shape(name, times[words(self.shipped)], times[key]))
+        return found
+
+    def _run_under(self, tiles: Tiles, run: Run) -> None:
+        with self._under(tiles):
+            run()
+
+    def _faster(self, shapes: list[Shape]) -> bool:
+        slow_against_quick = _geometric_mean([x.best.q80 / x.shipped.q20 for x in shapes])
+        return (
+            _ratio(shapes) <= 1 - self.margin
+            and slow_against_quick < 1
+            and all(x.best.median <= x.shipped.median for x in shapes)
+        )
+
+
+def _ratio(shapes: list[Shape]) -> float:
+    return _geometric_mean([x.best.median / x.shipped.median for x in shapes])
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _results(problem: Problem, truth: bool) -> list[Tensor]:
+    """Outputs of a call and gradients of its inputs: the definition's in float64, or the kernels'."""
+    leaves = [x.detach().to(torch.float64 if truth else x.dtype).requires_grad_() for x in problem.inputs]
+    outputs = problem.definition(*leaves) if truth else by_kernels(problem.op)(*leaves)
+    return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, leaves, cotangents_of(outputs)))
+
+
+def _errors(got: list[Tensor], truth: list[Tensor]) -> list[float]:
+    """The largest difference of each result, over the truth's largest value. NaN where there is one."""
+    return [
+        ((g.double() - t).abs().max() / (t.abs().max() if t.any() else 1.0)).item() if t.numel() else 0.0
+        for g, t in zip(got, truth, strict=True)
+    ]
+
+
+def _run(problem: Problem, backward: bool) -> Run:
+    op = by_kernels(problem.op)
+    if not backward:
+
+        def forward() -> None:
+            with torch.no_grad():
+                op(*problem.inputs)
+
+        return forward
+    leaves = [x.detach().requires_grad_() for x in problem.inputs]
+    outputs = op(*leaves)
+    cotangents = cotangents_of(outputs)
+    return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+
+
+def _loaded(kernel: str) -> dict[int, Any]:
+    """What Triton has compiled of a kernel in this process, by id; nothing in the interpreter."""
+    caches = getattr(COMPILED[kernel], "device_caches", {})
+    return {id(compiled): compiled for cache in caches.values() for compiled in cache[0].values()}
+
+
+def _spills(kernel: str, before: Mapping[int, Any]) -> int:
+    """Registers that what was compiled since `before` spills."""
+    return max(
+        (getattr(x, "n_spills", None) or 0 for key, x in _loaded(kernel).items() if key not in before), default=0
+    )
+
+
+def _shape_name(launch: Launch, on: Switches, length: int, sizes: Sizes) -> str:
+    dropout = ", dropout" if "DROPOUT" in on else ""
+    if launch.attends:
+        return f"{max(1, sizes.tokens // length)} x {length}, {sizes.heads} heads{dropout}"
+    return f"{sizes.tokens} rows{dropout}"
+
+
+def _named(on: Switches) -> str:
+    return "+".join(on).lower() or "no switch"
+
+
+def _reason(failure: BaseException) -> str:
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def _microseconds(times: Times) -> float:
+    return round(1e6 * times.median, 3)
