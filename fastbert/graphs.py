@@ -78,6 +78,8 @@ def choose_bucket(buckets: list[Bucket], tokens: int, sequences: int, longest: i
 class Recorder(Protocol):
     """What records a function of no arguments that reads and writes tensors at fixed places."""
 
+    device: torch.device
+
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """A function that does again what `run` did, and returns the tensor that holds the result until any recording
         of this recorder is replayed."""
@@ -85,12 +87,12 @@ class Recorder(Protocol):
     def follow(self) -> None:
         """Let what the caller does next wait for what callers of replays did before, on whatever stream."""
 
-    def close(self) -> None:
-        """Wait until no replay is under way."""
+    def forget(self) -> None:
+        """Wait for the replays under way, and let go of the memory of all recordings: none will be replayed again."""
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory, so only one of them may be under way.
+    """Records CUDA graphs that share one pool of memory, so that only one of them may be under way.
 
     Raises:
         RuntimeError: for a device that is no GPU.
@@ -102,21 +104,17 @@ class CudaRecorder:
                 f"CUDA graphs need a GPU, and the model is on {device}: move it with model.to('cuda'), or call the "
                 "model itself"
             )
-        self._device = device
+        self.device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream(device)
         self._latest: torch.cuda.Stream | None = None
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):
-            # First on another stream, which compiles what has to be: the workspaces of cuBLAS are kept by stream, and
-            # those of the capturing one then lie in the pool.
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                run()
-            torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.device(self.device):
+            # Compiles what has to be. Not on the capturing stream: cuBLAS keeps a workspace for each stream, and that
+            # one's is to lie in the pool.
+            run()
             # Other threads may allocate meanwhile, as those of a server do.
             mode = "thread_local"
             with torch.cuda.graph(graph, pool=self._pool, stream=self._capturing, capture_error_mode=mode):
@@ -129,13 +127,14 @@ class CudaRecorder:
         return replay
 
     def follow(self) -> None:
-        current = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(self.device)
         if self._latest is not None and self._latest != current:
             current.wait_stream(self._latest)
         self._latest = current
 
-    def close(self) -> None:
-        torch.cuda.synchronize(self._device)
+    def forget(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self._pool = torch.cuda.graph_pool_handle()  # torch refuses a pool whose graphs are all gone
 
 
 def _inner_modules(bert: BertModel) -> list[nn.Module]:
@@ -220,6 +219,7 @@ class Graphed:
         self._bert = bert
         self._make_recorder = recorder
         self._lock = threading.RLock()
+        self._recorder = recorder(bert.device)
         self._looked: tuple[_Watch, str | None] | None = None
         self._reached = False
         self._start()
@@ -227,10 +227,12 @@ class Graphed:
     def _start(self) -> None:
         """Forget all recordings, and make what they share on the device where the model is now."""
         largest, device = self.buckets[-1], self._bert.device
-        with torch.inference_mode(False):
+        self._recorder.forget()  # waits for the recordings that are under way
+        self._recordings: dict[Bucket, Callable[[], torch.Tensor]] = {}
+        if self._recorder.device != device:
             self._recorder = self._make_recorder(device)
-            self._recorder.follow()
-            self._recordings: dict[Bucket, Callable[[], torch.Tensor]] = {}
+        self._recorder.follow()
+        with torch.inference_mode(False):
             self._watch: _Watch | None = None
             self._ids = torch.zeros(3 * largest.tokens, dtype=torch.int64, device=device)
             self._zeros = torch.zeros(largest.tokens, dtype=torch.int64, device=device)
@@ -367,7 +369,6 @@ class Graphed:
             self._looked = _Watch(self._bert), _why_unrecordable(self._bert)
         watch, reason = self._looked
         if reason is None and (self._watch is None or self._watch.moved() or self._watch.changed()):
-            self._recorder.close()
             self._start()
             self._watch = watch
         return reason
