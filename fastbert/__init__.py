@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .fusing import explain as explain
     from .fusing import fuse as fuse
     from .fusing import unfuse as unfuse
+    from .graphs import Graphed as Graphed
+    from .graphs import graphed as graphed
     from .modeling import BertForMaskedLM as BertForMaskedLM
     from .modeling import BertForMultipleChoice as BertForMultipleChoice
     from .modeling import BertForNextSentencePrediction as BertForNextSentencePrediction
@@ -34,8 +36,10 @@ _HOMES = {
     "BertLMHeadModel": "modeling",
     "BertModel": "modeling",
     "Explanation": "fusing",
+    "Graphed": "graphs",
     "explain": "fusing",
     "fuse": "fusing",
+    "graphed": "graphs",
     "unfuse": "fusing",
 }
 

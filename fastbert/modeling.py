@@ -120,6 +120,7 @@ class BertModel(transformers.BertModel):
             ValueError: for inputs that contradict each other; the message names them.
             TypeError: for a dtype that no kernel has.
         """
+        graphs = kwargs.pop("graphs", None)  # `graphs.Graphed`, when the call comes from one
         return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         wants_maps = self.config.output_attentions if output_attentions is None else output_attentions
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -141,7 +142,17 @@ class BertModel(transformers.BertModel):
             raise ValueError("is_causal=True is for decoders: pass a 4-D attention_mask, or use fastbert.unfuse(model)")
         packed = {name: kwargs.get(name) for name in _PACKED_KEYWORDS}
         before = prefix_length(past_key_values, len(self.encoder.layer)) or 0
-        batch = self._check_in(
+        batch = None
+        if graphs is not None and not torch.compiler.is_compiling():
+            asked = {"inputs_embeds": inputs_embeds, "head_mask": head_mask, "past_key_values": past_key_values}
+            asked |= {"output_attentions": wants_maps or None, "output_hidden_states": wants_states or None, **packed}
+            batch, last = graphs.encode(self, input_ids, attention_mask, token_type_ids, position_ids, asked)
+            if last is not None:
+                output = BaseModelOutputWithPoolingAndCrossAttentions(
+                    last_hidden_state=last, pooler_output=None if self.pooler is None else self.pooler(last)
+                )
+                return output if return_dict else output.to_tuple()
+        batch = batch or self._check_in(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, head_mask, packed, before
         )
         seed = self._draw_seed()
@@ -201,9 +212,10 @@ class BertModel(transformers.BertModel):
         head_mask: torch.Tensor | None,
         packed: dict[str, Any],
         before: int,
+        packs: bool = False,
     ) -> _Batch:
         """The door in: check the arguments, choose the layout, bring ids or vectors into it. `before` is the length of
-        the prefix."""
+        the prefix; `packs` says that nothing inside wants the padding, as its caller knows."""
         words = _exactly_one(input_ids, inputs_embeds)
         batch, seq = words.shape[:2]
         positions = self.embeddings.position_embeddings
@@ -246,7 +258,7 @@ class BertModel(transformers.BertModel):
 
         whole_mask = token_mask(attention_mask, batch, before + seq)
         mask = whole_mask[:, before:]
-        if self._keeps_shape() or (before and not bool(whole_mask[:, :before].all())):
+        if (not packs and self._keeps_shape()) or (before and not bool(whole_mask[:, :before].all())):
             bias = dense_bias(whole_mask[:, None, None, :], wide)
             return _Batch(layout, bias, mask if self.packing else None, embeddings)
         layout = packed_layout(mask)

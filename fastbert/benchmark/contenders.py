@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.fusing import fuse
+from fastbert.graphs import graphed
 
 #: A contender that runs: called as a Hugging Face model is.
 Model = Callable[..., Any]
@@ -28,6 +29,7 @@ CONTENDERS = {
     "compile": "torch.compile",
     "compile-max": "torch.compile max-autotune",
     "onnxruntime": "ONNX Runtime",
+    "fastbert-graphed": "fastbert in CUDA graphs",
 }
 
 
@@ -51,6 +53,11 @@ def missing(name: str, *, training: bool, attentions: bool, dtype: torch.dtype, 
     """
     if attentions and name in ("sdpa", "flash"):
         return "returns no attention maps"
+    if name == "fastbert-graphed":
+        if device.type != "cuda":
+            return "needs a GPU"
+        if training or attentions:
+            return "replays neither training nor attention maps"
     if name == "flash":
         if device.type != "cuda":
             return "needs a GPU"
@@ -91,6 +98,8 @@ def build(
         return _onnx(module, attentions), module
     if name == "fastbert":
         return fuse(module), module
+    if name == "fastbert-graphed":
+        return graphed(fuse(module)), module
     if name != "eager" and not attentions:  # only eager attention returns its maps
         module.set_attn_implementation("flash_attention_2" if name == "flash" else "sdpa")
     if name == "compile":

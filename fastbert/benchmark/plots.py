@@ -21,6 +21,7 @@ COLOURS = {
     "compile": "#e0a12f",
     "compile-max": "#a3561a",
     "onnxruntime": "#7d5ba6",
+    "fastbert-graphed": "#e57ba5",
 }
 INK, FAINT, LOSS = "#333333", "#777777", "#c62828"
 

@@ -95,6 +95,12 @@ def test_training_leaves_the_next_workload_the_same_weights() -> None:
     [
         ("sdpa", {"attentions": True}, "returns no attention maps"),
         ("flash", {}, "needs a GPU"),
+        ("fastbert-graphed", {}, "needs a GPU"),
+        (
+            "fastbert-graphed",
+            {"training": True, "device": torch.device("cuda")},
+            "replays neither training nor attention maps",
+        ),
         ("onnxruntime", {"training": True}, "does not train"),
         ("onnxruntime", {"dtype": torch.bfloat16}, "compared in float32 only"),
         ("eager", {"training": True, "attentions": True, "dtype": torch.bfloat16}, None),
