@@ -257,7 +257,9 @@ class FusedSelfAttention(hf.BertSelfAttention):
         if map_seq is None and kwargs.get("output_attentions"):  # called the Hugging Face way
             map_seq = seq
         qkv = project_qkv(self.query, self.key, self.value, hidden_states)
-        qkv = qkv.view(-1).view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
+        if torch.compiler.is_compiling():
+            qkv = qkv.view(-1)  # or a graph is guarded by the number of tokens
+        qkv = qkv.view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
         max_seqlen = seq if max_length_q is None else max_length_q
         if self.watcher is not None:
             self.watcher(qkv, cu_seq_lens_q, max_seqlen, attention_mask)

@@ -37,8 +37,9 @@ def test_parameters_become_neighbours_and_keep_their_identity_and_values() -> No
     linears = three()
     weights = tuple(linear.weight for linear in linears)
     before = [w.detach().clone() for w in weights]
-    stacked = stack_parameters(weights)
-    assert stacked is not None
+    stacks = stack_parameters([weights])
+    assert stacks is not None
+    (stacked,) = stacks
     assert adjacent(weights)
     assert stacked.data_ptr() == weights[0].data_ptr()
     assert all(linear.weight is w for linear, w in zip(linears, weights, strict=True))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 
 #: True when Triton kernels run in Triton's interpreter. Triton reads the variable when a kernel is defined, so it must
 #: be set before the first import.
@@ -98,10 +99,18 @@ def check_mode() -> bool:
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """Raise ValueError naming each tensor's device unless all given tensors share one."""
-    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(given.values())) > 1:
-        listing = ", ".join(f"{name} on {device}" for name, device in given.items())
-        raise ValueError(f"{op} needs every tensor on one device, got {listing}: move them with .to(device)")
+    first = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        if first is None:
+            first = tensor.device
+        elif tensor.device != first:
+            break
+    else:
+        return
+    listing = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
+    raise ValueError(f"{op} needs every tensor on one device, got {listing}: move them with .to(device)")
 
 
 class _Launcher:
@@ -114,12 +123,12 @@ class _Launcher:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(**arguments: Any) -> None:
-            device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+            device = next(iter(arguments.values())).device  # a kernel's first argument is a tensor
             if device.index == torch.cuda.current_device():
-                self.kernel[grid](enable_fp_fusion=True, **arguments)
+                self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
             else:
                 with torch.cuda.device(device):
-                    self.kernel[grid](enable_fp_fusion=True, **arguments)
+                    self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
 
         return launch
 
@@ -128,9 +137,9 @@ def _is_watched() -> bool:
     """Whether a tracer, a dispatch mode or a functorch transform is to see ops, and not what they are made of."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or _is_tracing()
     )
 
 
@@ -167,12 +176,19 @@ class Op:
 
         # With a `setup_context` of its own an autograd.Function inspects its signature in each call.
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self.recorded = type(fn.__name__, (torch.autograd.Function,), methods).apply
+        function = type(fn.__name__, (torch.autograd.Function,), methods)
+        # Its `apply` first looks whether functorch, which `_is_watched` rules out, has wrapped an argument.
+        self.recorded = super(torch.autograd.Function, function).apply
 
     def __call__(self, *args: Any) -> Any:
         if _is_watched() or type(args[0]) is not torch.Tensor:
             return self.registered(*args)
         return self.recorded(*args) if torch.is_grad_enabled() else self.fn(*args)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, which device code may call too, costs a few microseconds here."""
+    return (a + b - 1) // b
 
 
 def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
