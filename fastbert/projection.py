@@ -107,12 +107,12 @@ class _Stacked(torch.autograd.Function):
     def forward(ctx: Any, count: int, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`count` parameters are a group."""
         groups = [parts[i : i + count] for i in range(0, len(parts), count)]
-        views = tuple(_stacked_view(tuple(part.detach() for part in group)) for group in groups)
+        views = [_stacked_view((group[0].detach(), *group[1:])) for group in groups]
         ctx.rows = [[part.shape[0] for part in group] for group in groups]
         ctx.set_materialize_grads(False)
-        frozen = [not any(part.requires_grad for part in group) for group in groups]
+        frozen = [not any([part.requires_grad for part in group]) for group in groups]
         ctx.mark_non_differentiable(*itertools.compress(views, frozen))
-        return views
+        return tuple(views)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
