@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .fusing import Explanation as Explanation
     from .fusing import explain as explain
     from .fusing import fuse as fuse
+    from .fusing import skip_unread as skip_unread
     from .fusing import unfuse as unfuse
     from .modeling import BertForMaskedLM as BertForMaskedLM
     from .modeling import BertForMultipleChoice as BertForMultipleChoice
@@ -36,6 +37,7 @@ _HOMES = {
     "Explanation": "fusing",
     "explain": "fusing",
     "fuse": "fusing",
+    "skip_unread": "fusing",
     "unfuse": "fusing",
 }
 

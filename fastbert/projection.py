@@ -110,7 +110,7 @@ class _Stacked(torch.autograd.Function):
         views = [_stacked_view((group[0].detach(), *group[1:])) for group in groups]
         ctx.rows = [[part.shape[0] for part in group] for group in groups]
         ctx.set_materialize_grads(False)
-        frozen = [not any([part.requires_grad for part in group]) for group in groups]
+        frozen = [not any(part.requires_grad for part in group) for group in groups]
         ctx.mark_non_differentiable(*itertools.compress(views, frozen))
         return tuple(views)
 
@@ -147,7 +147,11 @@ def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Ten
 
     One product if all three are plain and their parameters can be neighbours, else three.
     """
-    linears = (query, key, value)
+    return project_together((query, key, value), x)
+
+
+def project_together(linears: tuple[nn.Module, ...], x: torch.Tensor) -> torch.Tensor:
+    """`project_qkv` for any neighbours among the three."""
     if can_stack(*linears):
         stacked = stack_parameters(qkv_parameters(*linears))
         if stacked is not None:
@@ -159,11 +163,11 @@ def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Ten
     return torch.cat([linear(x) for linear in linears], dim=-1)
 
 
-def qkv_parameters(query: Any, key: Any, value: Any) -> list[tuple[nn.Parameter, ...]]:
-    """The parameters of three stackable layers that belong side by side: the weights, and the biases if any."""
-    q, k, v = query._parameters, key._parameters, value._parameters  # a module's attributes are looked up slowly
-    weights = (q["weight"], k["weight"], v["weight"])
-    return [weights] if q["bias"] is None else [weights, (q["bias"], k["bias"], v["bias"])]
+def qkv_parameters(*linears: Any) -> list[tuple[nn.Parameter, ...]]:
+    """The parameters of stackable layers that belong side by side: the weights, and the biases if any."""
+    parameters = [linear._parameters for linear in linears]  # a module's attributes are looked up slowly
+    weights = tuple([p["weight"] for p in parameters])
+    return [weights] if parameters[0]["bias"] is None else [weights, tuple([p["bias"] for p in parameters])]
 
 
 def can_stack(*linears: nn.Module) -> bool:

@@ -159,7 +159,7 @@ class Op:
     """
 
     def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        register = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+        register: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
         self.fn = fn
         self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=())
         self.registered.register_fake(fake)
@@ -178,7 +178,7 @@ class Op:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function = type(fn.__name__, (torch.autograd.Function,), methods)
         # Its `apply` first looks whether functorch, which `_is_watched` rules out, has wrapped an argument.
-        self.recorded = super(torch.autograd.Function, function).apply
+        self.recorded = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
         if _is_watched() or type(args[0]) is not torch.Tensor:
