@@ -3,8 +3,8 @@
 A launched kernel costs nothing here and the tensors are so small that ATen's work is its calls' own cost; what one more
 layer adds is the host's time. `python -m bench.python_time` shows ours beside Hugging Face's sdpa, interleaved.
 
-Left out: Triton's own launch on our side, and CUDA's for every kernel on both. Dropout is off: for it a CPU makes several
-calls where a GPU makes one.
+Left out: Triton's own launch on our side, and CUDA's for every kernel on both. Dropout is off, because of it a CPU
+makes several calls where a GPU makes one.
 """
 
 import contextlib
