@@ -164,7 +164,7 @@ def test_what_is_asked_for_is_whole(device: torch.device, asked: str) -> None:
         assert_close(ours, theirs)
 
 
-def test_dropout_drops_what_it_should(device: torch.device, life: str) -> None:
+def test_dropout_drops_what_it_should(device: torch.device) -> None:
     """The mean over many draws is what no dropout gives: keys of zero attend evenly, and the context is linear."""
     bert = two("BertForSequenceClassification", device, attention_probs_dropout_prob=0.5)[1].bert
     block = bert.encoder.layer[-1].attention.self
