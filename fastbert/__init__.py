@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .fusing import Explanation as Explanation
     from .fusing import explain as explain
     from .fusing import fuse as fuse
+    from .fusing import skip_unread as skip_unread
     from .fusing import unfuse as unfuse
     from .graphs import Graphed as Graphed
     from .graphs import graphed as graphed
@@ -40,6 +41,7 @@ _HOMES = {
     "explain": "fusing",
     "fuse": "fusing",
     "graphed": "graphs",
+    "skip_unread": "fusing",
     "unfuse": "fusing",
 }
 

@@ -25,10 +25,11 @@ def _mean(hidden: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _first(hidden: Tensor, lengths: Tensor) -> Tensor:
-    return hidden[lengths.cumsum(0) - lengths]
+    return hidden if len(hidden) == len(lengths) else hidden[lengths.cumsum(0) - lengths]
 
 
-#: Pooling -> packed hidden states (tokens, hidden) and lengths (texts,) to embeddings (texts, hidden).
+#: Pooling -> packed hidden states (tokens, hidden), for `cls` those of first tokens if no others were computed, and
+#: lengths (texts,) to embeddings (texts, hidden).
 POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _mean, "cls": _first}
 
 
@@ -158,6 +159,7 @@ class Encoder:
             cu_seq_lens_k=cu_seqlens,
             max_length_q=longest,
             max_length_k=longest,
+            read_rows="first" if self.pooling == "cls" else "all",
         ).last_hidden_state[0]
         pooled = POOLINGS[self.pooling](hidden.float(), lengths.to(self.device))
         if self.normalize:

@@ -7,7 +7,7 @@ it is.
 import copy
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
-from .modeling import BertModel, _FusedHead
+from .modeling import BertForMaskedLM, BertForPreTraining, BertModel, _FusedHead, _FusedMaskedLM
 from .modules import FUSED, FusedLayer, FusedSelfAttention, fuse_modules
 from .notices import warn_once
 from .plain import as_if_gathered
@@ -105,11 +105,57 @@ def unfuse(model: Model) -> Model:
                 module.__class__ = plain
                 module.__dict__.pop("dropout_stream", None)
                 module.__dict__.pop("packing", None)
+                module.__dict__.pop("read_rows", None)
         if "_unfused_attn_implementation" in bert.__dict__:
             _set_attn_implementation(model, bert, bert.__dict__.pop("_unfused_attn_implementation"))
     for module in model.modules():
         if isinstance(module, _FusedHead):
+            module.__dict__.pop("read_rows", None)
             module.__class__ = next(c for c in type(module).__mro__ if c.__module__ == hf.__name__)
+    return model
+
+
+#: Heads that read the pooled output only; and those whose loss reads labelled rows only, with fastbert's class of each.
+_POOLED = (hf.BertForSequenceClassification, hf.BertForNextSentencePrediction, hf.BertForMultipleChoice)
+_MASKED_LM = {hf.BertForMaskedLM: BertForMaskedLM, hf.BertForPreTraining: BertForPreTraining}
+
+
+def skip_unread(model: Model, skip: bool = True) -> Model:
+    """Let every fused head inside a model do without the rows that nothing reads, in place. Losses and gradients stay.
+
+    - Sequence classification, next sentence prediction and multiple choice read the pooled output: the last layer
+      computes the first position of each sequence only (`BertModel.read_rows = "first"`), unless hidden states or
+      attentions are asked for.
+    - Masked language modelling and pretraining compute, in training, the logits of labelled positions only
+      (`read_rows = "labelled"`); the output's logits are then (labelled positions, vocabulary).
+
+    Args:
+        model: one of those heads, fused, or anything that holds some.
+        skip: False to compute everything again.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: when there is no such head inside, or its `BertModel` is not fused.
+    """
+    heads: list[Any] = [m for m in model.modules() if isinstance(m, (*_POOLED, *_MASKED_LM))]
+    if not heads:
+        raise ValueError(
+            f"{type(model).__name__} holds no head that leaves rows unread: skip_unread knows "
+            f"{', '.join(head.__name__ for head in (*_POOLED, *_MASKED_LM))}; a BertModel has read_rows"
+        )
+    for head in heads:
+        if not isinstance(head.bert, BertModel) or head.bert.config.is_decoder:
+            raise ValueError(f"the BertModel in {type(head).__name__} is not fused: call fastbert.fuse(model) first")
+        if not isinstance(head, (*_POOLED, _FusedMaskedLM)) and type(head) not in _MASKED_LM:
+            raise ValueError(f"{type(head).__name__} derives from Hugging Face's class: derive it from fastbert's")
+    for head in heads:
+        if isinstance(head, _POOLED):
+            head.bert.read_rows = "first" if skip else "all"
+        else:
+            head.__class__ = _MASKED_LM.get(type(head), type(head))
+            head.read_rows = "labelled" if skip else "all"
     return model
 
 
@@ -132,12 +178,14 @@ class Part:
         name: its path in the layer.
         fused: whether it is on fastbert's path: a kernel on a GPU, the same op in plain PyTorch on a CPU.
         reason: why not, or what inside it is called as a module although it does.
+        rows: "all", or "first" where it computes the first row of each sequence only.
     """
 
     layer: int | None
     name: str
     fused: bool
     reason: str | None
+    rows: str = "all"
 
 
 @dataclass(frozen=True)
@@ -154,7 +202,8 @@ class Explanation:
     def __rich__(self) -> Table | str:
         if self.fused and not any(part.reason for part in self.parts):
             layers = len({part.layer for part in self.parts if part.layer is not None})
-            return f"every part is fused: embeddings and {layers} layers"
+            short = "; the last one computes first rows only" if any(p.rows == "first" for p in self.parts) else ""
+            return f"every part is fused: embeddings and {layers} layers{short}"
         table = Table("layer", "part", "runs", "because")
         for part in self.parts:
             if not part.fused or part.reason:
@@ -192,8 +241,10 @@ def _explain_bert(bert: hf.BertModel) -> Iterator[Part]:
         if context is None and not isinstance(layer, FusedLayer):
             yield Part(i, "layer", False, f"{type(layer).__name__} is not Hugging Face's BertLayer")
         else:
+            last = context is None and i + 1 == len(bert.encoder.layer)
+            rows = bert.read_rows if last and bert._last_layer_computes_all() is None else "all"
             for name in _PARTS:
-                yield _explain_part(i, name, layer.get_submodule(name), context)
+                yield replace(_explain_part(i, name, layer.get_submodule(name), context), rows=rows)
 
 
 def explain(model: nn.Module) -> Explanation:

@@ -5,12 +5,15 @@ and unpacked once. Batch and sequence exist only at these two doors.
 """
 
 import copy
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from torch.nn import CrossEntropyLoss
 from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
@@ -20,11 +23,15 @@ from fastbert_kernels import uses_triton
 from fastbert_kernels.backend import check_same_device
 
 from .masks import dense_bias, layer_head_masks, token_mask
-from .modules import FusedEmbeddings, attends_fused, draw_seed, fuse_modules
+from .modules import FusedEmbeddings, FusedLayer, attends_fused, draw_seed, fuse_modules
 from .notices import say_once, warn_once
 from .packing import Layout, dense_layout, packed_layout
 from .plain import foreign_hooks, is_plain_embedding
 from .prefix import place_prefix, prefix_length
+from .reading import ROWS, FirstRows, first_rows
+
+#: What `read_rows` of a head for masked language modelling may be.
+MASKED_LM_ROWS = ("all", "labelled")
 
 #: What a caller that packs its own batches passes: Hugging Face's names.
 _PACKED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -46,10 +53,15 @@ class _Batch:
     zeroed: torch.Tensor | None
     embeddings: dict[str, torch.Tensor | None]
 
-    def check_out(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The door out: hidden states (batch, seq, hidden), zero at padding."""
-        hidden = self.layout.unpack(hidden)
-        return hidden if self.zeroed is None else hidden.masked_fill(~self.zeroed[:, :, None], 0.0)
+    def check_out(self, hidden: torch.Tensor, first: FirstRows | None = None) -> torch.Tensor:
+        """The door out: hidden states (batch, seq, hidden), or (batch, 1, hidden) of the first rows; zero at padding.
+        A batch that its caller packed stays packed."""
+        if first is None:
+            hidden = self.layout.unpack(hidden)
+        elif first.absent is not None:
+            hidden = hidden.masked_fill(first.absent[:, None], 0.0)
+            hidden = hidden if self.layout.indices is None else hidden.transpose(0, 1)
+        return hidden if self.zeroed is None else hidden.masked_fill(~self.zeroed[:, : hidden.shape[1], None], 0.0)
 
     def check_out_map(self, probs: torch.Tensor) -> torch.Tensor:
         """Probabilities (batch, heads, seq, seq), zero at padding; its columns already are."""
@@ -65,6 +77,10 @@ class BertModel(transformers.BertModel):
 
     #: Drop padding on the way in. Rows of padding are then zero on the way out.
     packing: bool = True
+    #: Which rows of `last_hidden_state` are read: "all", or "first", that of each sequence's first position. The last
+    #: layer then computes no others, and `last_hidden_state` is (batch, 1, hidden); all the same where hidden states or
+    #: attentions are asked for. `fastbert.skip_unread` sets it for a head that reads the pooled output only.
+    read_rows: str = "all"
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(_own_config(config), add_pooling_layer=add_pooling_layer)
@@ -110,6 +126,7 @@ class BertModel(transformers.BertModel):
                 (1, tokens), the outputs (1, tokens, hidden), and the attentions (sequences, heads, max_length_q,
                 max_length_q). Positions restart with each sequence unless `position_ids` says otherwise.
             max_length_q, max_length_k: the longest of those sequences.
+            read_rows: in place of the attribute of that name, for this call.
 
         Returns:
             `last_hidden_state` (batch, seq, hidden), `pooler_output` (batch, hidden), and, when asked,
@@ -124,8 +141,12 @@ class BertModel(transformers.BertModel):
         return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         wants_maps = self.config.output_attentions if output_attentions is None else output_attentions
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        labelled = kwargs.pop("labelled", None)  # of a head that reads these rows only
+        read_rows = kwargs.pop("read_rows", self.read_rows)
         reason = self._leaves_fast_path(encoder_hidden_states, past_key_values)
         if reason is not None:
+            if labelled is not None:
+                raise ValueError(f"read_rows='labelled' has no effect on Hugging Face's own path ({reason}): set 'all'")
             warn_once(f"fastbert: BertModel takes Hugging Face's own path: {reason}")
             if head_mask is not None:
                 raise ValueError(f"head_mask has no effect on Hugging Face's own path ({reason}): leave it out")
@@ -148,6 +169,7 @@ class BertModel(transformers.BertModel):
             asked |= {"output_attentions": wants_maps or None, "output_hidden_states": wants_states or None, **packed}
             batch, last = graphs.encode(self, input_ids, attention_mask, token_type_ids, position_ids, asked)
             if last is not None:
+                last = last[:, :1] if self._reads_first(read_rows, prefixed=False) else last
                 output = BaseModelOutputWithPoolingAndCrossAttentions(
                     last_hidden_state=last, pooler_output=None if self.pooler is None else self.pooler(last)
                 )
@@ -168,6 +190,10 @@ class BertModel(transformers.BertModel):
             check_same_device("BertModel", input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=keys)
             prefix = place_prefix(past_key_values, layout, heads, self.config.hidden_size // heads)
             layout, bias = prefix.layout, None if bias is None else prefix.widen(bias)
+        first = None
+        if self._reads_first(read_rows, prefix is not None) and not (map_layers or state_layers):
+            words: Any = input_ids if inputs_embeds is None else inputs_embeds
+            first = first_rows(layout, words.shape[1] if layout.indices is None else layout.indices.shape[0])
         seeded = {"seed": seed} if isinstance(self.embeddings, FusedEmbeddings) else {}
         encoded = self.encoder(
             self.embeddings(**batch.embeddings, **seeded),
@@ -183,9 +209,10 @@ class BertModel(transformers.BertModel):
             max_length_q=layout.max_seqlen,
             max_length_k=layout.max_seqlen,
             prefix=prefix,
+            first=first,
         )
 
-        last = batch.check_out(encoded.last_hidden_state)
+        last = batch.check_out(encoded.last_hidden_state, first)
         states = maps = None
         if wants_states:
             *inner, final = encoded.hidden_states
@@ -194,7 +221,7 @@ class BertModel(transformers.BertModel):
         if wants_maps:
             maps = tuple(None if probs is None else batch.check_out_map(probs) for probs in encoded.attentions)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=last,
+            last_hidden_state=last if labelled is None else last[labelled],
             pooler_output=None if self.pooler is None else self.pooler(last),
             hidden_states=states,
             attentions=maps,
@@ -283,6 +310,28 @@ class BertModel(transformers.BertModel):
         if unfused:
             warn_once(f"fastbert: padding is kept because attention is not fused in layers {unfused}")
         return bool(hooked or unfused)
+
+    def _reads_first(self, read_rows: str, prefixed: bool) -> bool:
+        """Whether the last layer is to compute first rows only, and can."""
+        if read_rows not in ROWS:
+            raise ValueError(f"unknown read_rows {read_rows!r}: a BertModel takes one of {', '.join(ROWS)}")
+        if read_rows == "all":
+            return False
+        reason = "it is given past_key_values" if prefixed else self._last_layer_computes_all()
+        if reason is not None:
+            warn_once(f"fastbert: the last layer computes every row, read or not: {reason}")
+        return reason is None
+
+    def _last_layer_computes_all(self) -> str | None:
+        """Why the last layer cannot compute first rows only."""
+        layer: Any = self.encoder.layer[-1]
+        if not (isinstance(layer, FusedLayer) and attends_fused(layer)):
+            return f"it is not fused ({type(layer).__name__})"
+        if layer.attention.self.watcher is not None:
+            return "distill.capture looks at it"
+        inner = f"encoder.layer.{len(self.encoder.layer) - 1}"
+        hooked = [name for name in foreign_hooks(self) if name == "encoder" or f"{name}.".startswith(f"{inner}.")]
+        return f"forward hooks on {', '.join(hooked[:3])}" if hooked else None
 
     def _draw_seed(self) -> torch.Tensor | None:
         """One seed for all dropout of this forward pass, or None where the kernels draw none."""
@@ -418,16 +467,62 @@ class _FusedHead:
         return _eager_semantics(attn_implementation)
 
 
-class BertForPreTraining(_FusedHead, hf.BertForPreTraining):
+def _of_labelled_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A masked language model's forward that, as `read_rows` asks, gives its head only what has a label."""
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.read_rows not in MASKED_LM_ROWS:
+            raise ValueError(f"unknown read_rows {self.read_rows!r}: a head takes one of {', '.join(MASKED_LM_ROWS)}")
+        if self.read_rows == "all" or not self.training:
+            return forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            _say_compiled()
+            return forward(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        labels, words = given.get("labels"), given.get("input_ids")
+        if labels is None:
+            return forward(self, *args, **kwargs)
+        words = given.get("inputs_embeds") if words is None else words
+        if words is not None and labels.shape != words.shape[:2]:
+            raise ValueError(
+                f"labels must be (batch, seq) = {tuple(words.shape[:2])} like the input, got {tuple(labels.shape)}"
+            )
+        labelled = labels != CrossEntropyLoss().ignore_index
+        more = {**given.pop("kwargs", {}), "labels": labels[labelled], "labelled": labelled}
+        return forward(**given | more)
+
+    return wrapped
+
+
+@torch.compiler.assume_constant_result
+def _say_compiled() -> None:
+    say_once("fastbert: a compiled head computes every row, labelled or not: no graph depends on how many there are")
+
+
+class _FusedMaskedLM(_FusedHead):
+    """A head for masked language modelling, whose loss reads labelled rows only."""
+
+    #: Which rows the head computes in training: "all", or "labelled", those whose label is not -100. The logits are
+    #: then (labelled rows, vocabulary), in the order of the batch. `fastbert.skip_unread` sets it.
+    read_rows: str = "all"
+
+
+class BertForPreTraining(_FusedMaskedLM, hf.BertForPreTraining):
     """Hugging Face's `BertForPreTraining` on the fused `BertModel`."""
+
+    forward = _of_labelled_rows(hf.BertForPreTraining.forward)
 
 
 class BertLMHeadModel(_FusedHead, hf.BertLMHeadModel):
     """Hugging Face's `BertLMHeadModel` on the fused `BertModel`; as a decoder, Hugging Face's own path."""
 
 
-class BertForMaskedLM(_FusedHead, hf.BertForMaskedLM):
+class BertForMaskedLM(_FusedMaskedLM, hf.BertForMaskedLM):
     """Hugging Face's `BertForMaskedLM` on the fused `BertModel`."""
+
+    forward = _of_labelled_rows(hf.BertForMaskedLM.forward)
 
 
 class BertForNextSentencePrediction(_FusedHead, hf.BertForNextSentencePrediction):

@@ -35,10 +35,12 @@ from .projection import (
     in_own_storage,
     project,
     project_qkv,
+    project_together,
     qkv_parameters,
     rehome,
     separate,
 )
+from .reading import FirstRows
 
 #: Module class of an activation -> the kernels' name for its formula.
 KERNEL_ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -222,6 +224,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
         map_seq: int | None = None,
         map_columns: torch.Tensor | None = None,
         prefix: Prefix | None = None,
+        first: FirstRows | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of each sequence with itself.
@@ -235,6 +238,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             map_seq: also return the probabilities, in maps of this side.
             map_columns: int32 (tokens,), each token's column in its map.
             prefix: what each sequence sees before itself. The other arguments, but for hidden_states, count it in.
+            first: attend from the first token of each sequence only, without prefix or maps.
 
         Returns:
             The context, like hidden_states, and the probabilities (batch, heads, map_seq, map_seq) or None.
@@ -253,11 +257,15 @@ class FusedSelfAttention(hf.BertSelfAttention):
             context, probs = super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
             _leave_map(map_slot, probs)
             return context, probs
+        if first is not None:
+            return self._attend_first(hidden_states, attention_mask, head_mask, first), None
         batch, seq = hidden_states.shape[:2]
         if map_seq is None and kwargs.get("output_attentions"):  # called the Hugging Face way
             map_seq = seq
         qkv = project_qkv(self.query, self.key, self.value, hidden_states)
-        qkv = qkv.view(-1).view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
+        if torch.compiler.is_compiling():
+            qkv = qkv.view(-1)  # or a graph is guarded by the number of tokens
+        qkv = qkv.view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
         max_seqlen = seq if max_length_q is None else max_length_q
         if self.watcher is not None:
             self.watcher(qkv, cu_seq_lens_q, max_seqlen, attention_mask)
@@ -282,6 +290,19 @@ class FusedSelfAttention(hf.BertSelfAttention):
             probs = None if probs is None else probs[:, :, prefix.length :]
         _leave_map(map_slot, probs)
         return context.reshape(batch, seq, self.all_head_size), probs
+
+    def _attend_first(
+        self, hidden: torch.Tensor, bias: torch.Tensor | None, head_mask: torch.Tensor | None, first: FirstRows
+    ) -> torch.Tensor:
+        """The context of the first tokens, as `first.take` leaves them."""
+        pair = project_together((self.key, self.value), hidden)
+        query = self.query(first.take(hidden))
+        size = (self.num_attention_heads, self.attention_head_size)
+        dropout_p = self.dropout.p if self.training else 0.0
+        context = first.attend(
+            query.view(first.batch, *size), pair.view(-1, 2, *size), bias, head_mask, self.scaling, dropout_p
+        )
+        return context.reshape(query.shape)
 
 
 class _FusedAddNorm:
@@ -368,7 +389,9 @@ class FusedAttention(hf.BertAttention):
             _leave_map(kwargs.get("map_slot"), probs)
             return self.output(context, hidden_states), probs
         context, probs = self.self(hidden_states, attention_mask, **kwargs)
-        return self.output(context, hidden_states, kwargs.get("seed")), probs
+        first = kwargs.get("first")
+        residual = hidden_states if first is None else first.take(hidden_states)
+        return self.output(context, residual, kwargs.get("seed")), probs
 
 
 class FusedLayer(hf.BertLayer):
@@ -425,6 +448,7 @@ class FusedEncoder(hf.BertEncoder):
         map_layers: Collection[int] = (),
         map_seq: int | None = None,
         map_columns: torch.Tensor | None = None,
+        first: FirstRows | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run the layers on (batch, seq, hidden), or packed (1, tokens, hidden).
@@ -434,6 +458,7 @@ class FusedEncoder(hf.BertEncoder):
             state_layers: which hidden states to return, 0 being the embeddings.
             map_layers: which layers' attentions to return, in maps of side `map_seq`, each token at its column in
                 `map_columns`.
+            first: compute the last layer for these tokens only.
             kwargs: for every layer; a decoder's go to Hugging Face's own loop.
 
         Returns:
@@ -453,6 +478,7 @@ class FusedEncoder(hf.BertEncoder):
                 map_slot=slot if wanted else None,
                 map_seq=map_seq if wanted else None,
                 map_columns=map_columns if wanted else None,
+                first=first if i + 1 == len(self.layer) else None,
                 **kwargs,
             )
             states.append(hidden_states if i + 1 in state_layers else None)

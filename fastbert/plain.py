@@ -26,6 +26,8 @@ def is_called(module: nn.Module) -> bool:
     """Whether someone relies on the module being called: a hook, or a replaced `forward`."""
     if "forward" in module.__dict__:
         return True
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return False
     hooks = [hook for hooks in _HOOKS for hook in getattr(module, hooks).values()]
     return any(getattr(hook, "__name__", "") != _REQUIRE_GRADS and not _has_no_work(hook, module) for hook in hooks)
 
@@ -68,14 +70,12 @@ def is_ordinary(parameter: torch.Tensor) -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` is exactly a `kind` whose ordinary parameters may be read without calling it."""
-    return (
-        type(module) is kind
-        and all(
-            p is None or is_ordinary(p) or (_gathered and is_sharded_within(module))
-            for p in module._parameters.values()
-        )
-        and not is_called(module)
-    )
+    if type(module) is not kind or is_called(module):
+        return False
+    for p in module._parameters.values():
+        if p is not None and not is_ordinary(p) and not (_gathered and is_sharded_within(module)):
+            return False
+    return True
 
 
 def describe(module: nn.Module, expected: type[nn.Module]) -> str:

@@ -4,6 +4,7 @@ The three weights are kept as neighbouring views of one storage, so that the sta
 nothing. They stay three parameters: in the state dict, in the optimizer, in `named_parameters`.
 """
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -33,9 +34,9 @@ def project(dense: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     if not is_plain_linear(dense):
         _say_called(dense)
         return dense(x), None
-    if uses_triton(x):
-        return F.linear(x, dense.weight), dense.bias
-    return F.linear(x, dense.weight, dense.bias), None
+    weight, bias = dense._parameters["weight"], dense._parameters["bias"]
+    assert weight is not None
+    return (F.linear(x, weight), bias) if uses_triton(x) else (F.linear(x, weight, bias), None)
 
 
 def _say_called(module: nn.Module) -> None:
@@ -46,12 +47,13 @@ def _say_called(module: nn.Module) -> None:
 def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
     """Whether the tensors lie one after the other, without a gap, in one storage."""
     first = parts[0]
-    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    start = end = first.data_ptr()
     for part in parts:
-        if part.untyped_storage().data_ptr() != storage or part.storage_offset() != offset or not part.is_contiguous():
+        if part.data_ptr() != end or not part.is_contiguous():
             return False
-        offset += part.numel()
-    return True
+        end += part.nbytes
+    # What lies within the first one's storage is part of it.
+    return start > 0 and first.storage_offset() * first.itemsize + end - start <= first.untyped_storage().nbytes()
 
 
 def _movable(parts: tuple[torch.Tensor, ...]) -> bool:
@@ -99,35 +101,45 @@ def separate(parts: tuple[nn.Parameter, ...]) -> None:
 
 
 class _Stacked(torch.autograd.Function):
-    """Neighbouring parameters seen as one matrix; its gradient is handed out in slices, without a copy."""
+    """Groups of neighbouring parameters, each seen as one; its gradient is handed out in slices, without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, *parts: torch.Tensor) -> torch.Tensor:
-        ctx.rows = [part.shape[0] for part in parts]
-        return _stacked_view(parts)
+    def forward(ctx: Any, count: int, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`count` parameters are a group."""
+        groups = [parts[i : i + count] for i in range(0, len(parts), count)]
+        views = [_stacked_view((group[0].detach(), *group[1:])) for group in groups]
+        ctx.rows = [[part.shape[0] for part in group] for group in groups]
+        ctx.set_materialize_grads(False)
+        frozen = [not any(part.requires_grad for part in group) for group in groups]
+        ctx.mark_non_differentiable(*itertools.compress(views, frozen))
+        return tuple(views)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return grad.split(ctx.rows)
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        slices: list[torch.Tensor | None] = [None]
+        for grad, rows in zip(grads, ctx.rows, strict=True):
+            slices += [None] * len(rows) if grad is None else grad.split(rows)
+        return tuple(slices)
 
 
 def _stacked_view(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    first = parts[0].detach()
-    return first.as_strided((sum(p.shape[0] for p in parts), *first.shape[1:]), first.stride(), first.storage_offset())
+    first = parts[0]
+    return first.as_strided((sum([p.shape[0] for p in parts]), *first.shape[1:]), first.stride())
 
 
-def stack_parameters(parts: tuple[nn.Parameter, ...]) -> torch.Tensor | None:
-    """Parameters of shape (rows, ...) as one (sum of rows, ...), a view; None where they cannot be neighbours.
+def stack_parameters(groups: list[tuple[nn.Parameter, ...]]) -> tuple[torch.Tensor, ...] | None:
+    """Each group's parameters (rows, ...) as one (sum of rows, ...), a view; None where some cannot be neighbours.
 
-    Compiled code sees a copy instead, which it may fold away: no graph has a view across parameters.
+    Compiled code sees copies instead, which it may fold away: no graph has a view across parameters.
     """
     if torch.compiler.is_compiling():
-        return torch.cat(parts)
-    if not rehome(parts):
-        return None
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
-        return _Stacked.apply(*parts)
-    return _stacked_view(parts)
+        return tuple(torch.cat(parts) for parts in groups)
+    for parts in groups:
+        if not rehome(parts):
+            return None
+    if torch.is_grad_enabled():
+        return _Stacked.apply(len(groups[0]), *itertools.chain(*groups))
+    return tuple(_stacked_view(parts) for parts in groups)
 
 
 def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -135,11 +147,15 @@ def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Ten
 
     One product if all three are plain and their parameters can be neighbours, else three.
     """
-    linears = (query, key, value)
+    return project_together((query, key, value), x)
+
+
+def project_together(linears: tuple[nn.Module, ...], x: torch.Tensor) -> torch.Tensor:
+    """`project_qkv` for any neighbours among the three."""
     if can_stack(*linears):
-        stacked = [stack_parameters(parts) for parts in qkv_parameters(*linears)]
-        if all(whole is not None for whole in stacked):
-            return F.linear(x, *stacked)  # type: ignore[arg-type]
+        stacked = stack_parameters(qkv_parameters(*linears))
+        if stacked is not None:
+            return F.linear(x, *stacked)
         warn_once(f"fastbert: {APART}; the layer around them stays fused")
     else:
         for linear in linears:
@@ -147,15 +163,21 @@ def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Ten
     return torch.cat([linear(x) for linear in linears], dim=-1)
 
 
-def qkv_parameters(query: Any, key: Any, value: Any) -> list[tuple[nn.Parameter, ...]]:
-    """The parameters of three stackable layers that belong side by side: the weights, and the biases if any."""
-    weights = (query.weight, key.weight, value.weight)
-    return [weights] if query.bias is None else [weights, (query.bias, key.bias, value.bias)]
+def qkv_parameters(*linears: Any) -> list[tuple[nn.Parameter, ...]]:
+    """The parameters of stackable layers that belong side by side: the weights, and the biases if any."""
+    parameters = [linear._parameters for linear in linears]  # a module's attributes are looked up slowly
+    weights = tuple([p["weight"] for p in parameters])
+    return [weights] if parameters[0]["bias"] is None else [weights, tuple([p["bias"] for p in parameters])]
 
 
 def can_stack(*linears: nn.Module) -> bool:
     """Whether the layers are plain, and all of them have a bias or none."""
-    return all(is_plain_linear(linear) for linear in linears) and len({x.bias is None for x in linears}) == 1
+    biases = 0
+    for linear in linears:
+        if not is_plain_linear(linear):
+            return False
+        biases += linear._parameters["bias"] is not None
+    return biases in (0, len(linears))
 
 
 def in_own_storage(part: torch.Tensor) -> torch.Tensor:

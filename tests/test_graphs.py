@@ -300,6 +300,21 @@ def test_every_head_is_replayed(name: str, own: bool) -> None:
     assert graphed.replays == 1
 
 
+def test_rows_that_nothing_reads_are_left_out_of_what_is_returned() -> None:
+    ours = fastbert.BertForSequenceClassification(tiny_config()).eval()
+    mask = gaps()[:2]
+    x = ids(*mask.shape)
+    whole = ours.bert(x, mask).last_hidden_state
+    logits = ours(x, mask).logits
+    graphed = rerun(fastbert.skip_unread(ours))
+    torch.testing.assert_close(graphed(x, mask).logits, logits)
+    of_bert = rerun(ours.bert)
+    last = of_bert(x, mask).last_hidden_state
+    assert last.shape == (2, 1, whole.shape[2])
+    torch.testing.assert_close(last, whole[:, :1])
+    assert (graphed.replays, of_bert.replays) == (1, 1)
+
+
 def test_a_head_computes_its_loss() -> None:
     model = fastbert.BertForSequenceClassification(tiny_config()).eval()
     x, labels = ids(3, 11), torch.tensor([0, 1, 1])

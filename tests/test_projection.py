@@ -11,7 +11,7 @@ from models import ids, tiny_config
 from torch import nn
 
 import fastbert
-from fastbert.projection import adjacent, project_qkv, rehome, separate, stack_parameters
+from fastbert.projection import adjacent, project_qkv, qkv_parameters, rehome, separate, stack_parameters
 
 NAMES = ("query", "key", "value")
 
@@ -37,8 +37,9 @@ def test_parameters_become_neighbours_and_keep_their_identity_and_values() -> No
     linears = three()
     weights = tuple(linear.weight for linear in linears)
     before = [w.detach().clone() for w in weights]
-    stacked = stack_parameters(weights)
-    assert stacked is not None
+    stacks = stack_parameters([weights])
+    assert stacks is not None
+    (stacked,) = stacks
     assert adjacent(weights)
     assert stacked.data_ptr() == weights[0].data_ptr()
     assert all(linear.weight is w for linear, w in zip(linears, weights, strict=True))
@@ -46,6 +47,17 @@ def test_parameters_become_neighbours_and_keep_their_identity_and_values() -> No
     with torch.no_grad():
         weights[1].fill_(7.0)  # as an optimizer would, in place
     assert (stacked[5:10] == 7.0).all()
+
+
+def test_frozen_weights_beside_trained_biases_get_no_gradient() -> None:
+    linears = three()
+    for linear in linears:
+        linear.weight.requires_grad_(False)
+    stacks = stack_parameters(qkv_parameters(*linears))
+    assert stacks is not None
+    assert [whole.requires_grad for whole in stacks] == [False, True]
+    project_qkv(*linears, torch.randn(4, 6)).sum().backward()
+    assert all(linear.bias.grad is not None and linear.weight.grad is None for linear in linears)
 
 
 def test_gradients_are_slices_of_one_product_without_copies() -> None:

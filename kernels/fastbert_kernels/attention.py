@@ -14,13 +14,12 @@ import itertools
 from typing import Any
 
 import torch
-import triton
 
 from . import reference
 from .attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
-from .backend import check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .backend import cdiv, check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
 from .layer_norm import dropout_arguments
-from .tiles import attention_tiles
+from .tiles import attention_tiles, block_width
 
 MAX_HEAD_DIM = 128
 
@@ -55,7 +54,7 @@ def _common_arguments(
         "masked_below": 0.0 if bias is None else reference.masked_below(bias.dtype),
         "scale": scale,
         "HEAD_DIM": qkv.shape[3],
-        "BLOCK_D": max(16, triton.next_power_of_2(qkv.shape[3])),
+        "BLOCK_D": block_width(qkv.shape[3]),
         "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_COLUMNS": columns is not None,
         "HAS_BIAS": bias is not None,
@@ -116,7 +115,7 @@ def _forward(
         qkv, cu_seqlens, columns, bias, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq, scale
     )
     tiles = attention_tiles("forward", qkv, bias is not None or probs_seq > 0)
-    grid = (triton.cdiv(max(max_seqlen, probs_seq), tiles["BLOCK_M"]) * heads * batch,)
+    grid = (cdiv(max(max_seqlen, probs_seq), tiles["BLOCK_M"]) * heads * batch,)
     if grid[0] > 0:
         wrap_triton(attention_forward)[grid](
             qkv_ptr=qkv, out_ptr=out, stats_ptr=stats, probs_ptr=probs, HAS_PROBS=probs_seq > 0, **arguments, **tiles
@@ -189,7 +188,7 @@ def _backward(
     }
     maps = bias is not None or dprobs is not None
     tiles = attention_tiles("backward_dq", qkv, maps)
-    blocks = triton.cdiv(max_seqlen, tiles["BLOCK_M"])
+    blocks = cdiv(max_seqlen, tiles["BLOCK_M"])
     delta = torch.empty_like(stats[0])
     dqkv = torch.empty_like(qkv)
     if head_mask is None:
@@ -207,7 +206,7 @@ def _backward(
             **tiles,
         )
         tiles = attention_tiles("backward_dkv", qkv, maps)
-        blocks = triton.cdiv(max_seqlen, tiles["BLOCK_N"])
+        blocks = cdiv(max_seqlen, tiles["BLOCK_N"])
         wrap_triton(attention_backward_dkv)[(blocks * heads * batch,)](
             delta_ptr=delta, dqkv_ptr=dqkv, **arguments, **tiles
         )

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 
 #: True when Triton kernels run in Triton's interpreter. Triton reads the variable when a kernel is defined, so it must
 #: be set before the first import.
@@ -98,10 +99,18 @@ def check_mode() -> bool:
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """Raise ValueError naming each tensor's device unless all given tensors share one."""
-    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(given.values())) > 1:
-        listing = ", ".join(f"{name} on {device}" for name, device in given.items())
-        raise ValueError(f"{op} needs every tensor on one device, got {listing}: move them with .to(device)")
+    first = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        if first is None:
+            first = tensor.device
+        elif tensor.device != first:
+            break
+    else:
+        return
+    listing = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
+    raise ValueError(f"{op} needs every tensor on one device, got {listing}: move them with .to(device)")
 
 
 class _Launcher:
@@ -114,45 +123,86 @@ class _Launcher:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(**arguments: Any) -> None:
-            device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+            device = next(iter(arguments.values())).device  # a kernel's first argument is a tensor
             if device.index == torch.cuda.current_device():
-                self.kernel[grid](enable_fp_fusion=True, **arguments)
+                self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
             else:
                 with torch.cuda.device(device):
-                    self.kernel[grid](enable_fp_fusion=True, **arguments)
+                    self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
 
         return launch
+
+
+def _is_watched() -> bool:
+    """Whether a tracer, a dispatch mode or a functorch transform is to see ops, and not what they are made of."""
+    return (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+    )
 
 
 def wrap_triton(kernel: Any) -> Any:
     """Make a kernel visible to `torch.compile`, which has its own compile options; else ready to launch."""
     if INTERPRETED:
         return kernel
-    wrapped = torch.library.wrap_triton(kernel)
+    wrapped = torch.library.wrap_triton(kernel) if _is_watched() else kernel
     return _Launcher(kernel) if wrapped is kernel else wrapped
 
 
-def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function that launches kernels as the torch op `fastbert::name`.
+class Op:
+    """The torch op `fastbert::name`, called past the dispatcher where nobody watches: its Python costs more there than
+    a launch.
 
-    Compiled kernels become a `triton_op`, which `torch.compile` sees into; interpreted ones an opaque `custom_op`.
+    Compiled kernels are a `triton_op`, which `torch.compile` sees into; interpreted ones an opaque `custom_op`.
+    """
+
+    def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        register: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+        self.fn = fn
+        self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=())
+        self.registered.register_fake(fake)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """As `torch.library.register_autograd`, with the same arguments."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        fn = self.fn
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = fn(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        # With a `setup_context` of its own an autograd.Function inspects its signature in each call.
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        function = type(fn.__name__, (torch.autograd.Function,), methods)
+        # Its `apply` first looks whether functorch, which `_is_watched` rules out, has wrapped an argument.
+        self.recorded = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def __call__(self, *args: Any) -> Any:
+        if _is_watched() or type(args[0]) is not torch.Tensor:
+            return self.registered(*args)
+        return self.recorded(*args) if torch.is_grad_enabled() else self.fn(*args)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, which device code may call too, costs a few microseconds here."""
+    return (a + b - 1) // b
+
+
+def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
+    """Register a function that launches kernels as the torch op `fastbert::name`.
 
     Args:
         name: the op's name in the namespace `torch.ops.fastbert`.
         fake: the op on fake tensors: same signature, outputs of the right shape, dtype and device.
     """
-    register = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-
-    def decorate(fn: Callable[..., Any]) -> Any:
-        op: Any = register(f"fastbert::{name}", fn, mutates_args=())
-        op.register_fake(fake)
-        return op
-
-    return decorate
+    return lambda fn: Op(name, fn, fake)
 
 
 def forbid_double_backward(
-    op: Any, name: str, instead: str = "run plain PyTorch with FASTBERT_BACKEND=torch, or fastbert.unfuse(model)"
+    op: Op, name: str, instead: str = "run plain PyTorch with FASTBERT_BACKEND=torch, or fastbert.unfuse(model)"
 ) -> None:
     """Make differentiating a backward op an error that says what to do instead, not a silently missing gradient."""
 

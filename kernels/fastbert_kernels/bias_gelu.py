@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .backend import check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .backend import cdiv, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
 from .column_sums import column_sums, partial_rows
 from .layer_norm import load_rows, load_vector, store_rows
 from .numerics import activation as apply_activation
@@ -83,10 +83,11 @@ def _forward_fake(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -
 
 @register_op("bias_activation", _forward_fake)
 def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    count, features = x.shape
+    features = x.shape[-1]
+    count = x.numel() // features if features > 0 else 0
     y = torch.empty_like(x)
     tiles = tuned_tiles("bias_activation_forward", x, features, column_tiles(features))
-    grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(features, tiles["BLOCK_N"]),)
+    grid = (cdiv(count, tiles["BLOCK_M"]) * cdiv(features, tiles["BLOCK_N"]),)
     if count > 0:
         wrap_triton(_bias_activation_forward)[grid](
             x_ptr=x,
@@ -112,13 +113,14 @@ def _backward(
     dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x, dy * f'(x + bias), and of the bias, its sum over the rows."""
-    count, features = x.shape
+    features = x.shape[-1]
+    count = x.numel() // features if features > 0 else 0
     dy = dy.contiguous()
     dx = torch.empty_like(x)
     tiles = tuned_tiles("bias_activation_backward", x, features, column_tiles(features))
-    programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
+    programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
     partials = x.new_empty(1, programs, features if bias is not None else 0, dtype=torch.float32)
-    wrap_triton(_bias_activation_backward)[(triton.cdiv(features, tiles["BLOCK_N"]), programs)](
+    wrap_triton(_bias_activation_backward)[(cdiv(features, tiles["BLOCK_N"]), programs)](
         dy_ptr=dy,
         x_ptr=x,
         bias_ptr=x if bias is None else bias,
@@ -174,4 +176,4 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str 
     if not uses_triton(x):
         return reference.bias_activation(x, bias, activation)
     bias = None if bias is None else bias.contiguous()
-    return _forward(x.reshape(-1, features).contiguous(), bias, activation).view(x.shape)
+    return _forward(x.contiguous(), bias, activation)

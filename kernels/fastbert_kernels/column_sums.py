@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import wrap_triton
+from .backend import cdiv, wrap_triton
 from .numerics import cast
 from .tiles import LOAD_STAGES, PARTIAL_SUMS
 
@@ -14,6 +14,8 @@ def partial_rows(blocks: int) -> int:
 
     Said so that a graph, where `blocks` may be a symbol, holds for few blocks and for many.
     """
+    if type(blocks) is int and not torch.compiler.is_compiling():
+        return max(1, min(blocks, PARTIAL_SUMS))
     return torch.sym_max(1, torch.sym_min(blocks, PARTIAL_SUMS))
 
 
@@ -47,7 +49,7 @@ def column_sums(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum float32 (sums, rows, features) over the rows: (sums, features) in `dtype`."""
     sums, rows, features = partials.shape
     out = partials.new_empty(sums, features, dtype=dtype)
-    wrap_triton(_column_sums)[(triton.cdiv(features, TILES["BLOCK_N"]), sums)](
+    wrap_triton(_column_sums)[(cdiv(features, TILES["BLOCK_N"]), sums)](
         partials_ptr=partials, out_ptr=out, rows=rows, features=features, **TILES
     )
     return out

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .backend import check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .backend import cdiv, check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
 from .column_sums import column_sums, partial_rows
 from .layer_norm import (
     MAX_FEATURES,
@@ -228,7 +228,7 @@ def _forward(
     rstd = torch.empty_like(mean)
     tiles = tuned_tiles("embed_forward", y, features, row_tiles(features, y.element_size(), FORWARD_BYTES))
     if count > 0:
-        wrap_triton(_embed_forward)[(triton.cdiv(count, tiles["BLOCK_M"]),)](
+        wrap_triton(_embed_forward)[(cdiv(count, tiles["BLOCK_M"]),)](
             norm_bias_ptr=norm_bias,
             y_ptr=y,
             mean_ptr=mean,
@@ -280,7 +280,7 @@ def _backward(
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
     tiles = tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), BACKWARD_BYTES))
-    programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
+    programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
     partials = dy.new_empty(2, programs, features, dtype=torch.float32)
     wrap_triton(_embed_backward)[(programs,)](
         dy_ptr=dy,

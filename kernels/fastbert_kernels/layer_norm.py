@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .backend import check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .backend import cdiv, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
 from .column_sums import column_sums, partial_rows
 from .numerics import cast, dropout_keep
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
@@ -188,7 +188,7 @@ def _forward_fake(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    stats = x.new_empty(x.shape[0], dtype=torch.float32)
+    stats = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return torch.empty_like(x if residual is None else residual), stats, torch.empty_like(stats)
 
 
@@ -215,14 +215,15 @@ def _forward(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    count, features = x.shape
+    features = x.shape[-1]
     y = torch.empty_like(x if residual is None else residual)
-    mean = x.new_empty(count, dtype=torch.float32)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    count = mean.numel()
     rstd = torch.empty_like(mean)
     shipped = row_tiles(features, x.element_size(), FORWARD_BYTES)
     tiles = tuned_tiles("add_layer_norm_forward", x, features, shipped)
     if count > 0:
-        wrap_triton(_add_layer_norm_forward)[(triton.cdiv(count, tiles["BLOCK_M"]),)](
+        wrap_triton(_add_layer_norm_forward)[(cdiv(count, tiles["BLOCK_M"]),)](
             x_ptr=x,
             bias_ptr=x if bias is None else bias,
             residual_ptr=x if residual is None else residual,
@@ -271,17 +272,17 @@ def _backward(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the sum (count, features), of x where dropout ran, and the rows dweight, dnorm_bias, dbias.
+    """Gradients of the sum (..., features), of x where dropout ran, and the rows dweight, dnorm_bias, dbias.
 
     With g = dy * weight and n the normalized sum: dz = rstd * (g - mean(g) - n * mean(g * n)).
     """
-    count, features = x.shape
+    count, features = mean.numel(), x.shape[-1]
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
     dx = torch.empty_like(x) if dropout_p > 0.0 else x.new_empty(0)
     shipped = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
     tiles = tuned_tiles("add_layer_norm_backward", dy, features, shipped)
-    programs = partial_rows(triton.cdiv(count, tiles["BLOCK_M"]))
+    programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
     partials = x.new_empty(3 if bias is not None else 2, programs, features, dtype=torch.float32)
     wrap_triton(_add_layer_norm_backward)[(programs,)](
         dy_ptr=dy,
@@ -322,8 +323,9 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor 
     x, bias, residual, weight, mean, rstd, seed = ctx.saved_tensors
     dz, dx, sums = _backward(dy, x, bias, residual, weight, mean, rstd, ctx.dropout_p, seed, ctx.stream)
     dx = dx if ctx.dropout_p > 0.0 else dz.to(x.dtype)
-    dbias = None if bias is None else sums[2].to(bias.dtype)
-    return dx, dbias, None if residual is None else dz, sums[0], sums[1], None, None, None, None
+    dweight, dnorm_bias, *dbiases = sums.unbind()
+    dbias = None if bias is None else dbiases[0].to(bias.dtype)
+    return dx, dbias, None if residual is None else dz, dweight, dnorm_bias, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -375,9 +377,7 @@ def add_layer_norm(
         raise ValueError(f"add_layer_norm has kernels for rows up to {MAX_FEATURES}, got {features}")
     if dropout_p > 0.0 and seed is None:
         raise ValueError(f"add_layer_norm with dropout_p={dropout_p} needs a seed: an int64 scalar on {x.device}")
-    flat = x.reshape(-1, features).contiguous()
-    flat_residual = None if residual is None else residual.reshape(-1, features).contiguous()
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     bias = None if bias is None else bias.contiguous()
     weight, norm_bias = weight.contiguous(), norm_bias.contiguous()
-    y, _, _ = _forward(flat, bias, flat_residual, weight, norm_bias, eps, dropout_p, seed, stream)
-    return y.view(x.shape)
+    return _forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream)[0]

@@ -15,13 +15,12 @@ teacher's. Two numbers a row are kept for the backward pass: the log-sum-exps.
 from typing import Any
 
 import torch
-import triton
 
 from .attention import check_lengths
-from .backend import check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .backend import cdiv, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
 from .relation_blocks import INSTEAD_OF_SECOND_DERIVATIVE, relation_loss_by_blocks
 from .relation_kernels import relation_backward_a, relation_backward_b, relation_forward
-from .tiles import relation_tiles
+from .tiles import block_width, relation_tiles
 
 MAX_RELATION_DIM = 128
 RELATION_KINDS = ("kl", "mse")
@@ -48,8 +47,8 @@ def _arguments(
         "teacher_scale": scales[1],
         "STUDENT_DIM": student_dim,
         "TEACHER_DIM": teacher_dim,
-        "BLOCK_STUDENT": max(16, triton.next_power_of_2(student_dim)),
-        "BLOCK_TEACHER": max(16, triton.next_power_of_2(teacher_dim)),
+        "BLOCK_STUDENT": block_width(student_dim),
+        "BLOCK_TEACHER": block_width(teacher_dim),
         "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_SOFTMAX": kind == "kl",
     }
@@ -92,7 +91,7 @@ def _forward(
     loss = student_a.new_empty(heads, tokens, dtype=torch.float32)
     lse = student_a.new_empty(2 if kind == "kl" else 0, heads, tokens, dtype=torch.float32)
     tiles = relation_tiles("forward", student_a, teacher_a)
-    grid = (triton.cdiv(max_seqlen, tiles["BLOCK_M"]) * heads * _batch(student_a, cu_seqlens, max_seqlen),)
+    grid = (cdiv(max_seqlen, tiles["BLOCK_M"]) * heads * _batch(student_a, cu_seqlens, max_seqlen),)
     if grid[0] > 0:
         wrap_triton(relation_forward)[grid](
             loss_ptr=loss,
@@ -155,11 +154,11 @@ def _backward(
     dloss = dloss.contiguous()
     dloss_max = dloss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     tiles = relation_tiles("backward_a", student_a, teacher_a)
-    wrap_triton(relation_backward_a)[(triton.cdiv(max_seqlen, tiles["BLOCK_M"]) * heads * batch,)](
+    wrap_triton(relation_backward_a)[(cdiv(max_seqlen, tiles["BLOCK_M"]) * heads * batch,)](
         dloss_ptr=dloss, da_ptr=da, **arguments, **tiles
     )
     tiles = relation_tiles("backward_b", student_a, teacher_a)
-    wrap_triton(relation_backward_b)[(triton.cdiv(max_seqlen, tiles["BLOCK_N"]) * heads * batch,)](
+    wrap_triton(relation_backward_b)[(cdiv(max_seqlen, tiles["BLOCK_N"]) * heads * batch,)](
         dloss_ptr=dloss / dloss_max, dloss_max_ptr=dloss_max, db_ptr=db, **arguments, **tiles
     )
     return da, db

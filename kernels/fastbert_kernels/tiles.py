@@ -163,6 +163,12 @@ _ATTENTION_INTERPRETED = _attention(64, 64, 4, 1)
 
 
 @functools.cache
+def block_width(features: int) -> int:
+    """The width of a block that holds `features`: a power of two, and what `tl.dot` takes."""
+    return max(16, triton.next_power_of_2(features))
+
+
+@functools.cache
 def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps: bool) -> Tiles:
     """Tiles of an attention kernel.
 
@@ -223,7 +229,7 @@ def row_tiles(features: int, itemsize: int, program_bytes: int) -> Tiles:
     not fit the rows, every element has an address of its own in registers, and a thread gets a quarter.
     """
     wide = features * itemsize % 16 == 0
-    block_n = max(16, triton.next_power_of_2(features))
+    block_n = block_width(features)
     block_m = max(1, min(16, (program_bytes if wide else program_bytes // 4) // (block_n * itemsize)))
     # Over 8 warps, ptxas spills in the widest rows, float32 of 4096, to fit two programs on a multiprocessor.
     num_warps = min(8 if wide else 16, max(1, block_m * block_n * itemsize // (1024 if wide else 256)))

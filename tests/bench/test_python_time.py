@@ -1,0 +1,35 @@
+"""The host time of a layer, measured without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import python_time
+from fastbert_kernels.backend import INTERPRETED
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
+def test_the_interpreters_host_code_is_not_a_gpus() -> None:
+    with (
+        pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 the host code is not a GPU's"),
+        python_time.as_on_a_gpu(),
+    ):
+        pass
+
+
+def test_the_table() -> None:
+    code = "from bench import python_time as p; p.LAYERS = (1, 2); p.main(rounds=3)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for step in ("inference", "training, forward", "training, forward and backward"):
+        assert step in done.stdout
