@@ -252,6 +252,19 @@ def test_loops_are_found_in_machine_code(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (read["wide_loads"], read["loads"], read["tensor_core"]) == (1, 3, 1)
 
 
+def test_a_loop_around_all_of_a_kernel_ends_it_on_a_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tool(name: str, *_: str | Path) -> str:
+        persistent = SASS.replace(" EXIT ;\n.L_x_4", " BRA `(.L_x_1) ;\n.L_x_4")
+        return persistent if name == "nvdisasm" else "Function k:\n  REG:40 STACK:0 SHARED:0"
+
+    class Compiled:
+        asm = {"cubin": b""}  # noqa: RUF012
+        metadata = type("", (), {"target": static.TARGETS["sm_80"]})
+
+    monkeypatch.setattr(assembly, "_tool", tool)
+    assert assembly._read_nvidia(Compiled)["loops"] == (Loop(1, 1, 0, 5), Loop(0, 0, 1, 2))
+
+
 def test_the_shipped_tiles_lead_their_alternatives() -> None:
     case = static.Case("attention_backward_dkv", "bfloat16", 64, ("CU_SEQLENS",))
     tried = alternatives(case, "sm_90")
