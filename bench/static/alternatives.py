@@ -23,13 +23,15 @@ def _neighbours(case: Case, target: str, shipped: Tiles) -> Iterator[Tiles]:
     if whole_rows:
         sides[1] = [shipped["BLOCK_N"]]
     shapes = itertools.product(*sides, _around(shipped["num_warps"], 1, 16), [shipped["num_stages"]])
-    stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if case.attends else []
+    multiplies = case.attends or case.feeds_forward
+    stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if multiplies else []
     kept = [shipped["BLOCK_M"], shipped["BLOCK_N"], shipped["num_warps"]]
     for block_m, block_n, num_warps, num_stages in [*shapes, *((*kept, stage) for stage in stages if stage > 0)]:
         rows = block_n if case.kernel.endswith("dkv") else block_m
-        if case.attends and case.dtype != "float32" and target in ("sm_90", "sm_100") and rows < 64:
+        if multiplies and case.dtype != "float32" and target in ("sm_90", "sm_100") and rows < 64:
             continue
-        yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+        sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+        yield shipped | sizes
 
 
 def _around(value: int, least: int, most: int) -> list[int]:

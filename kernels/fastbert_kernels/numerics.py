@@ -125,9 +125,9 @@ def tanh(x):
 def normal_cdf(x):
     """Phi(x) = (1 + erf(x / sqrt(2))) / 2 in float32, to 1e-7.
 
-    Phi(-|x|) is 2**p(|x|), p a polynomial fitted to log2(Phi(-x)) by the least maximum of |x| times the error of Phi. A
-    third of the instructions of erf, which takes two polynomials, and no less exact: x * Phi(x) is 4e-7 off, 5e-7 with
-    erf. p falls for ever: far from zero the tail is zero.
+    Phi(-|x|) is 2**p(|x|), p a polynomial fitted to log2(Phi(-x)) by the least maximum of |x| times the error of Phi.
+    Half the instructions of erf, which takes two polynomials, and no less exact: x * Phi(x) is 4e-7 off, 5e-7 with erf.
+    p falls for ever: far from zero the tail is zero.
     """
     a = tl.abs(x)
     p = -2.1560313e-06 * a + 3.1458227e-05
