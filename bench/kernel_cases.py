@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.static.limits import Cost, cost
+from bench.static.limits import FEED_FORWARD, Cost, cost
 from fastbert.benchmark.workloads import full, ragged
-from fastbert_kernels import add_layer_norm, attention, bias_activation, embed
+from fastbert_kernels import add_layer_norm, attention, bias_activation, embed, feed_forward
 
 TOKENS = 32768
 
@@ -253,6 +253,48 @@ def _gelu_case(features: int, tokens: int = TOKENS) -> Case:
     )
 
 
+def _feed_forward_calls(
+    dtype: torch.dtype, device: torch.device, dropout_p: float, *, hidden: int, tokens: int
+) -> dict[str, Call | str]:
+    torch.manual_seed(0)
+    x = draw(tokens, hidden, dtype=dtype, device=device).requires_grad_()
+    # A power of two, so that bfloat16 holds them still; about one over the root of the columns.
+    weight1, weight2 = (
+        (draw(*shape, dtype=dtype, device=device) / 32).requires_grad_()
+        for shape in ((FEED_FORWARD * hidden, hidden), (hidden, FEED_FORWARD * hidden))
+    )
+    bias1 = draw(FEED_FORWARD * hidden, dtype=dtype, device=device).requires_grad_()
+    inputs = (x, weight1, bias1, weight2)
+
+    def eager() -> tuple[Tensor]:
+        return (F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2),)
+
+    return {
+        "fastbert": Call(lambda: (feed_forward(*inputs, fused=True),), inputs),
+        "cuBLAS, bias_gelu": Call(lambda: (feed_forward(*inputs, fused=False),), inputs),
+        "torch eager": Call(eager, inputs),
+        "torch.compile": Call(compiled(eager), inputs),
+    }
+
+
+def _feed_forward_case(hidden: int, tokens: int = TOKENS) -> Case:
+    intermediate = FEED_FORWARD * hidden
+    product = 2 * tokens * hidden * intermediate
+
+    def work(products: int, matrices: int, intermediates: int) -> Cost:
+        moved = matrices * tokens * hidden + intermediates * tokens * intermediate + products * hidden * intermediate
+        return Cost(products * product, 2 * moved, 0)
+
+    # x and y; the activation out and in. Then dy, x and dx; the pre-activation, and both gradients out and in.
+    return Case(
+        "feed_forward",
+        f"{tokens} x {hidden} to {intermediate}",
+        work(2, 2, 2),
+        work(4, 3, 5),
+        functools.partial(_feed_forward_calls, hidden=hidden, tokens=tokens),
+    )
+
+
 def _embed_calls(
     dtype: torch.dtype, device: torch.device, dropout_p: float, *, features: int, batch: int, seq: int
 ) -> dict[str, Call | str]:
@@ -320,6 +362,9 @@ CASES: dict[str, Case] = {
     "norm-768-dropout": _norm_case(768, dropout_p=0.1),
     "norm-1024": _norm_case(1024),
     "gelu-3072": _gelu_case(3072),
+    "feed-forward-384": _feed_forward_case(384),
+    "feed-forward-768": _feed_forward_case(768),
+    "feed-forward-1024": _feed_forward_case(1024),
     "embed-768": _embed_case(768),
     "linear-qkv": _linear_case(768, 2304),
     "linear-out": _linear_case(768, 768),

@@ -56,7 +56,7 @@ def counted() -> Iterator[Counter[str]]:
         return Launcher()
 
     with contextlib.ExitStack() as stack:
-        for module in ("attention", "bias_gelu", "column_sums", "embedding", "layer_norm"):
+        for module in ("attention", "bias_gelu", "column_sums", "embedding", "feed_forward", "layer_norm"):
             stack.enter_context(mock.patch(f"fastbert_kernels.{module}.wrap_triton", counting))
         stack.enter_context(_AtenCalls(launches))
         yield launches

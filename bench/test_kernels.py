@@ -28,6 +28,7 @@ def _small() -> dict[str, Case]:
         "norm-384": kernel_cases._norm_case(384, tokens=2048),
         "norm-384-dropout": kernel_cases._norm_case(384, dropout_p=0.1, tokens=2048),
         "gelu-1536": kernel_cases._gelu_case(1536, tokens=2048),
+        "feed-forward-384": kernel_cases._feed_forward_case(384, tokens=2048),
         "embed-384": kernel_cases._embed_case(384, batch=16, seq=128),
     }
 

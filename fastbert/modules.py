@@ -14,7 +14,15 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert_kernels import add_layer_norm, attention, bias_activation, embed, uses_triton
+from fastbert_kernels import (
+    add_layer_norm,
+    attention,
+    bias_activation,
+    embed,
+    feed_forward,
+    feed_forward_is_fused,
+    uses_triton,
+)
 from fastbert_kernels.attention import MAX_HEAD_DIM
 
 from .notices import warn_once
@@ -327,12 +335,17 @@ class _FusedAddNorm:
         if reason is not None:
             _leave(self, reason)  # type: ignore[arg-type]
             return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
-        x, bias = project(self.dense, hidden_states)
+        return self.add_norm(*project(self.dense, hidden_states), input_tensor, seed)
+
+    def add_norm(
+        self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, seed: torch.Tensor | None
+    ) -> torch.Tensor:
+        """All but the product: x (batch, seq, hidden) and the bias that it still lacks."""
         dropout_p = self.dropout.p if self.dropout.training else 0.0
         return add_layer_norm(
             x,
             bias,
-            input_tensor,
+            residual,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
@@ -423,7 +436,24 @@ class FusedLayer(hf.BertLayer):
             # Every chunk draws a seed of its own, or all would drop the same elements.
             chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
             return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
+        if self._feeds_forward_in_one(attended):
+            up, down = self.intermediate.dense, self.output.dense
+            activation = KERNEL_ACTIVATIONS[type(self.intermediate.intermediate_act_fn)]
+            x = feed_forward(attended, up.weight, up.bias, down.weight, activation, fused=True)
+            return self.output.add_norm(x, down.bias, attended, seed)
         return self.output(self.intermediate(attended), attended, seed)
+
+    def _feeds_forward_in_one(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the products of both parts of the feed-forward block are one op, for which neither part is called."""
+        up: Any = self.intermediate.dense
+        if not is_plain_linear(up) or not feed_forward_is_fused(hidden_states, up.weight):
+            return False
+        for part, kind in ((self.intermediate, FusedIntermediate), (self.output, FusedOutput)):
+            if type(part) is not kind or not is_plain_linear(part.dense) or part.dense.bias is None:
+                return False
+            if is_called(part) or part.unfused_reason() is not None:
+                return False
+        return up.weight.dtype == self.output.dense.weight.dtype
 
 
 class FusedEncoder(hf.BertEncoder):

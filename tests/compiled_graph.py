@@ -1,7 +1,8 @@
 """Trace a training step through torch.compile as it would be on a GPU, and print what the graphs launch, as JSON.
 
-Run as a script without the interpreter. There is no GPU to run on: the choice of backend, of tiles and of compile
-target is made as on one, and tracing stops where a kernel would start.
+Run as a script without the interpreter; with the argument "fused" the activation is inside the feed-forward block's
+products. There is no GPU to run on: the choice of backend, of tiles and of compile target is made as on one, and
+tracing stops where a kernel would start.
 """
 
 import collections
@@ -14,6 +15,7 @@ import torch
 import transformers
 import triton
 from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from triton.backends.compiler import GPUTarget
 
 import fastbert
@@ -25,7 +27,7 @@ class TracedError(Exception):
 
 
 def main() -> None:
-    """Print the number of Triton launches and of opaque fastbert ops in the forward and the backward graph."""
+    """Print how often which kernel is launched, or opaque fastbert op called, in the forward and the backward graph."""
     graphs: list[torch.fx.GraphModule] = []
 
     def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -42,7 +44,7 @@ def main() -> None:
         vocab_size=50,
         attn_implementation="eager",
     )
-    model = fastbert.BertModel(config).train()
+    model = fastbert.BertModel(config).train().bfloat16()
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[0, 4:] = 0
     target = mock.Mock()
@@ -52,6 +54,8 @@ def main() -> None:
         mock.patch("fastbert_kernels.tiles.arch", lambda device: "sm_90"),  # noqa: PT008 - dynamo traces a lambda
         mock.patch.object(type(triton.runtime.driver), "active", active),
     ]
+    if "fused" in sys.argv:
+        patches.append(mock.patch("fastbert_kernels.tiles._FEED_FORWARD_TOKENS", 1))
     for module in list(sys.modules.values()):
         if module.__name__.startswith("fastbert") and hasattr(module, "uses_triton"):
             patches.append(mock.patch.object(module, "uses_triton", lambda tensor: True))  # noqa: PT008
@@ -66,15 +70,15 @@ def main() -> None:
     except Exception as error:
         if TracedError.__name__ not in repr(error) and len(graphs) < 2:
             raise
-    counts = [
-        collections.Counter(
-            name.split(".")[0]
-            for name in (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-            if name.startswith(("triton_kernel_wrapper", "fastbert"))
-        )
-        for graph in graphs
-    ]
-    print(json.dumps(counts))
+    print(json.dumps([collections.Counter(filter(None, map(_launched, graph.graph.nodes))) for graph in graphs]))
+
+
+def _launched(node: torch.fx.Node) -> str | None:
+    """The name of the kernel, or of the opaque fastbert op, that a node launches."""
+    if "kernel_idx" in node.kwargs:
+        kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+        return str(getattr(kernel, "fn", kernel).__name__).lstrip("_")
+    return str(node.target) if str(node.target).startswith("fastbert") else None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,17 @@ def test_launches_per_layer() -> None:
     assert backward["attention_backward_dq"] == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counted through the interpreter")
+def test_launches_per_layer_with_the_activation_inside_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastbert.modules.feed_forward_is_fused", lambda x, weight: True)
+    forward, backward = count("fastbert")
+    assert forward.total() == 7, forward
+    assert backward.total() <= 22, backward
+    assert forward["feed_forward_forward"] == 1
+    assert backward["feed_forward_backward"] == 1
+    assert "bias_activation_forward" not in forward
+
+
 def test_the_count_sees_hugging_faces_launches() -> None:
     forward, backward = count("eager")
     assert forward.total() >= 20

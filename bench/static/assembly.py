@@ -181,8 +181,8 @@ def _listing(text: str, label: str, instruction: str, jump: str, end: str) -> _L
         label: pattern of a line that is a label, its name in a group.
         instruction: pattern of a line that is an instruction: a group from the mnemonic on.
         jump: pattern of an instruction that jumps: a group with the label's name.
-        end: pattern of an instruction that ends the kernel, on no condition. What stands behind the last one are waits
-            moved out of the way, which jump back too but are not loops.
+        end: pattern of an instruction that ends the kernel, on a condition where a loop is around all of it. What
+            stands behind the last one are waits moved out of the way, which jump back too but are not loops.
     """
     labels: dict[str, int] = {}
     instructions: list[str] = []
@@ -226,7 +226,7 @@ def _read_nvidia(compiled: Any) -> dict[str, Any]:
         label=r"(\.L\w+):",
         instruction=r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*)",
         jump=r"BRA\b.*\((\.L\w+)\)",
-        end=r"\s*/\*[0-9a-f]{4,}\*/\s+EXIT\b",
+        end=r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?EXIT\b",
     )
     tensor_core = {80: r"HMMA\b", 90: r"HGMMA\b"}.get(compiled.metadata.target.arch, r"UTC\w*MMA\b")
     async_copy = r"(?:LDGSTS|UTMALDG|UBLKCP)\b"

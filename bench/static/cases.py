@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from fastbert_kernels import column_sums, embedding, layer_norm
 from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
 from fastbert_kernels.bias_gelu import ACTIVATIONS, _bias_activation_backward, _bias_activation_forward
+from fastbert_kernels.feed_forward_kernels import feed_forward_backward, feed_forward_forward
 from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
 from fastbert_kernels.tiles import (
     BACKWARD_BYTES,
@@ -20,11 +21,12 @@ from fastbert_kernels.tiles import (
     Tiles,
     attention_table,
     column_tiles,
+    feed_forward_table,
     relation_table,
     row_tiles,
 )
 
-from .limits import FLAGS, VOCABULARY, Cost, cost
+from .limits import FEED_FORWARD, FLAGS, VOCABULARY, Cost, cost
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,6 +47,8 @@ KERNELS: dict[str, Any] = {
     "relation_backward_b": relation_backward_b,
     "bias_activation_forward": _bias_activation_forward,
     "bias_activation_backward": _bias_activation_backward,
+    "feed_forward_forward": feed_forward_forward,
+    "feed_forward_backward": feed_forward_backward,
     "add_layer_norm_forward": layer_norm._add_layer_norm_forward,
     "add_layer_norm_backward": layer_norm._add_layer_norm_backward,
     "embed_forward": embedding._embed_forward,
@@ -64,6 +68,7 @@ _POINTERS: dict[str, torch.dtype | None] = {
     **dict.fromkeys(("qkv_ptr", "out_ptr", "probs_ptr", "dout_ptr", "dprobs_ptr", "dqkv_ptr", "head_mask_ptr")),
     **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "norm_bias_ptr", "y_ptr", "dy_ptr", "dz_ptr", "dx_ptr")),
     **dict.fromkeys(("student_a_ptr", "student_b_ptr", "teacher_a_ptr", "teacher_b_ptr", "da_ptr", "db_ptr")),
+    **dict.fromkeys(("pre_ptr", "dpre_ptr")),
     **dict.fromkeys(("word_table_ptr", "position_table_ptr", "token_type_table_ptr", "bias_ptr")),
     **dict.fromkeys(
         ("stats_ptr", "delta_ptr", "dhead_mask_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), torch.float32
@@ -113,7 +118,8 @@ class Case:
     dtype: str
     """A key of `DTYPES`, of the activations and weights."""
     width: int
-    """head_dim of an attention kernel, dim of a relation kernel (both models'), features of the others."""
+    """head_dim of an attention kernel, dim of a relation kernel (both models'), hidden size of a feed-forward kernel,
+    whose other width is `FEED_FORWARD` times as much, features of the others."""
     flags: tuple[str, ...] = ()
     """Which HAS_ switches are on, without the HAS_."""
     activation: str | None = None
@@ -140,6 +146,11 @@ class Case:
         """Whether this is an attention or a relation kernel, which has heads and multiplies matrices."""
         return self.kernel.startswith(("attention_", "relation_"))
 
+    @property
+    def feeds_forward(self) -> bool:
+        """Whether this is a feed-forward kernel: a product with rows of its own, in tiles of three sides."""
+        return self.kernel.startswith("feed_forward_")
+
     def order(self) -> tuple[Any, ...]:
         """Sorts cases by kernel, dtype and width."""
         return list(KERNELS).index(self.kernel), self.dtype, self.width, str(self)
@@ -163,6 +174,9 @@ class Case:
             own, streamed = (block_n, block_m) if self.kernel.endswith(("dkv", "_b")) else (block_m, block_n)
             programs = [HEADS * -(-length // own) for length in LENGTHS]
             return sum(programs), sum(p * -(-length // streamed) for p, length in zip(programs, LENGTHS, strict=True))
+        if self.feeds_forward:  # counted by tile, as if each had a program of its own
+            tiled = -(-tokens // block_m) * -(-FEED_FORWARD * self.width // block_n)
+            return tiled, tiled * -(-self.width // tiles["BLOCK_K"])
         blocks, columns = -(-tokens // block_m), -(-self.width // block_n)
         if self.kernel == "column_sums":
             return 3 * columns, 3 * columns * -(-PARTIAL_SUMS // block_m)
@@ -211,7 +225,16 @@ def _representative_cases() -> Iterator[Case]:
     yield Case("embed_forward", "bfloat16", 768, ("WORD_TABLE",))
     for kernel in ("bias_activation_forward", "bias_activation_backward"):
         yield Case(kernel, "bfloat16", 3072, ("BIAS",), activation="gelu")
+    for hidden in (384, 768, 1024):
+        yield from _feed_forward_cases("bfloat16", hidden, "gelu")
     yield Case("column_sums", "bfloat16", 768)
+
+
+def _feed_forward_cases(dtype: str, hidden: int, activation: str) -> Iterator[Case]:
+    """Inference, and both directions of training."""
+    yield Case("feed_forward_forward", dtype, hidden, activation=activation)
+    yield Case("feed_forward_forward", dtype, hidden, ("PRE",), activation)
+    yield Case("feed_forward_backward", dtype, hidden, activation=activation)
 
 
 def _subsets(*flags: str) -> Iterator[tuple[str, ...]]:
@@ -252,6 +275,7 @@ def _all_cases() -> Iterator[Case]:
         for activation in ACTIVATIONS:
             yield Case("bias_activation_forward", dtype, features, ("BIAS",), activation)
             yield Case("bias_activation_backward", dtype, features, ("BIAS",), activation)
+            yield from _feed_forward_cases(dtype, 768, activation)
         yield Case("column_sums", dtype, features)
 
 
@@ -264,6 +288,8 @@ def launch_tiles(case: Case, target: str) -> Tiles:
         kernel = case.kernel.removeprefix("attention_")
         maps = not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags)
         return attention_table(target, kernel, itemsize, case.width, maps)
+    if case.feeds_forward:
+        return feed_forward_table(target, itemsize, descriptors=True)
     if case.kernel.startswith("bias_activation_"):
         return column_tiles(case.width)
     if case.kernel == "column_sums":
@@ -285,7 +311,8 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
     known |= dict.fromkeys(("BLOCK_D", "BLOCK_STUDENT", "BLOCK_TEACHER"), blocks)
     operands = ("student_a", "student_b", "teacher_a", "teacher_b")  # of the three projections of a layer
     known |= {f"{name}_row_stride": 3 * _SIZES[case.aligned]["heads"] * case.width for name in operands}
-    known |= {"features": case.width, "ACTIVATION": case.activation}
+    features = FEED_FORWARD * case.width if case.feeds_forward else case.width
+    known |= {"inner": case.width, "features": features, "ACTIVATION": case.activation}
     known |= _SCALARS | _SIZES[case.aligned] | tiles
     for name, fixed in _POINTERS.items():
         known[name] = torch.empty(1, dtype=fixed or dtype, device="meta")

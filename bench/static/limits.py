@@ -17,8 +17,10 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Compile-time switches of the kernels, without their HAS_.
 FLAGS = (
     *("CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS"),
-    *("RESIDUAL", "WORD_TABLE", "SOFTMAX"),
+    *("RESIDUAL", "WORD_TABLE", "SOFTMAX", "PRE"),
 )
+#: Intermediate size of the feed-forward block by its hidden size, in every BERT.
+FEED_FORWARD = 4
 #: Rows of BERT's word table.
 VOCABULARY = 30522
 
@@ -183,6 +185,19 @@ def _rows(
     return cost
 
 
+def _feed_forward(matrices: int, direction: int) -> Callable[[_Call], Cost]:
+    """Cost of a feed-forward kernel: its product, and the (tokens, intermediate) matrices it moves besides operands."""
+
+    def cost(call: _Call) -> Cost:
+        intermediate = FEED_FORWARD * call.width
+        moved = call.matrices(1 + FEED_FORWARD * (matrices + call.having("PRE"))) + call.vectors(intermediate)
+        moved += FEED_FORWARD * (call.partials(1) if direction else call.vectors(1))
+        exponentials = call.exponentials[direction] * call.tokens * intermediate
+        return Cost(2 * call.tokens * call.width * intermediate, moved, exponentials)
+
+    return cost
+
+
 def _embedding(matrices: int, vectors: int, partials: int) -> Callable[[_Call], Cost]:
     def cost(call: _Call) -> Cost:
         # The tables' rows come from cache when they come again. Three ids are read for each token.
@@ -215,6 +230,10 @@ _COSTS: dict[str, Callable[[_Call], Cost]] = {
     "relation_backward_b": _relation(3, 5),
     "bias_activation_forward": _rows(2, (), 0, 0, 0),
     "bias_activation_backward": _rows(3, (), 0, 0, 0, direction=1),
+    # x and the weight in, y out.
+    "feed_forward_forward": _feed_forward(1, 0),
+    # dout, the weight and the pre-activation in, its gradient and y out; sums of dbias.
+    "feed_forward_backward": _feed_forward(3, 1),
     # x in, y out; mean and rstd out; weight and bias of the norm.
     "add_layer_norm_forward": _rows(2, ("RESIDUAL",), 2, 2, 0),
     # dy and x in, dz out, and with dropout dx; mean and rstd in; sums of dweight and dnorm_bias.
@@ -243,7 +262,8 @@ def cost(
     Args:
         kernel: one of `KERNELS`; "attention_backward" is the two backward kernels as one.
         lengths: tokens of each sequence; the kernels of rows only need their sum.
-        width: head_dim of an attention kernel, dim of a relation kernel, features of the others.
+        width: head_dim of an attention kernel, dim of a relation kernel, hidden size of a feed-forward kernel, features
+            of the others.
         dtype: of activations and weights, a key of `ITEMSIZE`.
         heads: of an attention or relation kernel.
         flags: which HAS_ switches of the kernel are on, without the HAS_. A BIAS of attention is float32, one for

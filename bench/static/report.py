@@ -25,6 +25,7 @@ REASONS = {
     "map's edge": "a map's tile may end at any of its two-byte elements; asynchronous copies take 4, 8 or 16 bytes",
     "gathered map": "elements of a map are found through an index, one by one",
     "gfx942 copies": "loads straight to LDS are 32 bits wide there; tiles come through registers",
+    "after the product": "a tile is read when a product is done, while the multiprocessor's other program multiplies",
     "map's gradient": "a product starts from its tile, so that it is loaded to registers",
     "narrow rows": "a tile has fewer than 16 bytes for each thread",
     "odd width": "rows that are no multiple of 16 bytes start anywhere, and so do their tiles",
@@ -96,6 +97,8 @@ class Report:
         edge = None
         if "DPROBS" in flags:
             edge = "map's edge" if itemsize == 2 else "map's gradient"
+        elif case.kernel == "feed_forward_backward":
+            edge = "after the product"
         if any(not loop.async_copies for loop in machine.loops):
             found.append(Shortfall("a loop without asynchronous copies", odd if self.nvidia else "gfx942 copies"))
         elif machine.sync_tiles:

@@ -41,13 +41,15 @@ def _all(launch: Launch, target: str, shipped: Tiles) -> Iterator[Tiles]:
     if launch.whole_rows:
         sides[1] = [shipped["BLOCK_N"]]
     shapes = itertools.product(*sides, _around(shipped["num_warps"], 1, 16), [shipped["num_stages"]])
-    stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if launch.attends else []
+    multiplies = launch.attends or launch.kernel.startswith("feed_forward_")
+    stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if multiplies else []
     kept = [shipped["BLOCK_M"], shipped["BLOCK_N"], shipped["num_warps"]]
     for block_m, block_n, num_warps, num_stages in [*shapes, *((*kept, stage) for stage in stages if stage > 0)]:
         rows = block_n if launch.kernel.endswith("dkv") else block_m
-        if launch.attends and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100") and rows < 64:
+        if multiplies and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100") and rows < 64:
             continue
-        yield {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+        sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+        yield shipped | sizes
 
 
 def _around(value: int, least: int, most: int) -> list[int]:

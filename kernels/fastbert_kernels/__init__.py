@@ -7,6 +7,7 @@ from .attention import attention
 from .backend import backend, get_backend, set_backend, uses_triton
 from .bias_gelu import ACTIVATIONS, bias_activation
 from .embedding import embed
+from .feed_forward import feed_forward, feed_forward_is_fused
 from .layer_norm import add_layer_norm
 from .relation import relation_loss
 
@@ -17,6 +18,8 @@ __all__ = [
     "backend",
     "bias_activation",
     "embed",
+    "feed_forward",
+    "feed_forward_is_fused",
     "get_backend",
     "relation_loss",
     "set_backend",

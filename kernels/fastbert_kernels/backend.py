@@ -160,7 +160,7 @@ class Op:
 
     def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:
         register: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-        self.fn = fn
+        self.fn = self.recorded = fn
         self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=())
         self.registered.register_fake(fake)
 
@@ -228,3 +228,9 @@ def arch(device: torch.device) -> str:
     if major in (10, 11):
         return "sm_100"
     return "sm_90" if major == 9 else "sm_80"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has, for grids that fill it once; the interpreter has two."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

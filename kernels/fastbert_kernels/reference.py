@@ -218,6 +218,14 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str)
     return y.to(x.dtype)
 
 
+def feed_forward(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, activation: str
+) -> torch.Tensor:
+    """f(x @ weight1^T + bias1) @ weight2^T, in x's dtype: x (..., hidden), weight1 (intermediate, hidden), bias1
+    (intermediate,), weight2 (hidden, intermediate)."""
+    return F.linear(bias_activation(F.linear(x, weight1, bias1), None, activation), weight2)
+
+
 def add_layer_norm(
     x: torch.Tensor,
     bias: torch.Tensor | None,

@@ -158,6 +158,43 @@ _RELATION_FLOAT: dict[str, list[tuple[int, Tiles]]] = {
     "backward_b": [(64, _attention(16, 16, 4, 2)), (128, _attention(16, 16, 8, 2))],
 }
 
+
+def _product(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, descriptors: bool) -> Tiles:
+    sides = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_GROUP": 8}
+    return {**sides, "HAS_DESCRIPTORS": descriptors, "num_warps": num_warps, "num_stages": num_stages}
+
+
+#: Programs of a persistent product on a multiprocessor: with two, one multiplies while the other is at its activation.
+PRODUCT_PROGRAMS = 2
+
+#: architecture -> tiles of the feed-forward kernels for two-byte dtypes, both directions. Two programs fit everywhere,
+#: and nothing spills. Eight warps issue 40% more and 256 columns leave room for one program only. Warps specialised by
+#: Triton 3.9: sm_90 compiles no backward pass, sm_100 spills in the forward pass or compiles none.
+_FEED_FORWARD_HALF: dict[str, Tiles] = {
+    "sm_80": _product(128, 128, 32, 4, 3, descriptors=False),
+    "sm_90": _product(128, 128, 64, 4, 3, descriptors=True),
+    "sm_100": _product(128, 128, 64, 4, 3, descriptors=True),
+    "gfx942": _product(128, 128, 32, 4, 2, descriptors=False),
+}
+
+#: float32 is right but never chosen: no tensor core has its full precision.
+_FEED_FORWARD_FLOAT = _product(64, 64, 32, 8, 2, descriptors=False)
+
+_FEED_FORWARD_INTERPRETED = _product(64, 64, 32, 4, 1, descriptors=True)
+
+#: architecture -> hidden size up to which the feed-forward block's products have the activation inside; elsewhere
+#: cuBLAS, and the activation in a kernel of its own. Not measured: estimated so that it cannot lose. On one side a
+#: product at 85% of cuBLAS's speed (86% is what a Triton product had on H100 before it was persistent) and the report's
+#: issue time of what follows it, none of it hidden; on the other cuBLAS at the limit and `bias_activation`'s bytes over
+#: copy. 32,768 tokens forward on H200: 384 take 87 us, not 96; 768 take 288, not 289; 1024 take 487, not 473. Training
+#: has the same limits, and keeps one matrix (tokens, intermediate) less. A100: 384 take 197, not 223; 768 about as long
+#: either way. B200: 768 take 138, not 119, for products are too fast. gfx942 has no estimate.
+_FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 512, "sm_90": 768}
+
+#: Tokens from which on. With fewer, tiles leave multiprocessors without work in the last round: at 8,192 tokens and
+#: 1536 columns, 768 tiles are 2.9 rounds of an H200.
+_FEED_FORWARD_TOKENS = 8192
+
 #: The interpreter pays by the program, not by the register.
 _ATTENTION_INTERPRETED = _attention(64, 64, 4, 1)
 
@@ -218,6 +255,38 @@ def relation_table(target: str, kernel: str, itemsize: int, dim: int) -> Tiles:
     if itemsize == 4:
         return next(tiles for widest, tiles in _RELATION_FLOAT[kernel] if dim <= widest)
     return _RELATION_HALF[target, kernel]
+
+
+@functools.cache
+def feed_forward_table(target: str, itemsize: int, descriptors: bool) -> Tiles:
+    """Tiles of the feed-forward kernels.
+
+    Args:
+        target: what `backend.arch` says.
+        itemsize: bytes of an element.
+        descriptors: whether every row starts at a multiple of 16 bytes, as tensor descriptors need.
+    """
+    if target == "interpreter":
+        return _FEED_FORWARD_INTERPRETED | {"HAS_DESCRIPTORS": descriptors}
+    if itemsize == 4:
+        return _FEED_FORWARD_FLOAT
+    tiles = _FEED_FORWARD_HALF[target]
+    return tiles if descriptors or not tiles["HAS_DESCRIPTORS"] else _FEED_FORWARD_HALF["sm_80"]
+
+
+def feed_forward_tiles(a: torch.Tensor, b: torch.Tensor) -> Tiles:
+    """`feed_forward_table` for the two contiguous matrices of a product, on the device they are on."""
+    itemsize = a.element_size()
+    # A graph's tensors have no address. Torch's storages start at multiples of 16 bytes.
+    aligned = all(x.shape[1] * itemsize % 16 == 0 and x.storage_offset() * itemsize % 16 == 0 for x in (a, b))
+    return feed_forward_table(arch(a.device), itemsize, aligned)
+
+
+def feed_forward_fits(device: torch.device, itemsize: int, tokens: int, inner: int, features: int) -> bool:
+    """Whether the feed-forward block's products of (tokens, inner) to (tokens, features) have the activation inside."""
+    if itemsize != 2 or inner % 8 or features % 8:
+        return False
+    return inner <= _FEED_FORWARD_FUSED.get(arch(device), 0) and tokens >= _FEED_FORWARD_TOKENS
 
 
 @functools.cache

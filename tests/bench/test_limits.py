@@ -76,6 +76,18 @@ def test_rows() -> None:
     assert gelu == Cost(0, 3 * matrix + vector + 256 * 768 * 4, 2 * TOKENS * 768)
 
 
+def test_feed_forward() -> None:
+    matrix, weight, product = TOKENS * 768 * 2, 4 * 768 * 768 * 2, 2 * TOKENS * 768 * 3072
+    forward = cost("feed_forward_forward", **ROWS, activation="gelu")
+    assert forward == Cost(product, 5 * matrix + weight + 3072 * 2, TOKENS * 3072)
+    kept = cost("feed_forward_forward", **ROWS, flags=["PRE"], activation="gelu")
+    assert kept.bytes - forward.bytes == 4 * matrix
+    backward = cost("feed_forward_backward", **ROWS, activation="gelu")
+    assert backward == Cost(product, 13 * matrix + weight + 256 * 3072 * 4, 2 * TOKENS * 3072)
+    microseconds, bound = floor(forward, PEAKS["H200"], "bfloat16")
+    assert (microseconds, bound) == (pytest.approx(195.7, abs=0.1), "compute")
+
+
 def test_words_that_come_again_are_in_the_cache() -> None:
     few = cost("embed_forward", **ROWS | {"lengths": [100]}, flags=["WORD_TABLE"])
     assert few.bytes == 2 * 100 * 768 * 2 + (100 + 2 + 2) * 768 * 2 + 3 * 100 * 8 + 2 * 100 * 4
@@ -99,7 +111,7 @@ def test_measured_rates_take_the_place_of_peaks() -> None:
 def test_every_kernel_has_a_cost(kernel: str) -> None:
     costs = [case.cost() for case in cases(full=True) if case.kernel == kernel]
     assert min(call.bytes for call in costs) > 0
-    assert all((call.flops > 0) == kernel.startswith(("attention_", "relation_")) for call in costs)
+    assert all((call.flops > 0) == kernel.startswith(("attention_", "relation_", "feed_")) for call in costs)
 
 
 @pytest.mark.parametrize(

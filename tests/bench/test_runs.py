@@ -135,6 +135,7 @@ def tiny_cases() -> dict[str, kernel_cases.Case]:
         "maps": kernel_cases._attention_case(full(2, 8), "2 x 8", maps=True, heads=2),
         "norm": kernel_cases._norm_case(32, tokens=10),
         "dropout": kernel_cases._norm_case(32, dropout_p=0.1, tokens=10),
+        "feed-forward": kernel_cases._feed_forward_case(32, tokens=10),
         "gelu": kernel_cases._gelu_case(32, tokens=10),
         "embed": kernel_cases._embed_case(32, batch=2, seq=8),
         "linear": kernel_cases._linear_case(32, 16, tokens=10),

@@ -26,6 +26,7 @@ from fastbert_kernels import tuned
 from fastbert_kernels.tuned import Launch
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
+PRODUCTS = ("attention_", "relation_", "feed_forward_")
 ROOT = Path(__file__).parents[2]
 
 
@@ -73,7 +74,7 @@ def test_nothing_spills(written: dict[str, Any], target: str) -> None:
 
 @pytest.mark.parametrize("target", static.TARGETS)
 def test_products_run_on_the_targets_own_tensor_cores(written: dict[str, Any], target: str) -> None:
-    products = [r for r in _of(written, target, "attention_", "relation_") if r["case"]["dtype"] != "float32"]
+    products = [r for r in _of(written, target, *PRODUCTS) if r["case"]["dtype"] != "float32"]
     machines = [r["machine"] for r in products]
     assert all(m["dots"] > 0 for m in machines)
     assert [m for m in machines if m["own_dots"] < m["dots"] or m["tensor_core"] == 0] == []
@@ -82,11 +83,11 @@ def test_products_run_on_the_targets_own_tensor_cores(written: dict[str, Any], t
 @pytest.mark.parametrize("target", NVIDIA)
 def test_loops_copy_their_tiles_asynchronously(written: dict[str, Any], target: str) -> None:
     looping = [r for r in _of(written, target, "") if not r["case"]["kernel"].endswith("forward")]
-    looping += _of(written, target, "attention_forward", "relation_forward")
+    looping += _of(written, target, "attention_forward", "relation_forward", "feed_forward_forward")
     assert [r["name"] for r in looping if not r["machine"]["loops"]] == []
     assert [r["name"] for r in looping if any(loop["async_copies"] == 0 for loop in r["machine"]["loops"])] == []
     assert {r["name"] for r in looping if r["machine"]["sync_tiles"]} == {
-        r["name"] for r in looping if "DPROBS" in r["case"]["flags"]
+        r["name"] for r in looping if "DPROBS" in r["case"]["flags"] or r["case"]["kernel"] == "feed_forward_backward"
     }
 
 
@@ -94,9 +95,7 @@ def test_loops_copy_their_tiles_asynchronously(written: dict[str, Any], target: 
 def test_bandwidth_bound_kernels_move_128_bits_at_a_time(written: dict[str, Any], target: str) -> None:
     device = static.DEVICES[target]
     bound = [r for r in _of(written, target, "") if r["floors"][device]["bound"] == "bandwidth"]
-    assert {r["case"]["kernel"] for r in bound} >= {
-        k for k in static.KERNELS if not k.startswith(("attention_", "relation_"))
-    }
+    assert {r["case"]["kernel"] for r in bound} >= {k for k in static.KERNELS if not k.startswith(PRODUCTS)}
     assert [r["name"] for r in bound if r["machine"]["wide_loads"] + r["machine"]["wide_async"] == 0] == []
     streaming = [r for r in bound if r["case"]["kernel"].startswith(("add_layer_norm", "bias_activation", "embed"))]
     assert [r["name"] for r in streaming if r["machine"]["wide_stores"] == 0] == []
@@ -106,7 +105,7 @@ def test_what_falls_short_has_a_reason(written: dict[str, Any]) -> None:
     short = {r["name"]: r["shortfalls"] for r in written["reports"] if r["shortfalls"]}
     assert all(shortfall["because"] for shortfalls in short.values() for shortfall in shortfalls)
     given = {shortfall["why"] for shortfalls in short.values() for shortfall in shortfalls}
-    assert given == {"float32", "map's edge", "gfx942 copies"}
+    assert given == {"float32", "map's edge", "gfx942 copies", "after the product"}
 
 
 def test_nothing_is_worse_than_the_baseline(written: dict[str, Any]) -> None:
@@ -151,6 +150,8 @@ def _report(kernel: str = "attention_forward", dtype: str = "bfloat16", width: i
         ({"loops": (Loop(8, 0, 4, 411),), "target": "gfx942", "shared": 8192}, [], ["gfx942 copies"]),
         ({"sync_tiles": 1}, ["a loop that waits for a tile"], []),
         ({"sync_tiles": 1, "kernel": "attention_backward_dq", "flags": ("DPROBS",)}, [], ["map's edge"]),
+        ({"sync_tiles": 4, "kernel": "feed_forward_backward", "width": 768}, [], ["after the product"]),
+        ({"sync_tiles": 4, "kernel": "feed_forward_forward", "width": 768}, ["a loop that waits for a tile"], []),
         ({"sync_tiles": 1, "flags": ("CU_SEQLENS", "COLUMNS", "PROBS")}, [], ["gathered map"]),
         ({"wide_loads": 0, "wide_async": 0}, [], []),  # bound by compute
         ({"wide_loads": 0, "wide_async": 0, "kernel": "embed_forward", "width": 768}, ["no 128-bit load"], []),
@@ -268,6 +269,19 @@ def test_what_is_compiled_is_what_ships_whatever_a_user_measured() -> None:
                 assert static.launch_tiles(case, target) == shipped_tiles(launch, target)
 
 
+def test_a_loop_around_all_of_a_kernel_ends_it_on_a_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tool(name: str, *_: str | Path) -> str:
+        persistent = SASS.replace(" EXIT ;\n.L_x_4", " BRA `(.L_x_1) ;\n.L_x_4")
+        return persistent if name == "nvdisasm" else "Function k:\n  REG:40 STACK:0 SHARED:0"
+
+    class Compiled:
+        asm = {"cubin": b""}  # noqa: RUF012
+        metadata = type("", (), {"target": static.TARGETS["sm_80"]})
+
+    monkeypatch.setattr(assembly, "_tool", tool)
+    assert assembly._read_nvidia(Compiled)["loops"] == (Loop(1, 1, 0, 5), Loop(0, 0, 1, 2))
+
+
 def test_the_shipped_tiles_lead_their_alternatives() -> None:
     case = static.Case("attention_backward_dkv", "bfloat16", 64, ("CU_SEQLENS",))
     tried = alternatives(case, "sm_90")
@@ -277,6 +291,9 @@ def test_the_shipped_tiles_lead_their_alternatives() -> None:
     assert all(tiles["BLOCK_N"] >= 64 for tiles in tried)  # rows of the products on sm_90's own tensor cores
     rows = alternatives(static.Case("embed_forward", "bfloat16", 768), "sm_90")
     assert {tiles["BLOCK_N"] for tiles in rows} == {1024}
+    products = alternatives(static.Case("feed_forward_backward", "bfloat16", 768, activation="gelu"), "sm_90")
+    assert all(tiles.keys() == products[0].keys() for tiles in products)
+    assert {tiles["num_stages"] for tiles in products} == {2, 3, 4}
 
 
 def test_the_table_tells_what_ships_and_why() -> None:

@@ -81,6 +81,13 @@ def test_far_from_zero(device: torch.device, dtype: torch.dtype, activation: str
     compare({"x": x.to(device, dtype)}, activation)
 
 
+def test_gelu_is_as_exact_as_with_erf(device: torch.device) -> None:
+    x = torch.linspace(-12, 12, 100_001, device=device).view(1, -1)
+    with backend("triton"):
+        y = bias_activation(x, None)
+    assert (y - torch.nn.functional.gelu(x.double())).abs().max() < 5e-7
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_infinities_and_nan(device: torch.device, activation: str) -> None:
     x = torch.tensor([[torch.inf, torch.nan, 1.0]], device=device, requires_grad=True)

@@ -1,0 +1,215 @@
+"""The feed-forward block without its last bias: f(x @ W1^T + b1) @ W2^T, the activation inside its products.
+
+Only x and the pre-activation are kept for the backward pass, whose product with W2 applies f', sums the bias gradient
+and computes f again on the way. All other products are cuBLAS's.
+"""
+
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from . import reference
+from .backend import (
+    cdiv,
+    check_same_device,
+    forbid_double_backward,
+    multiprocessors,
+    register_op,
+    uses_triton,
+    wrap_triton,
+)
+from .bias_gelu import ACTIVATIONS, bias_activation
+from .column_sums import column_sums
+from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
+from .tiles import PRODUCT_PROGRAMS, Tiles, feed_forward_fits, feed_forward_tiles
+
+
+def _launch(kernel: Any, tiles: Tiles, count: int, features: int, like: torch.Tensor, **arguments: Any) -> None:
+    """Launch a persistent kernel on the tiles of (count, features), on the device of `like`."""
+    every = cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(features, tiles["BLOCK_N"])
+    programs = torch.sym_min(every, PRODUCT_PROGRAMS * multiprocessors(like.device))
+    launch: Callable[..., Any] = wrap_triton(kernel)[(programs,)]
+    arguments |= {"count": count, "features": features, **tiles}
+    if not tiles["HAS_DESCRIPTORS"]:
+        launch(**arguments)
+        return
+
+    def launch_with_memory() -> None:
+        # Descriptors are made on the device, in memory that Triton asks for.
+        triton.set_allocator(lambda size, align, stream: like.new_empty(size, dtype=torch.int8))
+        launch(**arguments)
+
+    # Not for others: their allocator stays theirs.
+    contextvars.copy_context().run(launch_with_memory)
+
+
+def _forward_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, torch.empty_like(y) if keep else x.new_empty(0)
+
+
+@register_op("feed_forward", _forward_fake)
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f(x @ weight^T + bias) and, to keep, what it is f of: x (count, inner), weight (features, inner)."""
+    (count, inner), features = x.shape, weight.shape[0]
+    y = x.new_empty(count, features)
+    pre = torch.empty_like(y) if keep else x.new_empty(0)
+    if count > 0:
+        _launch(
+            feed_forward_forward,
+            feed_forward_tiles(x, weight),
+            count,
+            features,
+            x,
+            x_ptr=x,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            y_ptr=y,
+            pre_ptr=pre if keep else y,
+            inner=inner,
+            ACTIVATION=activation,
+            HAS_PRE=keep,
+        )
+    return y, pre
+
+
+def _backward_fake(
+    dout: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, bias: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(pre), torch.empty_like(pre), torch.empty_like(bias)
+
+
+@register_op("feed_forward_backward", _backward_fake)
+def _backward(
+    dout: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, bias: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dpre = (dout @ weight) * f'(pre), f(pre), and the gradient of the bias, the sum of dpre over the rows.
+
+    dout (count, inner), weight (inner, features), pre (count, features), bias (features,).
+    """
+    (count, features), inner = pre.shape, weight.shape[0]
+    dpre, y = torch.empty_like(pre), torch.empty_like(pre)
+    if count == 0:
+        return dpre, y, torch.zeros_like(bias)
+    tiles = feed_forward_tiles(dout, weight)
+    partials = pre.new_empty(1, cdiv(count, tiles["BLOCK_M"]), features, dtype=torch.float32)
+    _launch(
+        feed_forward_backward,
+        tiles,
+        count,
+        features,
+        pre,
+        dout_ptr=dout,
+        weight_ptr=weight,
+        pre_ptr=pre,
+        dpre_ptr=dpre,
+        y_ptr=y,
+        partials_ptr=partials,
+        inner=inner,
+        ACTIVATION=activation,
+    )
+    return dpre, y, column_sums(partials, bias.dtype)[0]
+
+
+forbid_double_backward(_backward, "feed_forward")
+
+
+class _FeedForward(torch.autograd.Function):
+    """The block as one step of autograd, so that f(pre) is not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, activation: str
+    ) -> torch.Tensor:
+        y, pre = _forward(x, weight1, bias1, activation, True)
+        ctx.save_for_backward(x, weight1, bias1, weight2, pre)
+        ctx.activation = activation
+        return F.linear(y, weight2)
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight1, bias1, weight2, pre = ctx.saved_tensors
+        dout = dout.contiguous()
+        dpre, y, dbias1 = _backward(dout, weight2, pre, bias1, ctx.activation)
+        needed = ctx.needs_input_grad
+        dx = dpre @ weight1 if needed[0] else None
+        dweight1 = dpre.t() @ x if needed[1] else None
+        return dx, dweight1, dbias1, dout.t() @ y if needed[3] else None, None
+
+
+def feed_forward_is_fused(x: torch.Tensor, weight1: torch.Tensor) -> bool:
+    """Whether `feed_forward` on x (..., hidden) and weight1 (intermediate, hidden) runs as fused kernels."""
+    # A graph holds for any number of tokens, and runs when the memory of descriptors is no longer asked for here.
+    if not uses_triton(x) or torch.compiler.is_compiling():
+        return False
+    features, inner = weight1.shape
+    return feed_forward_fits(x.device, _product_dtype(x).itemsize, x.numel() // inner, inner, features)
+
+
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which products with x are computed: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def feed_forward(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    activation: str = "gelu",
+    fused: bool | None = None,
+) -> torch.Tensor:
+    """f(x @ weight1^T + bias1) @ weight2^T, the activation computed in float32.
+
+    Args:
+        x: (..., hidden).
+        weight1: (intermediate, hidden), dtype of x but for autocast.
+        bias1: (intermediate,), any floating dtype.
+        weight2: (hidden, intermediate), dtype of weight1.
+        activation: "gelu" (the erf form), "gelu_tanh", "relu" or "silu".
+        fused: whether Triton's product has the activation inside, or cuBLAS's product is followed by it; default as
+            `feed_forward_is_fused` says. Plain PyTorch has one way only.
+
+    Returns:
+        Like x; under autocast in its dtype.
+
+    Raises:
+        ValueError: for an unknown activation, shapes that do not fit each other, mixed devices.
+        TypeError: for a dtype that no kernel has, or x and weights of different dtypes.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: the kernels have {', '.join(ACTIVATIONS)}")
+    hidden, intermediate = x.shape[-1], weight1.shape[0]
+    wanted = {"weight1": (intermediate, hidden), "bias1": (intermediate,), "weight2": (hidden, intermediate)}
+    for (name, shape), tensor in zip(wanted.items(), (weight1, bias1, weight2), strict=True):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} for x of {hidden} features, got {tuple(tensor.shape)}")
+    check_same_device("feed_forward", x=x, weight1=weight1, bias1=bias1, weight2=weight2)
+    if not uses_triton(x):
+        return reference.feed_forward(x, weight1, bias1, weight2, activation)
+    if fused is None:
+        fused = feed_forward_is_fused(x, weight1)
+    if not fused:
+        return F.linear(bias_activation(F.linear(x, weight1), bias1, activation), weight2)
+    x, weight1, weight2 = (tensor.to(_product_dtype(tensor)) for tensor in (x, weight1, weight2))
+    if not x.dtype == weight1.dtype == weight2.dtype:
+        raise TypeError(
+            f"x and the weights must have one dtype, got {x.dtype}, {weight1.dtype} and {weight2.dtype}: cast one of "
+            "them, or use torch.autocast"
+        )
+    rows = x.reshape(-1, hidden).contiguous()
+    operands = rows, weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
+        y = _FeedForward.apply(*operands, activation)
+    else:
+        y = F.linear(_forward(*operands[:3], activation, False)[0], operands[3])
+    return y.view(x.shape)
