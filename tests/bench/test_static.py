@@ -275,6 +275,9 @@ def test_the_shipped_tiles_lead_their_alternatives() -> None:
     assert all(tiles["BLOCK_N"] >= 64 for tiles in tried)  # rows of the products on sm_90's own tensor cores
     rows = alternatives(static.Case("embed_forward", "bfloat16", 768), "sm_90")
     assert {tiles["BLOCK_N"] for tiles in rows} == {1024}
+    products = alternatives(static.Case("feed_forward_backward", "bfloat16", 768, activation="gelu"), "sm_90")
+    assert all(tiles.keys() == products[0].keys() for tiles in products)
+    assert {tiles["num_stages"] for tiles in products} == {2, 3, 4}
 
 
 def test_the_table_tells_what_ships_and_why() -> None:
