@@ -446,7 +446,7 @@ class FusedLayer(hf.BertLayer):
     def _feeds_forward_in_one(self, hidden_states: torch.Tensor) -> bool:
         """Whether the products of both parts of the feed-forward block are one op, for which neither part is called."""
         up: Any = self.intermediate.dense
-        if not is_plain_linear(up) or not feed_forward_is_fused(hidden_states, up.weight):
+        if not (uses_triton(hidden_states) and is_plain_linear(up) and feed_forward_is_fused(hidden_states, up.weight)):
             return False
         for part, kind in ((self.intermediate, FusedIntermediate), (self.output, FusedOutput)):
             if type(part) is not kind or not is_plain_linear(part.dense) or part.dense.bias is None:
