@@ -153,8 +153,9 @@ _RELATION_HALF: dict[tuple[str, str], Tiles] = {
 
 #: The same for float32, by the dim up to which: see `_ATTENTION_FLOAT`.
 _RELATION_FLOAT: dict[str, list[tuple[int, Tiles]]] = {
-    # With two stages ptxas spills two registers on sm_80 to fit one more program on a multiprocessor.
-    "forward": [(64, _attention(32, 32, 4, 2)), (128, _attention(32, 16, 8, 3))],
+    # With four warps up to 64, and with two stages over it, ptxas spills two registers on sm_80 to fit one more program
+    # on a multiprocessor.
+    "forward": [(64, _attention(32, 32, 8, 2)), (128, _attention(32, 16, 8, 3))],
     "backward_a": [(64, _attention(32, 32, 8, 2)), (128, _attention(16, 16, 8, 2))],
     "backward_b": [(64, _attention(16, 16, 4, 2)), (128, _attention(16, 16, 8, 2))],
 }
