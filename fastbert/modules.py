@@ -436,17 +436,19 @@ class FusedLayer(hf.BertLayer):
             # Every chunk draws a seed of its own, or all would drop the same elements.
             chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
             return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
-        if self._feeds_forward_in_one(attended):
+        activation = KERNEL_ACTIVATIONS.get(type(self.intermediate.intermediate_act_fn))
+        if activation is not None and self._feeds_forward_in_one(attended, activation):
             up, down = self.intermediate.dense, self.output.dense
-            activation = KERNEL_ACTIVATIONS[type(self.intermediate.intermediate_act_fn)]
             x = feed_forward(attended, up.weight, up.bias, down.weight, activation, fused=True)
             return self.output.add_norm(x, down.bias, attended, seed)
         return self.output(self.intermediate(attended), attended, seed)
 
-    def _feeds_forward_in_one(self, hidden_states: torch.Tensor) -> bool:
+    def _feeds_forward_in_one(self, hidden_states: torch.Tensor, activation: str) -> bool:
         """Whether the products of both parts of the feed-forward block are one op, for which neither part is called."""
         up: Any = self.intermediate.dense
-        if not (uses_triton(hidden_states) and is_plain_linear(up) and feed_forward_is_fused(hidden_states, up.weight)):
+        if not (uses_triton(hidden_states) and is_plain_linear(up)):
+            return False
+        if not feed_forward_is_fused(hidden_states, up.weight, activation):
             return False
         for part, kind in ((self.intermediate, FusedIntermediate), (self.output, FusedOutput)):
             if type(part) is not kind or not is_plain_linear(part.dense) or part.dense.bias is None:

@@ -26,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return feed_forward(x, *args, **kwargs)
 
     monkeypatch.setattr(modules, "feed_forward", counted)
-    monkeypatch.setattr(modules, "feed_forward_is_fused", lambda x, weight: True)
+    monkeypatch.setattr(modules, "feed_forward_is_fused", lambda x, weight, activation: True)
     return seen
 
 
@@ -74,7 +74,7 @@ def test_dropout_is_the_same_as_of_two_ops(device: torch.device, monkeypatch: py
     fused.train()
     one_op = []
     for choice in (False, True):
-        monkeypatch.setattr(modules, "feed_forward_is_fused", lambda x, weight, choice=choice: choice)
+        monkeypatch.setattr(modules, "feed_forward_is_fused", lambda x, weight, activation, choice=choice: choice)
         one_op.append(run(fused, device, "triton"))
     (before, before_grads), (after, after_grads) = one_op
     assert_close(after, before)

@@ -16,6 +16,7 @@ from fastbert_kernels.feed_forward_kernels import feed_forward_backward, feed_fo
 from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
 from fastbert_kernels.tiles import (
     BACKWARD_BYTES,
+    FEED_FORWARD_ACTIVATIONS,
     FORWARD_BYTES,
     PARTIAL_SUMS,
     Tiles,
@@ -275,6 +276,7 @@ def _all_cases() -> Iterator[Case]:
         for activation in ACTIVATIONS:
             yield Case("bias_activation_forward", dtype, features, ("BIAS",), activation)
             yield Case("bias_activation_backward", dtype, features, ("BIAS",), activation)
+        for activation in FEED_FORWARD_ACTIVATIONS:
             yield from _feed_forward_cases(dtype, 768, activation)
         yield Case("column_sums", dtype, features)
 

@@ -145,13 +145,13 @@ class _FeedForward(torch.autograd.Function):
         return dx, dweight1, dbias1, dout.t() @ y if needed[3] else None, None
 
 
-def feed_forward_is_fused(x: torch.Tensor, weight1: torch.Tensor) -> bool:
+def feed_forward_is_fused(x: torch.Tensor, weight1: torch.Tensor, activation: str) -> bool:
     """Whether `feed_forward` on x (..., hidden) and weight1 (intermediate, hidden) runs as fused kernels."""
     # A graph holds for any number of tokens, and runs when the memory of descriptors is no longer asked for here.
     if not uses_triton(x) or torch.compiler.is_compiling():
         return False
     features, inner = weight1.shape
-    return feed_forward_fits(x.device, _product_dtype(x).itemsize, x.numel() // inner, inner, features)
+    return feed_forward_fits(x.device, _product_dtype(x).itemsize, x.numel() // inner, inner, features, activation)
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -197,7 +197,7 @@ def feed_forward(
     if not uses_triton(x):
         return reference.feed_forward(x, weight1, bias1, weight2, activation)
     if fused is None:
-        fused = feed_forward_is_fused(x, weight1)
+        fused = feed_forward_is_fused(x, weight1, activation)
     if not fused:
         return F.linear(bias_activation(F.linear(x, weight1), bias1, activation), weight2)
     x, weight1, weight2 = (tensor.to(_product_dtype(tensor)) for tensor in (x, weight1, weight2))

@@ -138,8 +138,9 @@ _ATTENTION_FLOAT_OWN: dict[tuple[str, str], _Rows] = {
 #: products of scores are what fills the registers, whatever they sum over.
 _RELATION_HALF: dict[tuple[str, str], Tiles] = {
     ("sm_80", "forward"): _attention(64, 32, 4, 2),
-    ("sm_80", "backward_a"): _attention(64, 32, 4, 2),
-    ("sm_80", "backward_b"): _attention(32, 64, 4, 2),
+    # With two stages ptxas spills a few registers of 80 and 96 to fit one more program on a multiprocessor.
+    ("sm_80", "backward_a"): _attention(64, 32, 4, 3),
+    ("sm_80", "backward_b"): _attention(32, 64, 4, 3),
     ("sm_90", "forward"): _attention(128, 64, 8, 2),
     ("sm_90", "backward_a"): _attention(128, 64, 8, 2),
     ("sm_90", "backward_b"): _attention(64, 128, 8, 2),
@@ -192,6 +193,9 @@ _FEED_FORWARD_INTERPRETED = _product(64, 64, 32, 4, 1, descriptors=True)
 #: has the same limits, and keeps one matrix (tokens, intermediate) less. A100: 384 take 197, not 223; 768 about as long
 #: either way. B200: 768 take 138, not 119, for products are too fast. gfx942 has no estimate.
 _FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 512, "sm_90": 768}
+
+#: With these activations: gelu_tanh's derivative spills in the backward pass on sm_90.
+FEED_FORWARD_ACTIVATIONS = ("gelu", "relu", "silu")
 
 #: Tokens from which on. With fewer, tiles leave multiprocessors without work in the last round: at 8,192 tokens and
 #: 1536 columns, 768 tiles are 2.9 rounds of an H200.
@@ -284,9 +288,11 @@ def feed_forward_tiles(a: torch.Tensor, b: torch.Tensor) -> Tiles:
     return feed_forward_table(arch(a.device), itemsize, aligned)
 
 
-def feed_forward_fits(device: torch.device, itemsize: int, tokens: int, inner: int, features: int) -> bool:
+def feed_forward_fits(
+    device: torch.device, itemsize: int, tokens: int, inner: int, features: int, activation: str
+) -> bool:
     """Whether the feed-forward block's products of (tokens, inner) to (tokens, features) have the activation inside."""
-    if itemsize != 2 or inner % 8 or features % 8:
+    if itemsize != 2 or inner % 8 or features % 8 or activation not in FEED_FORWARD_ACTIVATIONS:
         return False
     return inner <= _FEED_FORWARD_FUSED.get(arch(device), 0) and tokens >= _FEED_FORWARD_TOKENS
 

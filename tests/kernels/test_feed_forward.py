@@ -189,13 +189,16 @@ def test_every_tile_has_one_number(row_blocks: int, col_blocks: int, height: int
 
 
 def test_where_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fused(target: str = "sm_90", itemsize: int = 2, tokens: int = 8192, inner: int = 768) -> bool:
+    def fused(
+        target: str = "sm_90", itemsize: int = 2, tokens: int = 8192, inner: int = 768, activation: str = "gelu"
+    ) -> bool:
         monkeypatch.setattr(tiles, "arch", lambda device: target)
-        return tiles.feed_forward_fits(torch.device("cuda"), itemsize, tokens, inner, 4 * inner)
+        return tiles.feed_forward_fits(torch.device("cuda"), itemsize, tokens, inner, 4 * inner, activation)
 
     assert fused()
     assert not fused(tokens=8191)
     assert not fused(itemsize=4)
+    assert not fused(activation="gelu_tanh")
     assert not fused(inner=1024)
     assert not fused(inner=700)
     assert fused("sm_80", inner=384)
@@ -207,18 +210,18 @@ def test_the_tables_choice_is_taken(device: torch.device, monkeypatch: pytest.Mo
     inputs = random_inputs((65,), 32, 48, torch.bfloat16, device)
     x, w1 = inputs["x"], inputs["w1"]
     with backend("torch"):
-        assert not feed_forward_is_fused(x, w1)
+        assert not feed_forward_is_fused(x, w1, "gelu")
     with backend("triton"):
         ways = {fused: feed_forward(*inputs.values(), fused=fused) for fused in (False, True)}
         assert not torch.equal(ways[False], ways[True])
         assert torch.equal(feed_forward(*inputs.values()), ways[False])
         monkeypatch.setattr(tiles, "_FEED_FORWARD_FUSED", {tiles.arch(device): 32})
         monkeypatch.setattr(tiles, "_FEED_FORWARD_TOKENS", 65)
-        assert feed_forward_is_fused(x, w1)
+        assert feed_forward_is_fused(x, w1, "gelu")
         assert torch.equal(feed_forward(*inputs.values()), ways[True])
-        assert not feed_forward_is_fused(x.float(), w1.float())
+        assert not feed_forward_is_fused(x.float(), w1.float(), "gelu")
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            assert feed_forward_is_fused(x.float(), w1.float())
+            assert feed_forward_is_fused(x.float(), w1.float(), "gelu")
 
 
 # The op as torch sees it
