@@ -74,7 +74,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-# Attention -----------------------------------------------------------------------------------------------------------
+# Attention
 
 
 def _eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, maps: bool) -> tuple[Tensor, ...]:
@@ -170,7 +170,7 @@ def _attention_case(lengths: tuple[int, ...], about: str, maps: bool = False, he
     )
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
+# Rows
 
 
 def _norm_calls(

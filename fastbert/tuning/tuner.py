@@ -211,8 +211,6 @@ class _Subject:
         """A block in which this launch has these tiles, the earlier ones what they got, and all others the shipped."""
         return in_force(self.device, self.table | {self.launch: tiles})
 
-    # Right? ---------------------------------------------------------------------------------------------------------
-
     def _problem(self, tiles: Tiles, calls: list[Switches]) -> str | None:
         """Why tiles cannot be used, None when they can."""
         for on in calls:
@@ -246,8 +244,6 @@ class _Subject:
                 raise ValueError(f"wrong with {_named(on)}: the error of the shipped tiles is {max(errors):.1e}")
             self._truths[on] = truth, [2 * error + FLOOR for error in errors]
         return self._truths[on]
-
-    # Faster? --------------------------------------------------------------------------------------------------------
 
     def _times(self, others: list[Tiles], outcome: Outcome) -> dict[str, list[Shape]]:
         """Times of each of these tiles in every shape. One that fails is left out, and told in the outcome."""
