@@ -106,7 +106,7 @@ class Report:
                 Shortfall("a loop that waits for a tile", "gathered map" if "COLUMNS" in flags else edge or odd)
             )
         if self.floor.bound == "bandwidth" and not machine.wide_loads + machine.wide_async:
-            narrow = case.attends and self._tile_bytes < 16 * 32 * self.tiles["num_warps"]
+            narrow = case.attends and self._tile_bytes < 16 * TARGETS[self.target].warp_size * self.tiles["num_warps"]
             found.append(Shortfall("no 128-bit load", odd or ("narrow rows" if narrow else None)))
         return found
 
