@@ -2,12 +2,11 @@
 
 from fastbert.tuning.neighbours import neighbours
 from fastbert_kernels.tiles import Tiles
-from fastbert_kernels.tuned import Launch
 
-from .cases import DTYPES, Case, launch_tiles
+from .cases import Case, launch_tiles
 
 
 def alternatives(case: Case, target: str) -> list[Tiles]:
     """The shipped tiles of a case, and their neighbours."""
     shipped = launch_tiles(case, target)
-    return [shipped, *neighbours(Launch(case.kernel, DTYPES[case.dtype], case.width), target, shipped)]
+    return [shipped, *neighbours(case.launch, target, shipped)]

@@ -9,23 +9,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastbert_kernels import column_sums, embedding, layer_norm
-from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
-from fastbert_kernels.bias_gelu import ACTIVATIONS, _bias_activation_backward, _bias_activation_forward
+from fastbert.tuning.neighbours import shipped_tiles
+from fastbert.tuning.problems import COMPILED
+from fastbert_kernels import column_sums
+from fastbert_kernels.bias_gelu import ACTIVATIONS
 from fastbert_kernels.feed_forward_kernels import feed_forward_backward, feed_forward_forward
-from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
-from fastbert_kernels.tiles import (
-    BACKWARD_BYTES,
-    FEED_FORWARD_ACTIVATIONS,
-    FORWARD_BYTES,
-    PARTIAL_SUMS,
-    Tiles,
-    attention_table,
-    column_tiles,
-    feed_forward_table,
-    relation_table,
-    row_tiles,
-)
+from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, PARTIAL_SUMS, Tiles, feed_forward_table
+from fastbert_kernels.tuned import Launch
 
 from .limits import FEED_FORWARD, FLAGS, VOCABULARY, Cost, cost
 
@@ -39,21 +29,10 @@ TARGETS: dict[str, GPUTarget] = {
 #: The GPU of each target, a key of `limits.PEAKS`.
 DEVICES = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
 
-KERNELS: dict[str, Any] = {
-    "attention_forward": attention_forward,
-    "attention_backward_dq": attention_backward_dq,
-    "attention_backward_dkv": attention_backward_dkv,
-    "relation_forward": relation_forward,
-    "relation_backward_a": relation_backward_a,
-    "relation_backward_b": relation_backward_b,
-    "bias_activation_forward": _bias_activation_forward,
-    "bias_activation_backward": _bias_activation_backward,
+#: Kernel -> what is compiled: those whose tiles can be measured, and the others.
+KERNELS: dict[str, Any] = COMPILED | {
     "feed_forward_forward": feed_forward_forward,
     "feed_forward_backward": feed_forward_backward,
-    "add_layer_norm_forward": layer_norm._add_layer_norm_forward,
-    "add_layer_norm_backward": layer_norm._add_layer_norm_backward,
-    "embed_forward": embedding._embed_forward,
-    "embed_backward": embedding._embed_backward,
     "column_sums": column_sums._column_sums,
 }
 
@@ -151,6 +130,12 @@ class Case:
     def feeds_forward(self) -> bool:
         """Whether this is a feed-forward kernel: a product with rows of its own, in tiles of three sides."""
         return self.kernel.startswith("feed_forward_")
+
+    @property
+    def launch(self) -> Launch:
+        """What its tiles are chosen by."""
+        maps = self.attends and not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(self.flags)
+        return Launch(self.kernel, DTYPES[self.dtype], self.width, maps)
 
     def order(self) -> tuple[Any, ...]:
         """Sorts cases by kernel, dtype and width."""
@@ -283,20 +268,9 @@ def _all_cases() -> Iterator[Case]:
 
 def launch_tiles(case: Case, target: str) -> Tiles:
     """The tiles and compile options with which the host launches a case."""
-    itemsize = DTYPES[case.dtype].itemsize
-    if case.kernel.startswith("relation_"):
-        return relation_table(target, case.kernel.removeprefix("relation_"), itemsize, case.width)
-    if case.attends:
-        kernel = case.kernel.removeprefix("attention_")
-        maps = not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags)
-        return attention_table(target, kernel, itemsize, case.width, maps)
     if case.feeds_forward:
-        return feed_forward_table(target, itemsize, descriptors=True)
-    if case.kernel.startswith("bias_activation_"):
-        return column_tiles(case.width)
-    if case.kernel == "column_sums":
-        return column_sums.TILES
-    return row_tiles(case.width, itemsize, FORWARD_BYTES if case.kernel.endswith("_forward") else BACKWARD_BYTES)
+        return feed_forward_table(target, DTYPES[case.dtype].itemsize, descriptors=True)
+    return column_sums.TILES if case.kernel == "column_sums" else shipped_tiles(case.launch, target)
 
 
 def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
