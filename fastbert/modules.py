@@ -17,10 +17,12 @@ from transformers.models.bert import modeling_bert as hf
 from fastbert_kernels import (
     add_layer_norm,
     attention,
+    attention_block,
     bias_activation,
     embed,
-    feed_forward,
+    feed_forward_block,
     feed_forward_is_fused,
+    runs_as_block,
     uses_triton,
 )
 from fastbert_kernels.attention import MAX_HEAD_DIM
@@ -299,6 +301,16 @@ class FusedSelfAttention(hf.BertSelfAttention):
         _leave_map(map_slot, probs)
         return context.reshape(batch, seq, self.all_head_size), probs
 
+    def block_parameters(self) -> list[tuple[nn.Parameter, ...]] | None:
+        """The weights and the biases, if any, of the three projections, for a block that need not call this module;
+        None where it must, or where they are no neighbours."""
+        if type(self) is not FusedSelfAttention or is_called(self) or self.watcher is not None:
+            return None
+        if self.unfused_reason() is not None or not can_stack(self.query, self.key, self.value):
+            return None
+        groups = qkv_parameters(self.query, self.key, self.value)
+        return groups if all(rehome(parts) for parts in groups) else None
+
     def _attend_first(
         self, hidden: torch.Tensor, bias: torch.Tensor | None, head_mask: torch.Tensor | None, first: FirstRows
     ) -> torch.Tensor:
@@ -327,6 +339,12 @@ class _FusedAddNorm:
     def note(self) -> str | None:
         return _called(dense=self.dense)
 
+    def is_plain(self) -> bool:
+        """Whether a block need not call this module."""
+        if type(self) not in (FusedSelfOutput, FusedOutput) or is_called(self):  # type: ignore[arg-type]
+            return False
+        return is_plain_linear(self.dense) and self.unfused_reason() is None
+
     def forward(
         self, hidden_states: torch.Tensor, input_tensor: torch.Tensor, seed: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -335,17 +353,12 @@ class _FusedAddNorm:
         if reason is not None:
             _leave(self, reason)  # type: ignore[arg-type]
             return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
-        return self.add_norm(*project(self.dense, hidden_states), input_tensor, seed)
-
-    def add_norm(
-        self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, seed: torch.Tensor | None
-    ) -> torch.Tensor:
-        """All but the product: x (batch, seq, hidden) and the bias that it still lacks."""
+        x, bias = project(self.dense, hidden_states)
         dropout_p = self.dropout.p if self.dropout.training else 0.0
         return add_layer_norm(
             x,
             bias,
-            residual,
+            input_tensor,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
@@ -384,6 +397,10 @@ class FusedIntermediate(hf.BertIntermediate):
         return bias_activation(x, bias, KERNEL_ACTIVATIONS[type(self.intermediate_act_fn)])
 
 
+#: Keywords of the attention that no block knows.
+_NOT_OF_BLOCKS = ("past_key_values", "prefix", "first")
+
+
 class FusedAttention(hf.BertAttention):
     """Self-attention and its output, sharing the forward pass's seed."""
 
@@ -401,10 +418,63 @@ class FusedAttention(hf.BertAttention):
             context, probs = self.self(hidden_states, _mask_like(attention_mask, hidden_states), **kwargs)
             _leave_map(kwargs.get("map_slot"), probs)
             return self.output(context, hidden_states), probs
+        if runs_as_block(hidden_states) and not any(kwargs.get(name) is not None for name in _NOT_OF_BLOCKS):
+            groups = self.self.block_parameters()
+            if groups is not None and isinstance(self.output, FusedSelfOutput) and self.output.is_plain():
+                return self._run_block(groups, hidden_states, attention_mask, **kwargs)
         context, probs = self.self(hidden_states, attention_mask, **kwargs)
         first = kwargs.get("first")
         residual = hidden_states if first is None else first.take(hidden_states)
         return self.output(context, residual, kwargs.get("seed")), probs
+
+    def _run_block(
+        self,
+        groups: list[tuple[nn.Parameter, ...]],
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        head_mask: torch.Tensor | None = None,
+        seed: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        map_slot: MapSlot | None = None,
+        map_seq: int | None = None,
+        map_columns: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both parts as one block; the arguments are those of `FusedSelfAttention.forward`."""
+        attention, output = self.self, self.output
+        seq = hidden.shape[1]
+        if map_seq is None and output_attentions:
+            map_seq = seq
+        dropout_p = attention.dropout.p if attention.training else 0.0
+        hidden_dropout_p = output.dropout.p if output.dropout.training else 0.0
+        hidden, probs = attention_block(
+            hidden,
+            groups[0],
+            groups[1] if len(groups) > 1 else (),
+            output.dense.weight,
+            output.dense.bias,
+            output.LayerNorm.weight,
+            output.LayerNorm.bias,
+            eps=output.LayerNorm.eps,
+            heads=attention.num_attention_heads,
+            cu_seqlens=cu_seq_lens_q,
+            max_seqlen=seq if max_length_q is None else max_length_q,
+            mask=mask,
+            head_mask=head_mask,
+            scale=attention.scaling,
+            probs_seq=map_seq,
+            columns=map_columns,
+            dropout_p=dropout_p,
+            hidden_dropout_p=hidden_dropout_p,
+            seed=_seed(seed, max(dropout_p, hidden_dropout_p), hidden),
+            stream=attention.dropout_stream,
+            hidden_stream=output.dropout_stream,
+        )
+        _leave_map(map_slot, probs)
+        return hidden, probs
 
 
 class FusedLayer(hf.BertLayer):
@@ -436,26 +506,37 @@ class FusedLayer(hf.BertLayer):
             # Every chunk draws a seed of its own, or all would drop the same elements.
             chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
             return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
-        activation = KERNEL_ACTIVATIONS.get(type(self.intermediate.intermediate_act_fn))
-        if activation is not None and self._feeds_forward_in_one(attended, activation):
-            up, down = self.intermediate.dense, self.output.dense
-            x = feed_forward(attended, up.weight, up.bias, down.weight, activation, fused=True)
-            return self.output.add_norm(x, down.bias, attended, seed)
+        if runs_as_block(attended) and self._feeds_forward_plainly():
+            return self._feed_forward(attended, seed)
         return self.output(self.intermediate(attended), attended, seed)
 
-    def _feeds_forward_in_one(self, hidden_states: torch.Tensor, activation: str) -> bool:
-        """Whether the products of both parts of the feed-forward block are one op, for which neither part is called."""
-        up: Any = self.intermediate.dense
-        if not (uses_triton(hidden_states) and is_plain_linear(up)):
+    def _feeds_forward_plainly(self) -> bool:
+        """Whether a block need not call either part of the feed-forward network."""
+        up: Any = self.intermediate
+        if type(up) is not FusedIntermediate or is_called(up) or up.unfused_reason() is not None:
             return False
-        if not feed_forward_is_fused(hidden_states, up.weight, activation):
-            return False
-        for part, kind in ((self.intermediate, FusedIntermediate), (self.output, FusedOutput)):
-            if type(part) is not kind or not is_plain_linear(part.dense) or part.dense.bias is None:
-                return False
-            if is_called(part) or part.unfused_reason() is not None:
-                return False
-        return up.weight.dtype == self.output.dense.weight.dtype
+        return is_plain_linear(up.dense) and isinstance(self.output, FusedOutput) and self.output.is_plain()
+
+    def _feed_forward(self, hidden: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+        """Both parts as one block."""
+        up, down, norm = self.intermediate.dense, self.output.dense, self.output.LayerNorm
+        activation = KERNEL_ACTIVATIONS[type(self.intermediate.intermediate_act_fn)]
+        dropout_p = self.output.dropout.p if self.output.dropout.training else 0.0
+        return feed_forward_block(
+            hidden,
+            up.weight,
+            up.bias,
+            down.weight,
+            down.bias,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            activation=activation,
+            fused=up.bias is not None and feed_forward_is_fused(hidden, up.weight, activation),
+            dropout_p=dropout_p,
+            seed=_seed(seed, dropout_p, hidden),
+            stream=self.output.dropout_stream,
+        )
 
 
 class FusedEncoder(hf.BertEncoder):

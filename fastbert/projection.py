@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbert_kernels import uses_triton
+from fastbert_kernels import as_one, uses_triton
 
 from .notices import warn_once
 from .plain import describe, is_plain_linear
@@ -107,7 +107,7 @@ class _Stacked(torch.autograd.Function):
     def forward(ctx: Any, count: int, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`count` parameters are a group."""
         groups = [parts[i : i + count] for i in range(0, len(parts), count)]
-        views = [_stacked_view((group[0].detach(), *group[1:])) for group in groups]
+        views = [as_one(group) for group in groups]
         ctx.rows = [[part.shape[0] for part in group] for group in groups]
         ctx.set_materialize_grads(False)
         frozen = [not any(part.requires_grad for part in group) for group in groups]
@@ -122,11 +122,6 @@ class _Stacked(torch.autograd.Function):
         return tuple(slices)
 
 
-def _stacked_view(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    first = parts[0]
-    return first.as_strided((sum([p.shape[0] for p in parts]), *first.shape[1:]), first.stride())
-
-
 def stack_parameters(groups: list[tuple[nn.Parameter, ...]]) -> tuple[torch.Tensor, ...] | None:
     """Each group's parameters (rows, ...) as one (sum of rows, ...), a view; None where some cannot be neighbours.
 
@@ -139,7 +134,7 @@ def stack_parameters(groups: list[tuple[nn.Parameter, ...]]) -> tuple[torch.Tens
             return None
     if torch.is_grad_enabled():
         return _Stacked.apply(len(groups[0]), *itertools.chain(*groups))
-    return tuple(_stacked_view(parts) for parts in groups)
+    return tuple(as_one(parts) for parts in groups)
 
 
 def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ Every op runs as a compiled kernel on a GPU and as plain PyTorch on a CPU; `back
 from .attention import attention
 from .backend import backend, get_backend, set_backend, uses_triton
 from .bias_gelu import ACTIVATIONS, bias_activation
+from .blocks import as_one, attention_block, feed_forward_block, runs_as_block
 from .embedding import embed
 from .feed_forward import feed_forward, feed_forward_is_fused
 from .layer_norm import add_layer_norm
@@ -14,14 +15,18 @@ from .relation import relation_loss
 __all__ = [
     "ACTIVATIONS",
     "add_layer_norm",
+    "as_one",
     "attention",
+    "attention_block",
     "backend",
     "bias_activation",
     "embed",
     "feed_forward",
+    "feed_forward_block",
     "feed_forward_is_fused",
     "get_backend",
     "relation_loss",
+    "runs_as_block",
     "set_backend",
     "uses_triton",
 ]

@@ -298,9 +298,9 @@ def attention(
         ValueError: for shapes that do not fit each other, a head_dim over 128, a missing seed, mixed devices.
         TypeError: for a dtype that no kernel has.
     """
-    _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if not uses_triton(qkv):
+        _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns)
         return reference.attention(
             qkv,
             max_seqlen if cu_seqlens is None else cu_seqlens.diff().tolist(),
@@ -311,13 +311,34 @@ def attention(
             probs_seq=probs_seq,
             columns=columns,
         )
+    out, _, probs = _forward(
+        *op_arguments(qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, probs_seq, columns)
+    )
+    return out, probs if probs_seq is not None else None
+
+
+def op_arguments(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int,
+    bias: torch.Tensor | None,
+    head_mask: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+    probs_seq: int | None,
+    columns: torch.Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments of `attention` as its op takes them, checked."""
+    _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns)
     if dropout_p > 0.0 and seed is None:
         raise ValueError(f"attention with dropout_p={dropout_p} needs a seed: an int64 scalar tensor on {qkv.device}")
     if bias is not None:
         bias = reference.additive(bias) if bias.dtype == torch.bool else bias
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         bias = bias.expand(_batch(qkv, cu_seqlens, max_seqlen), qkv.shape[2], max(max_seqlen, bias.shape[2]), -1)
-    out, _, probs = _forward(
+    return (
         qkv.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         max_seqlen,
@@ -330,7 +351,6 @@ def attention(
         probs_seq or 0,
         None if columns is None else columns.contiguous(),
     )
-    return out, probs if probs_seq is not None else None
 
 
 def check_lengths(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int) -> None:

@@ -133,14 +133,14 @@ class _Launcher:
         return launch
 
 
+def is_traced() -> bool:
+    """Whether a compiler, a tracer or a functorch transform is to see what runs, and not only torch's dispatcher."""
+    return torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing()
+
+
 def _is_watched() -> bool:
-    """Whether a tracer, a dispatch mode or a functorch transform is to see ops, and not what they are made of."""
-    return (
-        torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack() > 0
-        or _are_functorch_transforms_active()
-        or _is_tracing()
-    )
+    """Whether any of these, or a dispatch mode, is to see ops, and not what they are made of."""
+    return is_traced() or _len_torch_dispatch_stack() > 0
 
 
 def wrap_triton(kernel: Any) -> Any:

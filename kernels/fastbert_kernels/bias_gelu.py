@@ -50,6 +50,7 @@ def _bias_activation_backward(
     x_ptr,  # (count, features)
     bias_ptr,  # (features,); unused without HAS_BIAS
     dx_ptr,  # (count, features)
+    y_ptr,  # (count, features), f(x + bias); unused without HAS_Y
     partials_ptr,  # (1, programs, features) float32; unused without HAS_BIAS
     count,
     features,
@@ -57,6 +58,7 @@ def _bias_activation_backward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_Y: tl.constexpr,
 ):
     """One program: BLOCK_N columns of every num_programs(1)-th block of BLOCK_M rows."""
     program = tl.program_id(1)
@@ -72,6 +74,8 @@ def _bias_activation_backward(
             x += bias
         dx = load_rows(dy_ptr, rows, cols, count, features) * activation_grad(x, ACTIVATION)
         store_rows(dx_ptr, dx, rows, cols, count, features)
+        if HAS_Y:
+            store_rows(y_ptr, apply_activation(x, ACTIVATION), rows, cols, count, features)
         dbias += tl.sum(dx, axis=0)
     if HAS_BIAS:
         tl.store(partials_ptr + program.to(tl.int64) * features + cols, dbias, mask=cols < features)
@@ -103,20 +107,22 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> tor
 
 
 def _backward_fake(
-    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
+    return torch.empty_like(x), dbias, torch.empty_like(x) if again else x.new_empty(0)
 
 
 @register_op("bias_activation_backward", _backward_fake)
 def _backward(
-    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x, dy * f'(x + bias), and of the bias, its sum over the rows."""
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, dy * f'(x + bias), and of the bias, its sum over the rows; and f(x + bias) `again`, if asked."""
     features = x.shape[-1]
     count = x.numel() // features if features > 0 else 0
     dy = dy.contiguous()
     dx = torch.empty_like(x)
+    y = torch.empty_like(x) if again else x.new_empty(0)
     tiles = tuned_tiles("bias_activation_backward", x, features, column_tiles(features))
     programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
     partials = x.new_empty(1, programs, features if bias is not None else 0, dtype=torch.float32)
@@ -125,14 +131,16 @@ def _backward(
         x_ptr=x,
         bias_ptr=x if bias is None else bias,
         dx_ptr=dx,
+        y_ptr=y,
         partials_ptr=partials,
         count=count,
         features=features,
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
+        HAS_Y=again,
         **tiles,
     )
-    return dx, x.new_empty(0) if bias is None else column_sums(partials, bias.dtype)[0]
+    return dx, x.new_empty(0) if bias is None else column_sums(partials, bias.dtype)[0], y
 
 
 forbid_double_backward(_backward, "bias_activation")
@@ -145,7 +153,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, bias = ctx.saved_tensors
-    dx, dbias = _backward(dy, x, bias, ctx.activation)
+    dx, dbias, _ = _backward(dy, x, bias, ctx.activation, False)
     return dx, None if bias is None else dbias, None
 
 
@@ -167,13 +175,18 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str 
         ValueError: for an unknown activation, shapes that do not fit each other, mixed devices.
         TypeError: for a dtype that no kernel has.
     """
+    check(x, bias, activation)
+    if not uses_triton(x):
+        return reference.bias_activation(x, bias, activation)
+    bias = None if bias is None else bias.contiguous()
+    return _forward(x.contiguous(), bias, activation)
+
+
+def check(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> None:
+    """Raise ValueError for what `bias_activation` does not take."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: the kernels have {', '.join(ACTIVATIONS)}")
     features = x.shape[-1]
     if bias is not None and bias.shape != (features,):
         raise ValueError(f"bias must have shape (features,) = ({features},), got {tuple(bias.shape)}")
     check_same_device("bias_activation", x=x, bias=bias)
-    if not uses_triton(x):
-        return reference.bias_activation(x, bias, activation)
-    bias = None if bias is None else bias.contiguous()
-    return _forward(x.contiguous(), bias, activation)

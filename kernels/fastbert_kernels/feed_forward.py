@@ -23,6 +23,9 @@ from .backend import (
     wrap_triton,
 )
 from .bias_gelu import ACTIVATIONS, bias_activation
+from .bias_gelu import _backward as activation_backward
+from .bias_gelu import _forward as activation_forward
+from .bias_gelu import check as check_activation
 from .column_sums import column_sums
 from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
 from .tiles import PRODUCT_PROGRAMS, Tiles, feed_forward_fits, feed_forward_tiles
@@ -122,27 +125,55 @@ def _backward(
 forbid_double_backward(_backward, "feed_forward")
 
 
+def products(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor | None, weight2: torch.Tensor, activation: str,
+    fused: bool, keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """f(x @ weight1^T + bias1) @ weight2^T for x (count, inner), and, to keep, what f, or the bias, is applied to."""
+    if fused:
+        assert bias1 is not None
+        y, pre = _forward(x, weight1, bias1, activation, keep)
+    else:
+        pre = F.linear(x, weight1)
+        check_activation(pre, bias1, activation)
+        y = activation_forward(pre, bias1, activation)
+    return F.linear(y, weight2), pre
+
+
+def products_backward(
+    dout: torch.Tensor, x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor | None, weight2: torch.Tensor,
+    pre: torch.Tensor, activation: str, fused: bool, needs1: bool, needs2: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Gradients of x @ weight1^T, and of weight1, bias1 and weight2; of the weights if needed."""
+    if fused:
+        assert bias1 is not None
+        dpre, y, dbias1 = _backward(dout, weight2, pre, bias1, activation)
+    else:
+        dpre, dbias1, y = activation_backward(dout @ weight2, pre, bias1, activation, needs2)
+    dweight1 = dpre.t() @ x if needs1 else None
+    return dpre, dweight1, None if bias1 is None else dbias1, dout.t() @ y if needs2 else None
+
+
 class _FeedForward(torch.autograd.Function):
-    """The block as one step of autograd, so that f(pre) is not kept."""
+    """The fused products as one step of autograd, so that f(pre) is not kept."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, activation: str
     ) -> torch.Tensor:
-        y, pre = _forward(x, weight1, bias1, activation, True)
+        y, pre = products(x, weight1, bias1, weight2, activation, fused=True, keep=True)
         ctx.save_for_backward(x, weight1, bias1, weight2, pre)
         ctx.activation = activation
-        return F.linear(y, weight2)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight1, bias1, weight2, pre = ctx.saved_tensors
-        dout = dout.contiguous()
-        dpre, y, dbias1 = _backward(dout, weight2, pre, bias1, ctx.activation)
-        needed = ctx.needs_input_grad
-        dx = dpre @ weight1 if needed[0] else None
-        dweight1 = dpre.t() @ x if needed[1] else None
-        return dx, dweight1, dbias1, dout.t() @ y if needed[3] else None, None
+        needs_x, *needed, _ = ctx.needs_input_grad
+        dpre, *dparameters = products_backward(
+            dout.contiguous(), x, weight1, bias1, weight2, pre, ctx.activation, True, needed[0], needed[2]
+        )
+        return dpre @ weight1 if needs_x else None, *dparameters, None
 
 
 def feed_forward_is_fused(x: torch.Tensor, weight1: torch.Tensor, activation: str) -> bool:
@@ -158,6 +189,10 @@ def _product_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which products with x are computed: autocast's where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def in_product_dtype(x: torch.Tensor) -> torch.Tensor:
+    return x.to(_product_dtype(x))
 
 
 def feed_forward(
@@ -200,7 +235,7 @@ def feed_forward(
         fused = feed_forward_is_fused(x, weight1, activation)
     if not fused:
         return F.linear(bias_activation(F.linear(x, weight1), bias1, activation), weight2)
-    x, weight1, weight2 = (tensor.to(_product_dtype(tensor)) for tensor in (x, weight1, weight2))
+    x, weight1, weight2 = (in_product_dtype(tensor) for tensor in (x, weight1, weight2))
     if not x.dtype == weight1.dtype == weight2.dtype:
         raise TypeError(
             f"x and the weights must have one dtype, got {x.dtype}, {weight1.dtype} and {weight2.dtype}: cast one of "
@@ -211,5 +246,5 @@ def feed_forward(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
         y = _FeedForward.apply(*operands, activation)
     else:
-        y = F.linear(_forward(*operands[:3], activation, False)[0], operands[3])
+        y, _ = products(*operands, activation, fused=True, keep=False)
     return y.view(x.shape)

@@ -317,15 +317,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.mark_non_differentiable(mean, rstd)
 
 
+def gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, bias, residual, weight and norm_bias. Where nothing was dropped, the first may be the third."""
+    dz, dx, sums = _backward(dy, x, bias, residual, weight, mean, rstd, dropout_p, seed, stream)
+    dweight, dnorm_bias, *dbiases = sums.unbind()
+    dbias = None if bias is None else dbiases[0].to(bias.dtype)
+    return dx if dropout_p > 0.0 else dz.to(x.dtype), dbias, dz, dweight, dnorm_bias
+
+
 def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     x, bias, residual, weight, mean, rstd, seed = ctx.saved_tensors
-    dz, dx, sums = _backward(dy, x, bias, residual, weight, mean, rstd, ctx.dropout_p, seed, ctx.stream)
-    dx = dx if ctx.dropout_p > 0.0 else dz.to(x.dtype)
-    dweight, dnorm_bias, *dbiases = sums.unbind()
-    dbias = None if bias is None else dbiases[0].to(bias.dtype)
-    return dx, dbias, None if residual is None else dz, dweight, dnorm_bias, None, None, None, None
+    dx, dbias, dz, *dnorm = gradients(dy, x, bias, residual, weight, mean, rstd, ctx.dropout_p, seed, ctx.stream)
+    return dx, dbias, None if residual is None else dz, *dnorm, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -360,6 +376,21 @@ def add_layer_norm(
         ValueError: for shapes that do not fit each other, over 4096 features, a missing seed, mixed devices.
         TypeError: for a dtype that no kernel has.
     """
+    if not uses_triton(x):
+        _check(x, bias, residual, weight, norm_bias, dropout_p, seed)
+        return reference.add_layer_norm(x, bias, residual, weight, norm_bias, eps, dropout_p)
+    return _forward(*op_arguments(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream))[0]
+
+
+def _check(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+) -> None:
     features = x.shape[-1]
     for name, vector in (("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
         if vector is not None and vector.shape != (features,):
@@ -371,13 +402,25 @@ def add_layer_norm(
     check_same_device(
         "add_layer_norm", x=x, bias=bias, residual=residual, weight=weight, norm_bias=norm_bias, seed=seed
     )
-    if not uses_triton(x):
-        return reference.add_layer_norm(x, bias, residual, weight, norm_bias, eps, dropout_p)
-    if features > MAX_FEATURES:
-        raise ValueError(f"add_layer_norm has kernels for rows up to {MAX_FEATURES}, got {features}")
+
+
+def op_arguments(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> tuple[Any, ...]:
+    """The arguments of `add_layer_norm` as its op takes them, checked."""
+    _check(x, bias, residual, weight, norm_bias, dropout_p, seed)
+    if x.shape[-1] > MAX_FEATURES:
+        raise ValueError(f"add_layer_norm has kernels for rows up to {MAX_FEATURES}, got {x.shape[-1]}")
     if dropout_p > 0.0 and seed is None:
         raise ValueError(f"add_layer_norm with dropout_p={dropout_p} needs a seed: an int64 scalar on {x.device}")
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     bias = None if bias is None else bias.contiguous()
-    weight, norm_bias = weight.contiguous(), norm_bias.contiguous()
-    return _forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream)[0]
+    return x, bias, residual, weight.contiguous(), norm_bias.contiguous(), eps, dropout_p, seed, stream

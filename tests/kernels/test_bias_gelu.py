@@ -6,7 +6,7 @@ import pytest
 import torch
 from two_references import DTYPES, two_references
 
-from fastbert_kernels import ACTIVATIONS, backend, bias_activation, reference
+from fastbert_kernels import ACTIVATIONS, backend, bias_activation, bias_gelu, reference
 
 
 def compare(inputs: dict[str, torch.Tensor], activation: str) -> None:
@@ -139,6 +139,23 @@ def test_definition_against_formulas_in_float64(device: torch.device) -> None:
         torch.testing.assert_close(reference.bias_activation(x, bias, activation), y, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_backward_pass_makes_the_output_again(
+    device: torch.device, dtype: torch.dtype, activation: str, with_bias: bool
+) -> None:
+    x, bias = random_inputs((5, 13), 130, dtype, device).values()
+    with backend("triton"):
+        y = bias_activation(x, bias if with_bias else None, activation)
+        dy = torch.randn_like(y)
+        *without, nothing = bias_gelu._backward(dy, x, bias if with_bias else None, activation, False)
+        *grads, again = bias_gelu._backward(dy, x, bias if with_bias else None, activation, True)
+    assert nothing.numel() == 0
+    assert torch.equal(again, y)
+    assert all(torch.equal(a, b) for a, b in zip(grads, without, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -153,7 +170,9 @@ def test_sweep(device: torch.device, dtype: torch.dtype, activation: str) -> Non
 def test_opcheck(device: torch.device, with_bias: bool) -> None:
     x, bias = random_inputs((9,), 37, torch.float32, device).values()
     bias = bias if with_bias else None
-    torch.library.opcheck(torch.ops.fastbert.bias_activation_backward, (torch.randn_like(x), x, bias, "gelu"))
+    for again in (False, True):
+        arguments = (torch.randn_like(x), x, bias, "gelu", again)
+        torch.library.opcheck(torch.ops.fastbert.bias_activation_backward, arguments)
     bias = bias.requires_grad_() if with_bias else None
     torch.library.opcheck(torch.ops.fastbert.bias_activation, (x.requires_grad_(), bias, "gelu"))
 

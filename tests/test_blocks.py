@@ -1,0 +1,389 @@
+"""Layers whose two blocks are each one step of autograd, against Hugging Face's and against the same ops one by one."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import assert_close, ids, mask_of, pair
+from torch import nn
+
+import fastbert
+from fastbert import modules
+from fastbert.distill import capture
+from fastbert_kernels import backend
+
+#: The attention block, and the feed-forward block.
+BLOCKS = ("attention_block", "feed_forward_block")
+Gradients = dict[str, torch.Tensor | None]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each block runs."""
+    seen: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        block = getattr(modules, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            seen[name] += 1
+            return block(*args, **kwargs)
+
+        monkeypatch.setattr(modules, name, counted)
+
+    for name in BLOCKS:
+        count(name)
+    return seen
+
+
+@pytest.fixture(params=[False, True], ids=["cublas", "fused"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the feed-forward block's first product has the activation inside."""
+    monkeypatch.setattr(modules, "feed_forward_is_fused", lambda x, weight, activation: request.param)
+    return request.param
+
+
+@contextlib.contextmanager
+def one_by_one() -> Iterator[None]:
+    """Run the ops of blocks one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modules, "runs_as_block", lambda x: False)
+        yield
+
+
+def run(
+    model: Any, device: torch.device, name: str, maps: bool = False, **inputs: Any
+) -> tuple[torch.Tensor, Gradients]:
+    """The last hidden state of a ragged batch, and the gradients of a fixed projection of it, and of the maps."""
+    torch.manual_seed(3)
+    x, mask = ids(3, 11, device), mask_of([11, 4, 7], 11, device)
+    with backend(name):
+        output = model(x, mask, output_attentions=maps, **inputs)
+        real = mask.bool()
+        read = [output.last_hidden_state[real]]
+        if maps:
+            read += [probs.transpose(1, 2)[real] for probs in output.attentions]
+        loss = sum((part * torch.randn(part.shape, dtype=torch.float64).to(part)).sum() for part in read)
+        parameters = {k: p for k, p in model.encoder.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return read[0].detach(), dict(zip(parameters, grads, strict=True))
+
+
+def assert_equal_gradients(ours: Gradients, theirs: Gradients, atol: float = 2e-5) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        want = theirs[name]
+        if want is None:
+            assert gradient is None, name
+        else:
+            assert gradient is not None, name
+            assert gradient.abs().max() > 0, name
+            assert_close(gradient, want, atol=atol * max(1.0, want.abs().max().item()))
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_equals_hugging_face(device: torch.device, calls: Counter[str], products: bool, maps: bool) -> None:
+    plain, fused = pair(device)
+    (theirs, their_grads), (ours, our_grads) = (
+        run(plain, device, "torch", maps),
+        run(fused, device, "triton", maps),
+    )
+    assert calls == dict.fromkeys(BLOCKS, 2)
+    assert_close(ours, theirs)
+    assert_equal_gradients(our_grads, their_grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_errs_no_more_than_hugging_face_in_half_precision(
+    device: torch.device, dtype: torch.dtype, calls: Counter[str], products: bool
+) -> None:
+    plain, fused = pair(device)
+    exact, exact_grads = run(plain.double(), device, "torch")
+    theirs, their_grads = run(plain.to(dtype), device, "torch")
+    ours, our_grads = run(fused.to(dtype), device, "triton")
+    assert calls
+    assert (ours - exact).abs().max() < 2 * (theirs - exact).abs().max() + 1e-5
+    for name, gradient in our_grads.items():
+        if name.endswith("key.bias"):  # zero but for rounding
+            continue
+        error, bound = ((g.double() - exact_grads[name]).norm() for g in (gradient, their_grads[name]))
+        assert error < 2 * bound + 1e-5, name
+
+
+def test_dropout_is_that_of_the_ops(device: torch.device, calls: Counter[str], products: bool) -> None:
+    _, fused = pair(device, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3)
+    fused.train()
+    head_mask = torch.rand(2, 4, device=device)
+    got, grads = run(fused, device, "triton", maps=True, head_mask=head_mask)
+    with one_by_one():
+        want, want_grads = run(fused, device, "triton", maps=True, head_mask=head_mask)
+    assert calls == dict.fromkeys(BLOCKS, 2)
+    assert_close(got, want)
+    assert_equal_gradients(grads, want_grads)
+
+
+def test_without_gradients(device: torch.device, calls: Counter[str], products: bool) -> None:
+    plain, fused = pair(device)
+    x, mask = ids(device=device), mask_of([11, 4, 7], 11, device)
+    with torch.no_grad(), backend("triton"):
+        got = fused(x, mask).last_hidden_state
+    assert calls == dict.fromkeys(BLOCKS, 2)
+    assert not got.requires_grad
+    assert_close(got, plain(x, mask).last_hidden_state, where=mask.bool())
+
+
+@pytest.mark.parametrize("inside", ["forward", "both"])
+def test_autocast(device: torch.device, calls: Counter[str], products: bool, inside: str) -> None:
+    _, fused = pair(device)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16)
+    with autocast, one_by_one():
+        want, want_grads = run(fused, device, "triton")
+    if inside == "forward":
+        fused.forward = autocast(fused.forward)
+        ours, our_grads = run(fused, device, "triton")
+    else:
+        with autocast:
+            ours, our_grads = run(fused, device, "triton")
+    assert calls == dict.fromkeys(BLOCKS, 2)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, want, atol=0.1 if products else 0.0, rtol=0.0)
+    for name, gradient in our_grads.items():
+        assert gradient.dtype == torch.float32
+        if not name.endswith("key.bias"):
+            error = (gradient - want_grads[name]).norm() / want_grads[name].norm()
+            assert error < (0.1 if products else 0.01), name
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    ["attention.self.query", "attention.self", "attention.output.dense", "intermediate", "output.dense.weight", "bias"],
+)
+def test_frozen_parameters(device: torch.device, calls: Counter[str], products: bool, frozen: str) -> None:
+    plain, fused = pair(device)
+    for model in (plain, fused):
+        for name, p in model.named_parameters():
+            p.requires_grad_(frozen not in name)
+    grads, want = run(fused, device, "triton")[1], run(plain, device, "torch")[1]
+    assert calls == dict.fromkeys(BLOCKS, 2)
+    assert_equal_gradients(grads, want)
+
+
+def test_gradients_of_hidden_states_are_whole(device: torch.device, calls: Counter[str], products: bool) -> None:
+    def gradients(model: Any, name: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        with backend(name):
+            output = model(ids(device=device), output_hidden_states=True)
+            last = output.last_hidden_state
+            return list(torch.autograd.grad(last, output.hidden_states[:-1], torch.randn(last.shape).to(last)))
+
+    plain, fused = pair(device)
+    for ours, theirs in zip(gradients(fused, "triton"), gradients(plain, "torch"), strict=True):
+        assert_close(ours, theirs, atol=2e-5 * max(1.0, theirs.abs().max().item()))
+    assert calls == dict.fromkeys(BLOCKS, 2)
+
+
+def test_gradients_of_maps_alone(device: torch.device, calls: Counter[str]) -> None:
+    plain, fused = pair(device)
+    x, cotangent = ids(device=device), torch.randn(3, 4, 11, 11, device=device)
+
+    def gradients(model: Any, name: str) -> Gradients:
+        with backend(name):
+            maps = model(x, output_attentions=True).attentions
+            parameters = dict(model.encoder.named_parameters())
+            found = torch.autograd.grad(maps[-1], list(parameters.values()), cotangent, allow_unused=True)
+        return {k: g for k, g in zip(parameters, found, strict=True) if "key.bias" not in k}
+
+    assert_equal_gradients(gradients(fused, "triton"), gradients(plain, "torch"))
+    assert calls == dict.fromkeys(BLOCKS, 2)
+
+
+def test_a_head_mask_has_a_gradient(device: torch.device, calls: Counter[str]) -> None:
+    _, fused = pair(device)
+    head_mask = torch.rand(2, 4, device=device, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        torch.manual_seed(0)
+        with backend("triton"):
+            last = fused(ids(device=device), head_mask=head_mask).last_hidden_state
+            return torch.autograd.grad(last, head_mask, torch.randn(last.shape).to(last))[0]
+
+    got = gradient()
+    assert calls == dict.fromkeys(BLOCKS, 2)
+    with one_by_one():
+        assert_close(got, gradient(), atol=1e-4)
+    assert got.abs().min() > 0
+
+
+def test_a_graph_that_is_kept_gives_the_same_again(device: torch.device, calls: Counter[str], products: bool) -> None:
+    _, fused = pair(device)
+    with backend("triton"):
+        last = fused(ids(device=device)).last_hidden_state
+        parameters, cotangent = list(fused.encoder.parameters()), torch.randn_like(last)
+        before = cotangent.clone()
+        first = torch.autograd.grad(last, parameters, cotangent, retain_graph=True)
+        second = torch.autograd.grad(last, parameters, cotangent)
+    assert torch.equal(cotangent, before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert calls
+
+
+def test_second_derivative_is_refused(device: torch.device, calls: Counter[str], products: bool) -> None:
+    _, fused = pair(device)
+    with backend("triton"):
+        last = fused(ids(device=device)).last_hidden_state
+        found = torch.autograd.grad(last.square().sum(), list(fused.encoder.parameters()), create_graph=True)
+        with pytest.raises(NotImplementedError, match="has no second derivative"):
+            sum(gradient.square().sum() for gradient in found).backward()
+    assert calls
+
+
+def test_the_activation_is_not_kept(device: torch.device) -> None:
+    _, fused = pair(device)
+    x = ids(device=device)
+
+    def kept() -> int:
+        storages: dict[int, int] = {}
+
+        def pack(saved: torch.Tensor) -> torch.Tensor:
+            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        with backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            last = fused(x).last_hidden_state  # alive, or memory is used again
+        assert last.requires_grad
+        return sum(storages.values())
+
+    blocks = kept()
+    with one_by_one():
+        assert kept() - blocks >= 2 * x.numel() * fused.config.intermediate_size * 4
+
+
+def test_plain_pytorch_keeps_its_path(calls: Counter[str]) -> None:
+    run(pair()[1], torch.device("cpu"), "torch")
+    assert not calls
+
+
+# Parts that have to be called
+
+
+class Linear(nn.Linear):
+    """Somebody's own."""
+
+
+def _own_linear(module: Any, name: str) -> None:
+    getattr(module, name).__class__ = Linear
+
+
+def _own_part(layer: Any, name: str) -> None:
+    part = layer.get_submodule(name)
+    part.__class__ = type("Part", (type(part),), {})
+
+
+def _called(calls: Counter[str]) -> tuple[int, ...]:
+    return tuple(calls[name] for name in BLOCKS)
+
+
+@pytest.mark.filterwarnings("ignore:fastbert")
+@pytest.mark.parametrize(
+    ("change", "ran"),
+    [
+        (lambda layer: _own_linear(layer.output, "dense"), (2, 1)),
+        (lambda layer: _own_linear(layer.intermediate, "dense"), (2, 1)),
+        (lambda layer: _own_linear(layer.attention.output, "dense"), (1, 2)),
+        (lambda layer: _own_linear(layer.attention.self, "key"), (1, 2)),
+        (lambda layer: _own_part(layer, "attention.self"), (1, 2)),
+        (lambda layer: _own_part(layer, "attention.output"), (1, 2)),
+        (lambda layer: _own_part(layer, "intermediate"), (2, 1)),
+        (lambda layer: _own_part(layer, "output"), (2, 1)),
+    ],
+)
+def test_parts_that_are_not_plain_are_called(
+    device: torch.device, calls: Counter[str], change: Callable[[Any], None], ran: tuple[int, int]
+) -> None:
+    plain, fused = pair(device)
+    change(fused.encoder.layer[0])
+    (ours, our_grads), (theirs, their_grads) = run(fused, device, "triton"), run(plain, device, "torch")
+    assert _called(calls) == ran
+    assert_close(ours, theirs)
+    assert_equal_gradients(our_grads, their_grads)
+
+
+@pytest.mark.filterwarnings("ignore:fastbert")
+def test_an_unknown_activation_is_called(device: torch.device, calls: Counter[str]) -> None:
+    plain, fused = pair(device)
+    for model in (plain, fused):
+        model.encoder.layer[0].intermediate.intermediate_act_fn = nn.Tanh()
+    ours, theirs = run(fused, device, "triton")[0], run(plain, device, "torch")[0]
+    assert _called(calls) == (2, 1)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("attention.self", 0),
+        ("attention.self.query", 0),
+        ("attention.output", 0),
+        ("attention.output.dense", 0),
+        ("attention.output.LayerNorm", 0),
+        ("attention.output.dropout", 0),
+        ("intermediate", 1),
+        ("intermediate.dense", 1),
+        ("intermediate.intermediate_act_fn", 1),
+        ("output", 1),
+        ("output.dense", 1),
+        ("output.LayerNorm", 1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fastbert")
+def test_hooks_fire(device: torch.device, calls: Counter[str], products: bool, name: str, block: int) -> None:
+    _, fused = pair(device)
+    fired = []
+    module = fused.encoder.layer[0].get_submodule(name)
+    module.register_forward_hook(lambda module, *_: fired.append(module))
+    run(fused, device, "triton")
+    assert module in fired
+    assert _called(calls) == ((1, 2), (2, 1))[block]
+
+
+def test_a_linear_layer_without_bias(device: torch.device, calls: Counter[str], products: bool) -> None:
+    plain, fused = pair(device)
+    for model in (plain, fused):
+        layer = model.encoder.layer[0]
+        for linear in (layer.intermediate.dense, layer.output.dense, layer.attention.output.dense):
+            linear.bias = None
+        for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
+            linear.bias = None
+    (ours, our_grads), (theirs, their_grads) = run(fused, device, "triton"), run(plain, device, "torch")
+    assert _called(calls) == (2, 2)
+    assert_close(ours, theirs)
+    assert_equal_gradients(our_grads, their_grads)
+
+
+def test_someone_who_looks_on_sees_the_attention(device: torch.device, calls: Counter[str]) -> None:
+    _, fused = pair(device)
+    with backend("triton"), capture(fused, [0]) as seen:
+        fused(ids(device=device))
+    assert seen
+    assert _called(calls) == (1, 2)
+
+
+def test_chunks_are_called(device: torch.device, calls: Counter[str]) -> None:
+    _, fused = pair(device, chunk_size_feed_forward=11)
+    with backend("triton"), torch.no_grad():
+        fused(ids(device=device))
+    assert _called(calls) == (2, 0)
+
+
+def test_products_of_two_dtypes_are_refused(device: torch.device) -> None:
+    _, fused = pair(device)
+    fused.encoder.half()
+    with backend("triton"), pytest.raises(RuntimeError, match="dtype"):
+        fused(ids(device=device))
+
+
+def test_explain_counts_the_parts_as_fused(device: torch.device) -> None:
+    assert fastbert.explain(pair(device)[1]).fused
