@@ -301,15 +301,25 @@ class FusedSelfAttention(hf.BertSelfAttention):
         _leave_map(map_slot, probs)
         return context.reshape(batch, seq, self.all_head_size), probs
 
-    def block_parameters(self) -> list[tuple[nn.Parameter, ...]] | None:
-        """The weights and the biases, if any, of the three projections, for a block that need not call this module;
-        None where it must, or where they are no neighbours."""
+    def block_arguments(self) -> dict[str, Any] | None:
+        """What a block needs of this module; None where the module has to be called itself."""
+        parts = self._modules  # a module's attributes are looked up slowly
+        query, key, value, dropout = parts["query"], parts["key"], parts["value"], parts["dropout"]
         if type(self) is not FusedSelfAttention or is_called(self) or self.watcher is not None:
             return None
-        if self.unfused_reason() is not None or not can_stack(self.query, self.key, self.value):
+        if self.unfused_reason() is not None or not can_stack(query, key, value):
             return None
-        groups = qkv_parameters(self.query, self.key, self.value)
-        return groups if all(rehome(parts) for parts in groups) else None
+        groups = qkv_parameters(query, key, value)
+        if not all(rehome(parts) for parts in groups):
+            return None
+        return {
+            "qkv_weights": groups[0],
+            "qkv_biases": groups[1] if len(groups) > 1 else (),
+            "heads": self.num_attention_heads,
+            "scale": self.scaling,
+            "dropout_p": dropout.p if self.training else 0.0,
+            "stream": self.dropout_stream,
+        }
 
     def _attend_first(
         self, hidden: torch.Tensor, bias: torch.Tensor | None, head_mask: torch.Tensor | None, first: FirstRows
@@ -339,11 +349,22 @@ class _FusedAddNorm:
     def note(self) -> str | None:
         return _called(dense=self.dense)
 
-    def is_plain(self) -> bool:
-        """Whether a block need not call this module."""
+    def block_arguments(self) -> dict[str, Any] | None:
+        """What a block needs of this module; None where the module has to be called itself."""
+        parts = self._modules  # type: ignore[attr-defined]
+        dense, norm, dropout = parts["dense"], parts["LayerNorm"], parts["dropout"]
         if type(self) not in (FusedSelfOutput, FusedOutput) or is_called(self):  # type: ignore[arg-type]
-            return False
-        return is_plain_linear(self.dense) and self.unfused_reason() is None
+            return None
+        if not (is_plain_linear(dense) and is_plain_layer_norm(norm) and is_plain_dropout(dropout)):
+            return None
+        return {
+            **dense._parameters,
+            "norm_weight": norm._parameters["weight"],
+            "norm_bias": norm._parameters["bias"],
+            "eps": norm.eps,
+            "hidden_dropout_p": dropout.p if dropout.training else 0.0,
+            "hidden_stream": self.dropout_stream,
+        }
 
     def forward(
         self, hidden_states: torch.Tensor, input_tensor: torch.Tensor, seed: torch.Tensor | None = None
@@ -387,6 +408,16 @@ class FusedIntermediate(hf.BertIntermediate):
     def note(self) -> str | None:
         return _called(dense=self.dense)
 
+    def block_arguments(self) -> dict[str, Any] | None:
+        """What a block needs of this module; None where the module has to be called itself."""
+        up = self._modules["dense"]
+        if type(self) is not FusedIntermediate or is_called(self) or not is_plain_linear(up):
+            return None
+        if self.unfused_reason() is not None:
+            return None
+        parameters, activation = up._parameters, KERNEL_ACTIVATIONS[type(self.intermediate_act_fn)]
+        return {"up_weight": parameters["weight"], "up_bias": parameters["bias"], "activation": activation}
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, seq, hidden) to (batch, seq, intermediate)."""
         reason = self.unfused_reason()
@@ -397,8 +428,51 @@ class FusedIntermediate(hf.BertIntermediate):
         return bias_activation(x, bias, KERNEL_ACTIVATIONS[type(self.intermediate_act_fn)])
 
 
+def _block_arguments(*modules: Any) -> dict[str, Any] | None:
+    """What the block of these modules needs of them; None where one has to be called itself."""
+    arguments: dict[str, Any] = {}
+    for module in modules:
+        found = module.block_arguments() if hasattr(module, "block_arguments") else None
+        if found is None:
+            return None
+        arguments |= found
+    return arguments
+
+
 #: Keywords of the attention that no block knows.
 _NOT_OF_BLOCKS = ("past_key_values", "prefix", "first")
+
+
+def _attend_in_block(
+    block: dict[str, Any],
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    head_mask: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    map_slot: MapSlot | None = None,
+    map_seq: int | None = None,
+    map_columns: torch.Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Self-attention and its output as one block; the arguments are those of `FusedSelfAttention.forward`."""
+    seq = hidden.shape[1]
+    hidden, probs = attention_block(
+        hidden,
+        **block,
+        cu_seqlens=cu_seq_lens_q,
+        max_seqlen=seq if max_length_q is None else max_length_q,
+        mask=mask,
+        head_mask=head_mask,
+        probs_seq=seq if map_seq is None and output_attentions else map_seq,
+        columns=map_columns,
+        seed=_seed(seed, max(block["dropout_p"], block["hidden_dropout_p"]), hidden),
+    )
+    _leave_map(map_slot, probs)
+    return hidden, probs
 
 
 class FusedAttention(hf.BertAttention):
@@ -419,62 +493,13 @@ class FusedAttention(hf.BertAttention):
             _leave_map(kwargs.get("map_slot"), probs)
             return self.output(context, hidden_states), probs
         if runs_as_block(hidden_states) and not any(kwargs.get(name) is not None for name in _NOT_OF_BLOCKS):
-            groups = self.self.block_parameters()
-            if groups is not None and isinstance(self.output, FusedSelfOutput) and self.output.is_plain():
-                return self._run_block(groups, hidden_states, attention_mask, **kwargs)
+            block = _block_arguments(self.self, self.output)
+            if block is not None:
+                return _attend_in_block(block, hidden_states, attention_mask, **kwargs)
         context, probs = self.self(hidden_states, attention_mask, **kwargs)
         first = kwargs.get("first")
         residual = hidden_states if first is None else first.take(hidden_states)
         return self.output(context, residual, kwargs.get("seed")), probs
-
-    def _run_block(
-        self,
-        groups: list[tuple[nn.Parameter, ...]],
-        hidden: torch.Tensor,
-        mask: torch.Tensor | None,
-        *,
-        head_mask: torch.Tensor | None = None,
-        seed: torch.Tensor | None = None,
-        cu_seq_lens_q: torch.Tensor | None = None,
-        max_length_q: int | None = None,
-        map_slot: MapSlot | None = None,
-        map_seq: int | None = None,
-        map_columns: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Both parts as one block; the arguments are those of `FusedSelfAttention.forward`."""
-        attention, output = self.self, self.output
-        seq = hidden.shape[1]
-        if map_seq is None and output_attentions:
-            map_seq = seq
-        dropout_p = attention.dropout.p if attention.training else 0.0
-        hidden_dropout_p = output.dropout.p if output.dropout.training else 0.0
-        hidden, probs = attention_block(
-            hidden,
-            groups[0],
-            groups[1] if len(groups) > 1 else (),
-            output.dense.weight,
-            output.dense.bias,
-            output.LayerNorm.weight,
-            output.LayerNorm.bias,
-            eps=output.LayerNorm.eps,
-            heads=attention.num_attention_heads,
-            cu_seqlens=cu_seq_lens_q,
-            max_seqlen=seq if max_length_q is None else max_length_q,
-            mask=mask,
-            head_mask=head_mask,
-            scale=attention.scaling,
-            probs_seq=map_seq,
-            columns=map_columns,
-            dropout_p=dropout_p,
-            hidden_dropout_p=hidden_dropout_p,
-            seed=_seed(seed, max(dropout_p, hidden_dropout_p), hidden),
-            stream=attention.dropout_stream,
-            hidden_stream=output.dropout_stream,
-        )
-        _leave_map(map_slot, probs)
-        return hidden, probs
 
 
 class FusedLayer(hf.BertLayer):
@@ -506,37 +531,13 @@ class FusedLayer(hf.BertLayer):
             # Every chunk draws a seed of its own, or all would drop the same elements.
             chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
             return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
-        if runs_as_block(attended) and self._feeds_forward_plainly():
-            return self._feed_forward(attended, seed)
-        return self.output(self.intermediate(attended), attended, seed)
-
-    def _feeds_forward_plainly(self) -> bool:
-        """Whether a block need not call either part of the feed-forward network."""
-        up: Any = self.intermediate
-        if type(up) is not FusedIntermediate or is_called(up) or up.unfused_reason() is not None:
-            return False
-        return is_plain_linear(up.dense) and isinstance(self.output, FusedOutput) and self.output.is_plain()
-
-    def _feed_forward(self, hidden: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
-        """Both parts as one block."""
-        up, down, norm = self.intermediate.dense, self.output.dense, self.output.LayerNorm
-        activation = KERNEL_ACTIVATIONS[type(self.intermediate.intermediate_act_fn)]
-        dropout_p = self.output.dropout.p if self.output.dropout.training else 0.0
-        return feed_forward_block(
-            hidden,
-            up.weight,
-            up.bias,
-            down.weight,
-            down.bias,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            activation=activation,
-            fused=up.bias is not None and feed_forward_is_fused(hidden, up.weight, activation),
-            dropout_p=dropout_p,
-            seed=_seed(seed, dropout_p, hidden),
-            stream=self.output.dropout_stream,
+        block = _block_arguments(self.intermediate, self.output) if runs_as_block(attended) else None
+        if block is None:
+            return self.output(self.intermediate(attended), attended, seed)
+        fused = block["up_bias"] is not None and feed_forward_is_fused(
+            attended, block["up_weight"], block["activation"]
         )
+        return feed_forward_block(attended, **block, fused=fused, seed=_seed(seed, block["hidden_dropout_p"], attended))
 
 
 class FusedEncoder(hf.BertEncoder):

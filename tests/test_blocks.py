@@ -161,7 +161,7 @@ def test_autocast(device: torch.device, calls: Counter[str], products: bool, ins
     "frozen",
     ["attention.self.query", "attention.self", "attention.output.dense", "intermediate", "output.dense.weight", "bias"],
 )
-def test_frozen_parameters(device: torch.device, calls: Counter[str], products: bool, frozen: str) -> None:
+def test_frozen_parameters(device: torch.device, calls: Counter[str], frozen: str) -> None:
     plain, fused = pair(device)
     for model in (plain, fused):
         for name, p in model.named_parameters():
@@ -171,7 +171,7 @@ def test_frozen_parameters(device: torch.device, calls: Counter[str], products: 
     assert_equal_gradients(grads, want)
 
 
-def test_gradients_of_hidden_states_are_whole(device: torch.device, calls: Counter[str], products: bool) -> None:
+def test_gradients_of_hidden_states_are_whole(device: torch.device, calls: Counter[str]) -> None:
     def gradients(model: Any, name: str) -> list[torch.Tensor]:
         torch.manual_seed(0)
         with backend(name):
@@ -339,7 +339,7 @@ def test_an_unknown_activation_is_called(device: torch.device, calls: Counter[st
     ],
 )
 @pytest.mark.filterwarnings("ignore:fastbert")
-def test_hooks_fire(device: torch.device, calls: Counter[str], products: bool, name: str, block: int) -> None:
+def test_hooks_fire(device: torch.device, calls: Counter[str], name: str, block: int) -> None:
     _, fused = pair(device)
     fired = []
     module = fused.encoder.layer[0].get_submodule(name)

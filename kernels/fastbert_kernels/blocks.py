@@ -77,9 +77,9 @@ class _AttentionBlock(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cu_seqlens, max_seqlen, mask, scale, dropout_p, seed, stream, probs_seq, columns = attend
         hidden = hidden.contiguous()
-        x = in_product_dtype(hidden).view(-1, hidden.shape[-1])
-        qkv_weight, weight = in_product_dtype(as_one(qkv[:3])), in_product_dtype(weight)
-        qkv_bias = in_product_dtype(as_one(qkv[3:])) if len(qkv) > 3 else None
+        x, qkv_weight, weight, qkv_bias = in_product_dtype(
+            hidden.view(-1, hidden.shape[-1]), as_one(qkv[:3]), weight, as_one(qkv[3:]) if len(qkv) > 3 else None
+        )
         head_dim = qkv_weight.shape[0] // (3 * heads)
         projected = F.linear(x, qkv_weight, qkv_bias).view(-1, 3, heads, head_dim)
         arguments = attend_arguments(
@@ -161,8 +161,9 @@ class _FeedForwardBlock(torch.autograd.Function):
         norm: tuple[Any, ...],
     ) -> torch.Tensor:
         hidden = hidden.contiguous()
-        x = in_product_dtype(hidden).view(-1, hidden.shape[-1])
-        weight1, weight2 = in_product_dtype(weight1).contiguous(), in_product_dtype(weight2).contiguous()
+        x, weight1, weight2 = in_product_dtype(
+            hidden.view(-1, hidden.shape[-1]), weight1.contiguous(), weight2.contiguous()
+        )
         bias1 = None if bias1 is None else bias1.contiguous()
         out, pre = products(x, weight1, bias1, weight2, activation, fused, keep=ctx is not None)
         out = out.view(hidden.shape)
@@ -245,29 +246,30 @@ def attention_block(
 
 def feed_forward_block(
     hidden: torch.Tensor,
-    weight1: torch.Tensor,
-    bias1: torch.Tensor | None,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     *,
     eps: float,
     activation: str,
     fused: bool,
-    dropout_p: float,
+    hidden_dropout_p: float,
     seed: torch.Tensor | None,
-    stream: int,
+    hidden_stream: int,
 ) -> torch.Tensor:
-    """LayerNorm(dropout(f(hidden @ weight1^T + bias1) @ weight2^T + bias2) + hidden), where `runs_as_block`.
+    """LayerNorm(dropout(f(hidden @ up_weight^T + up_bias) @ weight^T + bias) + hidden), where `runs_as_block`.
 
     Args:
         hidden: (..., hidden).
-        weight1, bias1: (intermediate, hidden) and (intermediate,).
-        weight2, bias2: (hidden, intermediate) and (hidden,).
-        norm_weight, norm_bias, eps, dropout_p, seed, stream: as in `layer_norm.add_layer_norm`.
+        up_weight, up_bias: (intermediate, hidden) and (intermediate,).
+        weight, bias: (hidden, intermediate) and (hidden,).
+        norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
+        hidden_dropout_p, seed, hidden_stream: of the dropout before the norm.
         activation: as in `bias_gelu.bias_activation`.
-        fused: as in `feed_forward.feed_forward`; needs bias1.
+        fused: as in `feed_forward.feed_forward`; needs up_bias.
 
     Returns:
         Like hidden.
@@ -276,8 +278,8 @@ def feed_forward_block(
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
-    norm = eps, dropout_p, seed, stream
+    norm = eps, hidden_dropout_p, seed, hidden_stream
     return _run(
         _FeedForwardBlock,
-        *(hidden, weight1, bias1, weight2, bias2, norm_weight, norm_bias, activation, fused, norm),
+        *(hidden, up_weight, up_bias, weight, bias, norm_weight, norm_bias, activation, fused, norm),
     )

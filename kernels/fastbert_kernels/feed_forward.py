@@ -182,17 +182,22 @@ def feed_forward_is_fused(x: torch.Tensor, weight1: torch.Tensor, activation: st
     if not uses_triton(x) or torch.compiler.is_compiling():
         return False
     features, inner = weight1.shape
-    return feed_forward_fits(x.device, _product_dtype(x).itemsize, x.numel() // inner, inner, features, activation)
+    itemsize = (_autocast_dtype(x) or x.dtype).itemsize
+    return feed_forward_fits(x.device, itemsize, x.numel() // inner, inner, features, activation)
 
 
-def _product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which products with x are computed: autocast's where it is on."""
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which autocast has products with x computed, None where it is off."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def in_product_dtype(x: torch.Tensor) -> torch.Tensor:
-    return x.to(_product_dtype(x))
+def in_product_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
+    """The factors of products, and biases, as autocast has them."""
+    dtype = _autocast_dtype(x)
+    if dtype is None:
+        return x, *others
+    return x.to(dtype), *(None if other is None else other.to(dtype) for other in others)
 
 
 def feed_forward(
@@ -235,7 +240,7 @@ def feed_forward(
         fused = feed_forward_is_fused(x, weight1, activation)
     if not fused:
         return F.linear(bias_activation(F.linear(x, weight1), bias1, activation), weight2)
-    x, weight1, weight2 = (in_product_dtype(tensor) for tensor in (x, weight1, weight2))
+    x, weight1, weight2 = in_product_dtype(x, weight1, weight2)
     if not x.dtype == weight1.dtype == weight2.dtype:
         raise TypeError(
             f"x and the weights must have one dtype, got {x.dtype}, {weight1.dtype} and {weight2.dtype}: cast one of "

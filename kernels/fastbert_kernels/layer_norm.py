@@ -391,10 +391,11 @@ def _check(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> None:
-    features = x.shape[-1]
-    for name, vector in (("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
-        if vector is not None and vector.shape != (features,):
-            raise ValueError(f"{name} must have shape (features,) = ({features},), got {tuple(vector.shape)}")
+    wanted = x.shape[-1:]
+    if not (weight.shape == wanted == norm_bias.shape and (bias is None or bias.shape == wanted)):
+        for name, vector in (("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
+            if vector is not None and vector.shape != wanted:
+                raise ValueError(f"{name} must have shape (features,) = {tuple(wanted)}, got {tuple(vector.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if not 0.0 <= dropout_p <= 1.0:
