@@ -17,7 +17,7 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Compile-time switches of the kernels, without their HAS_.
 FLAGS = (
     *("CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS"),
-    *("RESIDUAL", "WORD_TABLE", "SOFTMAX", "PRE"),
+    *("RESIDUAL", "WORD_TABLE", "SOFTMAX", "PRE", "Y"),
 )
 #: Intermediate size of the feed-forward block by its hidden size, in every BERT.
 FEED_FORWARD = 4
@@ -229,7 +229,8 @@ _COSTS: dict[str, Callable[[_Call], Cost]] = {
     "relation_backward_a": _relation(3, 5),
     "relation_backward_b": _relation(3, 5),
     "bias_activation_forward": _rows(2, (), 0, 0, 0),
-    "bias_activation_backward": _rows(3, (), 0, 0, 0, direction=1),
+    # dy and x in, dx out, and y again.
+    "bias_activation_backward": _rows(3, ("Y",), 0, 0, 0, direction=1),
     # x and the weight in, y out.
     "feed_forward_forward": _feed_forward(1, 0),
     # dout, the weight and the pre-activation in, its gradient and y out; sums of dbias.

@@ -72,10 +72,10 @@ def _bias_activation_backward(
         x = load_rows(x_ptr, rows, cols, count, features)
         if HAS_BIAS:
             x += bias
-        dx = load_rows(dy_ptr, rows, cols, count, features) * activation_grad(x, ACTIVATION)
-        store_rows(dx_ptr, dx, rows, cols, count, features)
         if HAS_Y:
             store_rows(y_ptr, apply_activation(x, ACTIVATION), rows, cols, count, features)
+        dx = load_rows(dy_ptr, rows, cols, count, features) * activation_grad(x, ACTIVATION)
+        store_rows(dx_ptr, dx, rows, cols, count, features)
         dbias += tl.sum(dx, axis=0)
     if HAS_BIAS:
         tl.store(partials_ptr + program.to(tl.int64) * features + cols, dbias, mask=cols < features)

@@ -74,6 +74,8 @@ def test_rows() -> None:
     assert (microseconds, bound) == (pytest.approx(35.18, abs=0.01), "bandwidth")
     gelu = cost("bias_activation_backward", **ROWS, flags=["BIAS"], activation="gelu")
     assert gelu == Cost(0, 3 * matrix + vector + 256 * 768 * 4, 2 * TOKENS * 768)
+    again = cost("bias_activation_backward", **ROWS, flags=["BIAS", "Y"], activation="gelu")
+    assert again.bytes - gelu.bytes == matrix
 
 
 def test_feed_forward() -> None:
