@@ -65,7 +65,7 @@ def _forward(
     if count > 0:
         _launch(
             feed_forward_forward,
-            feed_forward_tiles(x, weight),
+            feed_forward_tiles("forward", x, weight),
             count,
             features,
             x,
@@ -99,7 +99,7 @@ def _backward(
     dpre, y = torch.empty_like(pre), torch.empty_like(pre)
     if count == 0:
         return dpre, y, torch.zeros_like(bias)
-    tiles = feed_forward_tiles(dout, weight)
+    tiles = feed_forward_tiles("backward", dout, weight)
     partials = pre.new_empty(1, cdiv(count, tiles["BLOCK_M"]), features, dtype=torch.float32)
     _launch(
         feed_forward_backward,
@@ -151,7 +151,7 @@ def feed_forward_is_fused(x: torch.Tensor, weight1: torch.Tensor, activation: st
     if not uses_triton(x) or torch.compiler.is_compiling():
         return False
     features, inner = weight1.shape
-    return feed_forward_fits(x.device, _product_dtype(x).itemsize, x.numel() // inner, inner, features, activation)
+    return feed_forward_fits(x.device, _product_dtype(x), x.numel() // inner, inner, features, activation)
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
