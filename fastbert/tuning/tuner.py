@@ -158,8 +158,9 @@ def tune(
         tell: called with what is going on, for people.
     """
     table = {} if table is None else table
+    spills: dict[Any, int] = {}
     for launch in launches:
-        outcome = _Subject(launch, device, table, sizes or Sizes(), timer, margin, tell).measure(candidates)
+        outcome = _Subject(launch, device, table, spills, sizes or Sizes(), timer, margin, tell).measure(candidates)
         table.pop(launch, None)
         if outcome.kept and outcome.best is not None:
             table[launch] = outcome.best
@@ -174,12 +175,13 @@ class _Subject:
         launch: Launch,
         device: torch.device,
         table: Table,
+        spills: dict[Any, int],
         sizes: Sizes,
         timer: Timer,
         margin: float,
         tell: Callable[[str], object],
     ) -> None:
-        self.launch, self.device, self.table, self.sizes = launch, device, table, sizes
+        self.launch, self.device, self.table, self.spills, self.sizes = launch, device, table, spills, sizes
         self.timer, self.margin, self.tell = timer, margin, tell
         self.target = arch(device)
         self.shipped = shipped_tiles(launch, self.target)
@@ -244,7 +246,7 @@ class _Subject:
                 before = _loaded(self.launch.kernel)
                 with self._under(tiles):
                     got = results_of(checked_problem(self.launch, on, self.sizes, self.device), truth=False)
-                if spills := _spills(self.launch.kernel, before):
+                if spills := self._spills(tiles, on, before):
                     return f"spills {spills} registers with {_named(on)}"
                 for error, bound in zip(errors_of(got, truth), bounds, strict=True):
                     if not error <= bound:
@@ -252,6 +254,14 @@ class _Subject:
             except Exception as failure:  # what does not fit the device fails in its own way
                 return f"failed with {_named(on)}: {reason_of(failure)}"
         return None
+
+    def _spills(self, tiles: Tiles, on: Switches, before: Mapping[int, Any]) -> int:
+        """Registers that a call spilled, whose kernel was compiled since `before`, or for an earlier launch."""
+        heads = self.launch.width if self.launch.attends else None
+        key = self.launch.kernel, self.launch.dtype, heads, words(tiles), on
+        new = [x for name, x in _loaded(self.launch.kernel).items() if name not in before]
+        self.spills[key] = max([self.spills.get(key, 0), *(getattr(x, "n_spills", None) or 0 for x in new)])
+        return self.spills[key]
 
     def _shipped_errors(self, on: Switches) -> tuple[list[Tensor], list[float]]:
         """What float64 gives for a call, and how far other tiles may be from it.
@@ -357,13 +367,6 @@ def _loaded(kernel: str) -> dict[int, Any]:
     """What Triton has compiled of a kernel in this process, by id; nothing in the interpreter."""
     caches = getattr(COMPILED[kernel], "device_caches", {})
     return {id(compiled): compiled for cache in caches.values() for compiled in cache[0].values()}
-
-
-def _spills(kernel: str, before: Mapping[int, Any]) -> int:
-    """Registers that what was compiled since `before` spills."""
-    return max(
-        (getattr(x, "n_spills", None) or 0 for key, x in _loaded(kernel).items() if key not in before), default=0
-    )
 
 
 def _shape_name(launch: Launch, on: Switches, length: int, sizes: Sizes) -> str:

@@ -233,6 +233,21 @@ def test_tiles_that_spill_are_refused(cuda_index: torch.device, monkeypatch: pyt
     assert outcome.refused == ["32x128, 4 warps, 1 stages: spills 6 registers with bias+gelu"]
 
 
+def test_tiles_that_spill_are_refused_where_another_width_had_them_compiled(
+    cuda_index: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[dict[int, Any]] = [{}]
+    monkeypatch.setattr(tuner, "_loaded", lambda kernel: loaded.pop() if loaded else {0: SimpleNamespace(n_spills=6)})
+    outcomes = tune(
+        [GELU, GELU._replace(width=32)],
+        cuda_index,
+        sizes=SMALL,
+        candidates=lambda launch, target, shipped: tiles_like(shipped, 32),
+        timer=timer_of({32: 0.5}),
+    )
+    assert [x.refused for x in outcomes] == 2 * [["32x128, 4 warps, 1 stages: spills 6 registers with bias+gelu"]]
+
+
 @pytest.mark.parametrize(
     ("seconds", "spread", "margin", "kept"),
     [
