@@ -108,7 +108,11 @@ def test_a_later_run_adds_to_the_file_and_takes_back(tiny: Path, here: Callable[
 
 
 def test_the_faster_products_are_kept_and_shown(
-    tiny: Path, here: Callable[..., None], tuned_folder: Path, device: torch.device
+    tiny: Path,
+    here: Callable[..., None],
+    tuned_folder: Path,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = "--kernel", "feed_forward", "--tokens", "12", "--lengths", "6"
     here(0.5)
@@ -128,9 +132,16 @@ def test_the_faster_products_are_kept_and_shown(
     for piece in ("feed_forward_backward bfloat16 32", "feed_forward_fused bfloat16 32 gelu", "6 rows, training"):
         assert piece in shown.stdout
 
-    here(1.25)
+    in_force = []
+
+    def timer(runs: Mapping[str, Run], device: torch.device, seconds: float) -> dict[str, Times]:
+        in_force.append({x.kernel for x in tuned.measured(device)})
+        return {name: Times(x, x, x, 5) for name, x in zip(runs, (1.0, 1.25), strict=True)}
+
+    monkeypatch.setattr(tuner, "flushed", timer)
     alone = run(tiny, "--kernel", "feed_forward_fused", "--tokens", "12", "--lengths", "6")
     assert "0.80x" in alone.stdout
+    assert in_force == 2 * [{"feed_forward_forward", "feed_forward_backward", "feed_forward_fused"}]
     assert "launches have faster tiles" not in alone.stdout
     assert "feed_forward_fused bfloat16 32 gelu: never fused as shipped" in alone.stdout
     kernels = [x["kernel"] for x in stored(tuned_folder)["entries"]]

@@ -33,7 +33,8 @@ def tune(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
     lengths: Annotated[str, typer.Option(help="Tokens of a sequence in the timed calls, with commas.")] = "128,512",
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a timed call. Feed-forward products: the most; then half of them...")
+        int,
+        typer.Option(min=1, help="Tokens of a timed call; of feed-forward products the most, halved up to five times."),
     ] = 32768,
     kernel: Annotated[
         list[str] | None,
@@ -44,10 +45,8 @@ def tune(
     ] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Time for each timing, once seven rounds are done.")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cuda or cuda:N. Default: the first GPU.")] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the measured tiles and where they lie; nothing else.")] = (
-        False
-    ),
-    reset: Annotated[bool, typer.Option("--reset", help="Delete this device's measured tiles; nothing else.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print what is kept and where it lies; nothing else.")] = (False),
+    reset: Annotated[bool, typer.Option("--reset", help="Delete what is kept for this device; nothing else.")] = False,
 ) -> None:
     """Measure which tiles the kernels are fastest with on this GPU, and keep them for it in the cache folder.
 

@@ -2,7 +2,8 @@
 
 The same call gets the same kernel in every process and on every rank. Chosen so that no kernel spills on any NVIDIA
 target: `python -m bench.static` shows what each compiles to, and with `--alternatives` what its neighbours would. Tiles
-that a user measured on a GPU of their own, see `tuned.py`, go before these at a launch, and nowhere else.
+that a user measured on a GPU of their own, see `tuned.py`, go before these at a launch, and nowhere else; so does the
+number of tokens from which on the feed-forward block's products are fused.
 """
 
 import functools

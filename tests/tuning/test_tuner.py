@@ -320,6 +320,28 @@ def test_what_was_kept_is_in_force_for_the_next_launch(
     assert tuned.measured(cuda_index) == {}  # not the process's
 
 
+def test_the_table_given_is_brought_up_to_date(cuda_index: torch.device) -> None:
+    table: tuned.Table = {NORM: shipped_tiles(NORM, arch(cuda_index)), GELU: {}}
+    measure(GELU, cuda_index, (32,), timer_of({32: 0.5}), table=table)
+    assert table[GELU]["BLOCK_M"] == 32
+    measure(GELU, cuda_index, (64,), timer_of({64: 1.5}), table=table)
+    assert table.keys() == {NORM}
+
+
+def test_both_kinds_of_forward_product_are_timed(cuda_index: torch.device, on_launch: Callable[[Change], None]) -> None:
+    seen: list[bool] = []
+
+    def record(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        seen.append(arguments["HAS_PRE"])
+        return arguments
+
+    on_launch(record)
+    launch = Launch("feed_forward_forward", torch.bfloat16, 16)
+    for on in timed_switches(launch):
+        tuner.results_of(checked_problem(launch, on, SMALL, cuda_index), truth=False)
+    assert seen == [False, True]
+
+
 def test_wrong_shipped_tiles_end_the_launch_and_not_the_run(
     cuda_index: torch.device, on_launch: Callable[[Change], None]
 ) -> None:
