@@ -45,7 +45,7 @@ def tune(
     ] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Time for each timing, once seven rounds are done.")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cuda or cuda:N. Default: the first GPU.")] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print what is kept and where it lies; nothing else.")] = (False),
+    show: Annotated[bool, typer.Option("--show", help="Print what is kept and where it lies; nothing else.")] = False,
     reset: Annotated[bool, typer.Option("--reset", help="Delete what is kept for this device; nothing else.")] = False,
 ) -> None:
     """Measure which tiles the kernels are fastest with on this GPU, and keep them for it in the cache folder.

@@ -45,10 +45,11 @@ def _all(launch: Launch, target: str, shipped: Tiles) -> Iterator[Tiles]:
         sides[1] = [shipped["BLOCK_N"]]
     shapes = itertools.product(*sides, _around(shipped["num_warps"], 1, 16), [shipped["num_stages"]])
     stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if launch.multiplies else []
+    by_groups = launch.multiplies and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100")
     kept = [shipped["BLOCK_M"], shipped["BLOCK_N"], shipped["num_warps"]]
     for block_m, block_n, num_warps, num_stages in [*shapes, *((*kept, stage) for stage in stages if stage > 0)]:
         rows = block_n if launch.kernel.endswith("dkv") else block_m
-        if launch.multiplies and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100") and rows < 64:
+        if by_groups and (rows < 64 or num_warps < 4):  # tensor cores there work for four warps at a time
             continue
         sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
         yield shipped | sizes
