@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 
 from fastbert.benchmark.timing import Run, Times
 from fastbert.cli import app
-from fastbert.tuning import neighbours, problems, tuner
+from fastbert.tuning import choice, neighbours, problems, tuner
 from fastbert_kernels import tuned
-from fastbert_kernels.tuned import Launch
+from fastbert_kernels.tuned import Launch, Product
 
 KERNEL = ("--kernel", "bias_activation_forward", "--dtype", "float32")
 
@@ -31,6 +31,7 @@ def here(tuned_folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.import_module("fastbert.cli.tune"), "_gpu", lambda device: on)
     small = functools.partial(problems.Sizes, heads=1, ragged=(1, 17), even=(17, 17), rows=20, vocabulary=9)
     monkeypatch.setattr(problems, "Sizes", small)
+    monkeypatch.setattr(choice, "_HALVINGS", 1)
     monkeypatch.setattr(neighbours, "neighbours", lambda launch, target, shipped: [shipped | {"BLOCK_M": 32}])
 
     def choose(seconds: float, interrupted_at: int = 99) -> None:
@@ -65,7 +66,9 @@ def test_what_is_faster_is_kept_shown_and_deleted(
     content = stored(tuned_folder)
     assert {"date", "device", "versions", "architecture"} <= content["provenance"].keys()
     (entry,) = content["entries"]
-    assert entry["shapes"] == [{"shape": "12 rows", "shipped_us": 1e6, "tuned_us": 5e5}]
+    (shape,) = entry["shapes"]
+    assert shape["between"] == ["16x128, 4 warps, 1 stages", "32x128, 4 warps, 1 stages"]
+    assert (shape["shape"], shape["shipped_us"], shape["tuned_us"], shape["kept"]) == ("12 rows", 1e6, 5e5, True)
     assert entry["shipped"]["BLOCK_M"] == 16
     launch = Launch("bias_activation_forward", torch.float32, 64)
     tuned._tables.clear()
@@ -104,6 +107,47 @@ def test_a_later_run_adds_to_the_file_and_takes_back(tiny: Path, here: Callable[
     assert [entry["kernel"] for entry in stored(tuned_folder)["entries"]] == ["bias_activation_backward"]
 
 
+def test_the_faster_products_are_kept_and_shown(
+    tiny: Path,
+    here: Callable[..., None],
+    tuned_folder: Path,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = "--kernel", "feed_forward", "--tokens", "12", "--lengths", "6"
+    here(0.5)
+    result = run(tiny, *small)
+    assert result.exit_code == 0, result.output
+    for piece in ("feed_forward_fused bfloat16 32 gelu", "12 rows, training", "cuBLAS", "fused", "2.00x", "tuned"):
+        assert piece in result.stdout
+    assert "2 of 2 launches have faster tiles" in result.stdout
+    assert "feed_forward_fused bfloat16 32 gelu: fused from 6 tokens on, shipped never fused" in result.stdout
+    assert f"kept in {tuned_folder}" in result.stdout
+    entries = stored(tuned_folder)["entries"]
+    assert [x["kernel"] for x in entries] == ["feed_forward_forward", "feed_forward_backward", "feed_forward_fused"]
+    assert (entries[2]["fused_from"], entries[2]["shipped"]) == (6, None)
+    tuned._tables.clear()
+    assert tuned.measured(device)[Product(torch.bfloat16, 32, "gelu")] == 6
+    shown = run("--show")
+    for piece in ("feed_forward_backward bfloat16 32", "feed_forward_fused bfloat16 32 gelu", "6 rows, training"):
+        assert piece in shown.stdout
+
+    in_force = []
+
+    def timer(runs: Mapping[str, Run], device: torch.device, seconds: float) -> dict[str, Times]:
+        in_force.append({x.kernel for x in tuned.measured(device)})
+        return {name: Times(x, x, x, 5) for name, x in zip(runs, (1.0, 1.25), strict=True)}
+
+    monkeypatch.setattr(tuner, "flushed", timer)
+    alone = run(tiny, "--kernel", "feed_forward_fused", "--tokens", "12", "--lengths", "6")
+    assert "0.80x" in alone.stdout
+    assert in_force == 2 * [{"feed_forward_forward", "feed_forward_backward", "feed_forward_fused"}]
+    assert "launches have faster tiles" not in alone.stdout
+    assert "feed_forward_fused bfloat16 32 gelu: never fused as shipped" in alone.stdout
+    kernels = [x["kernel"] for x in stored(tuned_folder)["entries"]]
+    assert kernels == ["feed_forward_forward", "feed_forward_backward"]
+
+
 def test_an_interrupted_run_keeps_what_is_done(tiny: Path, here: Callable[..., None], tuned_folder: Path) -> None:
     here(0.5, interrupted_at=3)  # a round and its confirmation, then the next kernel's round
     result = run(tiny, "--kernel", "bias_activation", "--dtype", "float32", "--tokens", "12", "--lengths", "6")
@@ -114,11 +158,11 @@ def test_an_interrupted_run_keeps_what_is_done(tiny: Path, here: Callable[..., N
 
 def test_a_file_that_is_ignored_says_why(tuned_folder: Path, device: torch.device) -> None:
     path = tuned.write(tuned.kind(device), [], {})
-    path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
     (tuned_folder / "tiles-other.json").write_text("{}")
     result = run("--show")
     assert result.exit_code == 0
-    assert f"{path}: ignored, its format is 0, here it is 1" in result.stdout
+    assert f"{path}: ignored, its format is 1, here it is 2" in result.stdout
     assert f"{tuned_folder / 'tiles-other.json'}: of another device" in result.stdout
 
 
@@ -152,6 +196,8 @@ def test_without_a_gpu_one_line_says_so(tuned_folder: Path) -> None:
         (["--lengths", "128", "--tokens", "64"], "128 is out of range: a call has 64 tokens"),
         (["--show", "--reset"], "give one of them"),
         (["--kernel", "gemm"], "no kernel has 'gemm' in its name: there are attention_forward, "),
+        (["--kernel", "feed_forward", "--dtype", "fp32"], "bias_activation_forward, bias_activation_backward in fp32"),
+        (["--kernel", "relation"], "feed_forward_backward, feed_forward_fused in bfloat16, more with --full"),
         (["nowhere"], "model 'nowhere' not found"),
     ],
 )

@@ -13,8 +13,7 @@ from fastbert.tuning.neighbours import shipped_tiles
 from fastbert.tuning.problems import COMPILED
 from fastbert_kernels import column_sums
 from fastbert_kernels.bias_gelu import ACTIVATIONS
-from fastbert_kernels.feed_forward_kernels import feed_forward_backward, feed_forward_forward
-from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, PARTIAL_SUMS, Tiles, feed_forward_table
+from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, PARTIAL_SUMS, Tiles
 from fastbert_kernels.tuned import Launch
 
 from .limits import FEED_FORWARD, FLAGS, VOCABULARY, Cost, cost
@@ -30,11 +29,7 @@ TARGETS: dict[str, GPUTarget] = {
 DEVICES = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
 
 #: Kernel -> what is compiled: those whose tiles can be measured, and the others.
-KERNELS: dict[str, Any] = COMPILED | {
-    "feed_forward_forward": feed_forward_forward,
-    "feed_forward_backward": feed_forward_backward,
-    "column_sums": column_sums._column_sums,
-}
+KERNELS: dict[str, Any] = COMPILED | {"column_sums": column_sums._column_sums}
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HEAD_DIMS = (8, 32, 48, 64, 80, 96, 128)
@@ -269,8 +264,6 @@ def _all_cases() -> Iterator[Case]:
 
 def launch_tiles(case: Case, target: str) -> Tiles:
     """The tiles and compile options with which the host launches a case."""
-    if case.feeds_forward:
-        return feed_forward_table(target, DTYPES[case.dtype].itemsize, descriptors=True)
     return column_sums.TILES if case.kernel == "column_sums" else shipped_tiles(case.launch, target)
 
 

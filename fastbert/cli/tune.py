@@ -1,4 +1,4 @@
-"""`fastbert tune`: the fastest tiles on this GPU, measured once and kept."""
+"""`fastbert tune`: the fastest tiles on this GPU, and the faster feed-forward products, measured once and kept."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,12 +7,16 @@ import typer
 from .common import check_writable, fail, quiet
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
+    from fastbert.tuning.choice import Choice
     from fastbert.tuning.tuner import Outcome
+    from fastbert_kernels.tuned import Launch, Product
 
 _INTERRUPTED = 130
 
@@ -28,7 +32,10 @@ def tune(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
     lengths: Annotated[str, typer.Option(help="Tokens of a sequence in the timed calls, with commas.")] = "128,512",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a timed call.")] = 32768,
+    tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens of a timed call; of feed-forward products the most, halved up to five times."),
+    ] = 32768,
     kernel: Annotated[
         list[str] | None,
         typer.Option(help="Only kernels with this in their names; may be repeated.", show_default=False),
@@ -38,16 +45,17 @@ def tune(
     ] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Time for each timing, once seven rounds are done.")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cuda or cuda:N. Default: the first GPU.")] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the measured tiles and where they lie; nothing else.")] = (
-        False
-    ),
-    reset: Annotated[bool, typer.Option("--reset", help="Delete this device's measured tiles; nothing else.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print what is kept and where it lies; nothing else.")] = False,
+    reset: Annotated[bool, typer.Option("--reset", help="Delete what is kept for this device; nothing else.")] = False,
 ) -> None:
     """Measure which tiles the kernels are fastest with on this GPU, and keep them for it in the cache folder.
 
-    Never needed: the shipped tiles are chosen for every GPU. Other tiles are kept only when their results are right and
-    they were faster twice. Each launch that is done is kept, whatever stops the rest. FASTBERT_TUNED=0 runs the shipped
-    tiles again, and so does --reset.
+    Then whether feed-forward products are faster with the activation inside, or as cuBLAS's with the activation after
+    them, and from how many tokens on.
+
+    Never needed: what is shipped is chosen for every GPU. Anything else is kept only when its results are right and it
+    was faster twice. Each launch that is done is kept, whatever stops the rest. FASTBERT_TUNED=0 runs what is shipped
+    again, and so does --reset.
 
     Exit code 0: measured, shown or deleted; 2: the input cannot be used, or there is no GPU; 130: interrupted.
     """
@@ -61,8 +69,8 @@ def tune(
     from rich.console import Console
 
     from fastbert.loading import InputError, load_config, parse_dtype
-    from fastbert.tuning.launches import COMMON, Widths, launches
-    from fastbert_kernels.tuned import KERNELS, kind, path_of
+    from fastbert.tuning.launches import COMMON, Widths, launches, products
+    from fastbert_kernels.tuned import kind, path_of
 
     try:
         working = parse_dtype(dtype)
@@ -71,12 +79,16 @@ def tune(
             models = COMMON if model is None else (Widths.of(load_config(model)),)
     except InputError as error:
         fail(str(error))
-    todo = launches(models, working, full, tuple(kernel or ()))
-    if not todo:
-        fail(f"no kernel has {' or '.join(kernel or ())!r} in its name: there are {', '.join(KERNELS)}")
+    named = tuple(kernel or ())
+    todo = launches(models, working, full, named), products(models, working, named)
+    if not any(todo):
+        there = [x.kernel for x in launches(models, working, full)] + [x.kernel for x in products(models, working)]
+        more = "" if full else ", more with --full"
+        names = ", ".join(dict.fromkeys(there))
+        fail(f"no kernel has {' or '.join(named)!r} in its name: there are {names} in {dtype}{more}")
     check_writable("FASTBERT_CACHE", path_of(kind(gpu)))
     console = Console(highlight=False)
-    outcomes: list[Outcome] = []
+    outcomes: list[Outcome | Choice] = []
     try:
         _measure(todo, gpu, (chosen, tokens, seconds), outcomes)
     except OSError as error:
@@ -115,14 +127,19 @@ def _gpu(device: str | None) -> "torch.device":
 
 
 def _measure(
-    todo: list[Any], gpu: "torch.device", how: tuple[tuple[int, ...], int, float], outcomes: "list[Outcome]"
+    todo: "tuple[list[Launch], list[Product]]",
+    gpu: "torch.device",
+    how: tuple[tuple[int, ...], int, float],
+    outcomes: "list[Outcome | Choice]",
 ) -> None:
-    """Measure launches, adding to the outcomes and to the file as each is done."""
+    """Measure launches and then products, adding to the outcomes and to the file as each is done."""
     import functools
+    import itertools
 
     from rich.console import Console
 
     from fastbert.benchmark.provenance import facts
+    from fastbert.tuning.choice import choose
     from fastbert.tuning.neighbours import neighbours
     from fastbert.tuning.problems import Sizes
     from fastbert.tuning.tuner import flushed, tune
@@ -134,14 +151,15 @@ def _measure(
     entries = _kept_before(name)
     provenance = facts(gpu) | {"architecture": arch(gpu)}
     with _progress(Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=len(todo))
-        measuring = tune(
-            todo,
-            gpu,
-            sizes=Sizes(lengths=lengths, tokens=tokens),
-            candidates=neighbours,
-            timer=functools.partial(flushed, seconds=seconds),
-            tell=lambda message: bar.update(task, description=message),
+        task = bar.add_task("starting", total=len(todo[0]) + len(todo[1]))
+        common: dict[str, Any] = {
+            "sizes": Sizes(lengths=lengths, tokens=tokens),
+            "timer": functools.partial(flushed, seconds=seconds),
+            "table": dict(map(tuned.read_entry, entries.values())),
+            "tell": lambda message: bar.update(task, description=message),
+        }
+        measuring: Iterator[Outcome | Choice] = itertools.chain(
+            tune(todo[0], gpu, candidates=neighbours, **common), choose(todo[1], gpu, **common)
         )
         for outcome in measuring:
             outcomes.append(outcome)
@@ -164,25 +182,28 @@ def _kept_before(name: str) -> dict[Any, dict[str, Any]]:
     return {tuned.read_entry(entry)[0]: entry for entry in entries}
 
 
-def _report(console: "Console", outcomes: "list[Outcome]", gpu: "torch.device") -> None:
+def _report(console: "Console", outcomes: "list[Outcome | Choice]", gpu: "torch.device") -> None:
     """What was measured, gains and losses alike, and where it lies."""
-    from fastbert.tuning.tuner import words
+    from fastbert.tuning.choice import Choice
     from fastbert_kernels import tuned
 
     table = _table()
     for outcome in outcomes:
         for shape in outcome.shapes:
-            best = words(outcome.best) if outcome.best is not None else ""
-            times = 1e6 * shape.shipped.median, 1e6 * shape.best.median
-            _add(table, str(outcome.launch), shape.name, words(outcome.shipped), best, times, outcome.kept)
+            _add(table, str(outcome.launch), shape.entry())
         if not outcome.shapes:
-            table.add_row(str(outcome.launch), "-", words(outcome.shipped), "-", "-", "-", "-", "shipped")
+            table.add_row(str(outcome.launch), "-", outcome.as_shipped, "-", "-", "-", "-", "shipped")
     console.print(table)
     for outcome in outcomes:
         for line in outcome.refused:
             console.print(f"{outcome.launch}: {line}", style="yellow", markup=False, soft_wrap=True)
+    choices = [outcome for outcome in outcomes if isinstance(outcome, Choice)]
     kept = sum(outcome.kept for outcome in outcomes)
-    console.print(f"{kept} of {len(outcomes)} launches have faster tiles than the shipped ones", style="bold")
+    if launches := len(outcomes) - len(choices):
+        tiles = kept - sum(choice.kept for choice in choices)
+        console.print(f"{tiles} of {launches} launches have faster tiles than the shipped ones", style="bold")
+    for choice in choices:
+        console.print(str(choice), style="bold", soft_wrap=True)
     if kept:
         console.print(f"kept in {tuned.path_of(tuned.kind(gpu))}", markup=False, soft_wrap=True)
     if kept and not tuned.enabled():
@@ -193,7 +214,6 @@ def _show() -> None:
     """Print the files there are, and the tiles in force."""
     from rich.console import Console
 
-    from fastbert.tuning.tuner import words
     from fastbert_kernels import tuned
 
     console = Console(highlight=False)
@@ -214,10 +234,9 @@ def _show() -> None:
         console.print(f"{file}: {state}; {name}, {about.get('date', 'no date')}", markup=False, soft_wrap=True)
         table = _table()
         for entry in content["entries"]:
-            launch, tiles = tuned.read_entry(entry)
+            launch, _ = tuned.read_entry(entry)
             for shape in entry.get("shapes", []):
-                times = shape["shipped_us"], shape["tuned_us"]
-                _add(table, str(launch), shape["shape"], words(entry["shipped"]), words(tiles), times, True)
+                _add(table, str(launch), shape)
         console.print(table)
 
 
@@ -254,14 +273,14 @@ def _table() -> "Table":
     return shown
 
 
-def _add(
-    table: "Table", launch: str, shape: str, shipped: str, best: str, times: tuple[float, float], kept: bool
-) -> None:
+def _add(table: "Table", launch: str, shape: dict[str, Any]) -> None:
+    """A row of a shape as it is in a file."""
     from rich.text import Text
 
-    gain = times[0] / times[1]
-    verdict = Text("tuned", "green") if kept else Text("shipped")
-    table.add_row(launch, shape, shipped, f"{times[0]:.1f}", best, f"{times[1]:.1f}", f"{gain:.2f}x", verdict)
+    (shipped, best), before, after = shape["between"], shape["shipped_us"], shape["tuned_us"]
+    verdict = Text("tuned", "green") if shape["kept"] else Text("shipped")
+    gain = f"{before / after:.2f}x"
+    table.add_row(launch, shape["shape"], shipped, f"{before:.1f}", best, f"{after:.1f}", gain, verdict)
 
 
 def _progress(console: "Console") -> "Progress":

@@ -4,22 +4,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.activations import ACT2FN
 
-from fastbert_kernels.tuned import KERNELS, Launch
+from fastbert.modules import KERNEL_ACTIVATIONS
+from fastbert_kernels.tiles import feed_forward_fusible
+from fastbert_kernels.tuned import FUSED, KERNELS, Launch, Product
 
 
 @dataclass(frozen=True)
 class Widths:
-    """What a model's launches depend on: its features, those of its feed-forward layer, and of a head."""
+    """What a model's launches depend on: its features, those of its feed-forward layer, and of a head; and what the
+    kernels call its activation, None where they have none."""
 
     hidden: int
     intermediate: int
     head_dim: int
+    activation: str | None = "gelu"
+
+    def fusible(self, dtype: torch.dtype) -> bool:
+        """Whether the feed-forward products can be fused at all."""
+        return feed_forward_fusible(dtype, self.hidden, self.intermediate, self.activation)
 
     @classmethod
     def of(cls, config: Any) -> "Widths":
         """The widths of a BERT configuration."""
-        return cls(config.hidden_size, config.intermediate_size, config.hidden_size // config.num_attention_heads)
+        head_dim = config.hidden_size // config.num_attention_heads
+        known = config.hidden_act in ACT2FN
+        activation = KERNEL_ACTIVATIONS.get(type(ACT2FN[config.hidden_act])) if known else None
+        return cls(config.hidden_size, config.intermediate_size, head_dim, activation)
 
 
 #: Measured where no model is named: BERT-base, BERT-large, MiniLM.
@@ -40,6 +52,8 @@ def launches(models: tuple[Widths, ...], dtype: torch.dtype, full: bool, named: 
         if kernel.startswith("relation_") and not full:
             continue
         for model in models:
+            if kernel.startswith("feed_forward_") and not model.fusible(dtype):
+                continue
             if kernel.startswith(("attention_", "relation_")):
                 width = model.head_dim
             else:
@@ -47,4 +61,12 @@ def launches(models: tuple[Widths, ...], dtype: torch.dtype, full: bool, named: 
             found.append(Launch(kernel, dtype, width))
             if full and kernel.startswith("attention_"):
                 found.append(Launch(kernel, dtype, width, maps=True))
+    return list(dict.fromkeys(found))
+
+
+def products(models: tuple[Widths, ...], dtype: torch.dtype, named: tuple[str, ...] = ()) -> list[Product]:
+    """The feed-forward products of models that can be fused, each once; `named` as of `launches`, the name is FUSED."""
+    if named and not any(word in FUSED for word in named):
+        return []
+    found = [Product(dtype, x.hidden, x.activation) for x in models if x.activation is not None and x.fusible(dtype)]
     return list(dict.fromkeys(found))

@@ -9,6 +9,7 @@ from fastbert_kernels.tiles import (
     Tiles,
     attention_table,
     column_tiles,
+    feed_forward_table,
     relation_table,
     row_tiles,
 )
@@ -23,6 +24,8 @@ def shipped_tiles(launch: Launch, target: str) -> Tiles:
         return attention_table(target, kernel, itemsize, launch.width, launch.maps)
     if family == "relation":
         return relation_table(target, launch.kernel.removeprefix("relation_"), itemsize, launch.width)
+    if family == "feed":
+        return feed_forward_table(target, itemsize, descriptors=True)
     if family == "bias":
         return column_tiles(launch.width)
     return row_tiles(launch.width, itemsize, FORWARD_BYTES if launch.kernel.endswith("_forward") else BACKWARD_BYTES)
@@ -41,12 +44,12 @@ def _all(launch: Launch, target: str, shipped: Tiles) -> Iterator[Tiles]:
     if launch.whole_rows:
         sides[1] = [shipped["BLOCK_N"]]
     shapes = itertools.product(*sides, _around(shipped["num_warps"], 1, 16), [shipped["num_stages"]])
-    multiplies = launch.attends or launch.kernel.startswith("feed_forward_")
-    stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if multiplies else []
+    stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if launch.multiplies else []
+    by_groups = launch.multiplies and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100")
     kept = [shipped["BLOCK_M"], shipped["BLOCK_N"], shipped["num_warps"]]
     for block_m, block_n, num_warps, num_stages in [*shapes, *((*kept, stage) for stage in stages if stage > 0)]:
         rows = block_n if launch.kernel.endswith("dkv") else block_m
-        if multiplies and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100") and rows < 64:
+        if by_groups and (rows < 64 or num_warps < 4):  # tensor cores there work for four warps at a time
             continue
         sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
         yield shipped | sizes

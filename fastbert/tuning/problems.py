@@ -3,6 +3,8 @@
 A call's switches are the kernels' own, without their HAS_, and the activation. Three more: FLAT makes every attention
 probability count the same, so that one element of a dropout mask drawn wrongly shows; COLUMNS shifts the maps; FROZEN
 leaves out the gradients of the embedding tables, whose scatter is not the kernel's.
+
+A feed-forward kernel is called alone, without the products that are cuBLAS's, and has no gradients to take.
 """
 
 import itertools
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert_kernels import (
@@ -20,15 +23,20 @@ from fastbert_kernels import (
     backend,
     bias_activation,
     embed,
+    feed_forward,
     reference,
     relation_loss,
 )
 from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
 from fastbert_kernels.bias_gelu import _bias_activation_backward, _bias_activation_forward
 from fastbert_kernels.embedding import _embed_backward, _embed_forward
+from fastbert_kernels.feed_forward import _backward as feed_forward_backward_op
+from fastbert_kernels.feed_forward import _forward as feed_forward_forward_op
+from fastbert_kernels.feed_forward_kernels import feed_forward_backward, feed_forward_forward
 from fastbert_kernels.layer_norm import _add_layer_norm_backward, _add_layer_norm_forward
 from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
-from fastbert_kernels.tuned import Launch
+from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS
+from fastbert_kernels.tuned import Launch, Product
 
 Switches = tuple[str, ...]
 Op = Callable[..., tuple[Tensor, ...]]
@@ -47,6 +55,8 @@ COMPILED: dict[str, Any] = {
     "add_layer_norm_backward": _add_layer_norm_backward,
     "embed_forward": _embed_forward,
     "embed_backward": _embed_backward,
+    "feed_forward_forward": feed_forward_forward,
+    "feed_forward_backward": feed_forward_backward,
 }
 
 DROPOUT_P = 0.1
@@ -86,11 +96,13 @@ class Problem:
         op: the call by fastbert's kernels.
         definition: the same in plain PyTorch, with the mask that the kernels must draw.
         inputs: what both take, and what gradients are taken of.
+        differentiable: whether they are: not of an op that is one kernel, forward or backward.
     """
 
     op: Op
     definition: Op
     inputs: tuple[Tensor, ...]
+    differentiable: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,10 +126,13 @@ def timed_switches(launch: Launch) -> list[Switches]:
         "bias": ("BIAS", "gelu"),
         "add": ("BIAS", "RESIDUAL"),
         "embed": ("WORD_TABLE", "FROZEN"),
+        "feed": ("gelu",),
     }
     family = _family(launch)
     plain = base[family]
-    return [plain] if family in ("relation", "bias") else [plain, (*plain, "DROPOUT")]
+    if launch.kernel == "feed_forward_forward":
+        return [plain, (*plain, "PRE")]
+    return [plain] if family in ("relation", "bias", "feed") else [plain, (*plain, "DROPOUT")]
 
 
 def all_switches(launch: Launch) -> list[Switches]:
@@ -131,6 +146,9 @@ def all_switches(launch: Launch) -> list[Switches]:
         return _subsets("BIAS", "RESIDUAL", "DROPOUT")
     if family == "embed":
         return _subsets("WORD_TABLE", "DROPOUT")
+    if family == "feed":
+        kinds = _subsets("PRE") if launch.kernel == "feed_forward_forward" else [()]
+        return [(*on, activation) for on in kinds for activation in FEED_FORWARD_ACTIVATIONS]
     if not launch.maps:
         return [*_subsets("CU_SEQLENS", "HEAD_MASK", "DROPOUT"), ("CU_SEQLENS", "DROPOUT", "FLAT")]
     maps: list[Switches] = [
@@ -317,6 +335,56 @@ def _bias_activation(call: _Call) -> Problem:
     return Problem(op, definition, (x, *bias))
 
 
+def _feed_forward(call: _Call) -> Problem:
+    launch, on, rows, device = call.launch, call.on, call.rows, call.device
+    activation = next(name for name in on if name in FEED_FORWARD_ACTIVATIONS)
+    x, weight1, bias, weight2 = _feed_forward_inputs(launch.dtype, launch.width, rows, device)
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y, pre = feed_forward_forward_op(x, weight, bias, activation, "PRE" in on)
+        return (y, pre) if "PRE" in on else (y,)
+
+    def forward_definition(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        pre = F.linear(x, weight, bias)
+        y = reference.bias_activation(pre, None, activation)
+        return (y, pre) if "PRE" in on else (y,)
+
+    if launch.kernel == "feed_forward_forward":
+        return Problem(forward, forward_definition, (x, weight1, bias), differentiable=False)
+
+    def backward(dout: Tensor, weight: Tensor, pre: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return feed_forward_backward_op(dout, weight, pre, bias, activation)
+
+    def backward_definition(dout: Tensor, weight: Tensor, pre: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y, gradient = torch.func.vjp(lambda z: reference.bias_activation(z, None, activation), pre)[:2]
+        (dpre,) = gradient(dout @ weight)
+        return dpre, y, dpre.sum(0)
+
+    pre = _draw(rows, 4 * launch.width, dtype=launch.dtype, device=device)
+    return Problem(backward, backward_definition, (x, weight2, pre, bias), differentiable=False)
+
+
+def _feed_forward_inputs(dtype: torch.dtype, hidden: int, rows: int, device: torch.device) -> list[Tensor]:
+    """x, weight1, bias1 and weight2 of a block of four times its hidden size: products keep x's deviation, roughly."""
+    torch.manual_seed(0)
+    shapes = (rows, hidden), (4 * hidden, hidden), (4 * hidden,), (hidden, 4 * hidden)
+    x, weight1, bias, weight2 = (_draw(*shape, dtype=dtype, device=device) for shape in shapes)
+    scale = 0.5 ** (hidden.bit_length() // 2)  # a power of two, so that bfloat16 holds the product
+    return [x, weight1 * scale, bias, weight2 * scale]
+
+
+def feed_forward_problem(product: Product, fused: bool, rows: int, device: torch.device) -> Problem:
+    """The whole of a feed-forward block's products, one way or the other."""
+
+    def op(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> tuple[Tensor]:
+        return (feed_forward(x, weight1, bias1, weight2, product.activation, fused),)
+
+    def definition(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> tuple[Tensor]:
+        return (reference.feed_forward(x, weight1, bias1, weight2, product.activation),)
+
+    return Problem(op, definition, tuple(_feed_forward_inputs(product.dtype, product.hidden, rows, device)))
+
+
 def _kept(on: Switches, rows: int, features: int, device: torch.device) -> dict[str, Any]:
     if "DROPOUT" not in on:
         return {}
@@ -330,4 +398,5 @@ _MAKERS: dict[str, Callable[[_Call], Problem]] = {
     "bias": _bias_activation,
     "add": _add_layer_norm,
     "embed": _embed,
+    "feed": _feed_forward,
 }

@@ -4,7 +4,7 @@ import datetime
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,12 +51,26 @@ class Shape:
 
     Attributes:
         name: for people.
-        shipped, best: the times with the shipped tiles and with the best others, of one interleaved run.
+        between: what was timed, for people: as shipped, and the best other.
+        shipped, best: the times of both, of one interleaved run.
+        kept: whether the other takes the place of what is shipped.
     """
 
     name: str
+    between: tuple[str, str]
     shipped: Times
     best: Times
+    kept: bool = False
+
+    def entry(self) -> dict[str, Any]:
+        """The same in a file."""
+        return {
+            "shape": self.name,
+            "between": list(self.between),
+            "shipped_us": round(1e6 * self.shipped.median, 3),
+            "tuned_us": round(1e6 * self.best.median, 3),
+            "kept": self.kept,
+        }
 
 
 @dataclass
@@ -81,6 +95,11 @@ class Outcome:
     refused: list[str] = field(default_factory=list)
     tried: int = 0
 
+    @property
+    def as_shipped(self) -> str:
+        """The shipped tiles, for people."""
+        return words(self.shipped)
+
     def entry(self) -> dict[str, Any]:
         """What `tuned.write` takes of kept tiles."""
         return {
@@ -90,12 +109,14 @@ class Outcome:
             "maps": self.launch.maps,
             "tiles": self.best,
             "shipped": self.shipped,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "shapes": [
-                {"shape": x.name, "shipped_us": _microseconds(x.shipped), "tuned_us": _microseconds(x.best)}
-                for x in self.shapes
-            ],
+            "date": now(),
+            "shapes": [shape.entry() for shape in self.shapes],
         }
+
+
+def now() -> str:
+    """The time of an entry."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def words(tiles: Tiles) -> str:
@@ -116,6 +137,7 @@ def tune(
     candidates: Callable[[Launch, str, Tiles], list[Tiles]] = neighbours,
     timer: Timer = flushed,
     margin: float = MARGIN,
+    table: Table | None = None,
     tell: Callable[[str], object] = lambda message: None,
 ) -> Iterator[Outcome]:
     """Measure launches one after the other; what is kept of one is in force for the next.
@@ -132,11 +154,14 @@ def tune(
         candidates: the tiles to try, by launch, target and shipped tiles.
         timer: what times them.
         margin: how much faster other tiles must be, as a share.
+        table: what is in force before, brought up to date as launches are done; default empty.
         tell: called with what is going on, for people.
     """
-    table: Table = {}
+    table = {} if table is None else table
+    spills: dict[Any, int] = {}
     for launch in launches:
-        outcome = _Subject(launch, device, table, sizes or Sizes(), timer, margin, tell).measure(candidates)
+        outcome = _Subject(launch, device, table, spills, sizes or Sizes(), timer, margin, tell).measure(candidates)
+        table.pop(launch, None)
         if outcome.kept and outcome.best is not None:
             table[launch] = outcome.best
         yield outcome
@@ -150,12 +175,13 @@ class _Subject:
         launch: Launch,
         device: torch.device,
         table: Table,
+        spills: dict[Any, int],
         sizes: Sizes,
         timer: Timer,
         margin: float,
         tell: Callable[[str], object],
     ) -> None:
-        self.launch, self.device, self.table, self.sizes = launch, device, table, sizes
+        self.launch, self.device, self.table, self.spills, self.sizes = launch, device, table, spills, sizes
         self.timer, self.margin, self.tell = timer, margin, tell
         self.target = arch(device)
         self.shipped = shipped_tiles(launch, self.target)
@@ -169,7 +195,7 @@ class _Subject:
             self._measure(others, outcome)
         except Exception as failure:  # one launch that cannot be measured is a line, not the end of the run
             outcome = Outcome(self.launch, self.shipped, tried=len(others))
-            outcome.refused.append(f"the shipped {words(self.shipped)}: {_reason(failure)}")
+            outcome.refused.append(f"the shipped {words(self.shipped)}: {reason_of(failure)}")
         return outcome
 
     def _measure(self, others: list[Tiles], outcome: Outcome) -> None:
@@ -186,16 +212,17 @@ class _Subject:
         self.tell(f"{self.launch}: timing {len(right)}")
         first = self._times(right, outcome)
         ranked = sorted((x for x in right if words(x) in first), key=lambda x: _ratio(first[words(x)]))
-        for tiles in [x for x in ranked if self._faster(first[words(x)])][:_LEADERS]:
+        for tiles in [x for x in ranked if faster(first[words(x)], self.margin)][:_LEADERS]:
             self.tell(f"{self.launch}: confirming {words(tiles)}")
             if problem := self._problem(tiles, all_switches(self.launch)):
                 outcome.refused.append(f"{words(tiles)}: {problem}")
                 continue
             second = self._times([tiles], outcome).get(words(tiles))
-            if second is None or not self._faster(second):
+            if second is None or not faster(second, self.margin):
                 outcome.refused.append(f"{words(tiles)}: faster in one round, not in another")
                 continue
-            outcome.best, outcome.shapes, outcome.kept = tiles, second, True
+            outcome.best, outcome.kept = tiles, True
+            outcome.shapes = [replace(shape, kept=True) for shape in second]
             return
         # What led and was refused must not be shown as if it could have been had.
         refused = {line.partition(": ")[0] for line in outcome.refused}
@@ -208,7 +235,7 @@ class _Subject:
         return tuple(x for x in timed_switches(self.launch)[-1] if x != "FROZEN")
 
     def _under(self, tiles: Tiles) -> Any:
-        """A block in which this launch has these tiles, the earlier ones what they got, and all others the shipped."""
+        """A block in which this launch has these tiles, the others what the table says, or else the shipped."""
         return in_force(self.device, self.table | {self.launch: tiles})
 
     def _problem(self, tiles: Tiles, calls: list[Switches]) -> str | None:
@@ -218,15 +245,23 @@ class _Subject:
                 truth, bounds = self._shipped_errors(on)
                 before = _loaded(self.launch.kernel)
                 with self._under(tiles):
-                    got = _results(checked_problem(self.launch, on, self.sizes, self.device), truth=False)
-                if spills := _spills(self.launch.kernel, before):
+                    got = results_of(checked_problem(self.launch, on, self.sizes, self.device), truth=False)
+                if spills := self._spills(tiles, on, before):
                     return f"spills {spills} registers with {_named(on)}"
-                for error, bound in zip(_errors(got, truth), bounds, strict=True):
+                for error, bound in zip(errors_of(got, truth), bounds, strict=True):
                     if not error <= bound:
                         return f"wrong with {_named(on)}: its error {error:.1e} is over {bound:.1e}"
             except Exception as failure:  # what does not fit the device fails in its own way
-                return f"failed with {_named(on)}: {_reason(failure)}"
+                return f"failed with {_named(on)}: {reason_of(failure)}"
         return None
+
+    def _spills(self, tiles: Tiles, on: Switches, before: Mapping[int, Any]) -> int:
+        """Registers that a call spilled, whose kernel was compiled since `before`, or for an earlier launch."""
+        heads = self.launch.width if self.launch.attends else None
+        key = self.launch.kernel, self.launch.dtype, heads, words(tiles), on
+        new = [x for name, x in _loaded(self.launch.kernel).items() if name not in before]
+        self.spills[key] = max([self.spills.get(key, 0), *(getattr(x, "n_spills", None) or 0 for x in new)])
+        return self.spills[key]
 
     def _shipped_errors(self, on: Switches) -> tuple[list[Tensor], list[float]]:
         """What float64 gives for a call, and how far other tiles may be from it.
@@ -236,9 +271,9 @@ class _Subject:
         """
         if on not in self._truths:
             problem = checked_problem(self.launch, on, self.sizes, self.device)
-            truth = _results(problem, truth=True)
+            truth = results_of(problem, truth=True)
             with self._under(self.shipped):
-                errors = _errors(_results(problem, truth=False), truth)
+                errors = errors_of(results_of(problem, truth=False), truth)
             limit = max(_ROUNDINGS * torch.finfo(self.launch.dtype).eps, 1e-4)
             if not all(error <= limit for error in errors):
                 raise ValueError(f"wrong with {_named(on)}: the error of the shipped tiles is {max(errors):.1e}")
@@ -263,24 +298,27 @@ class _Subject:
                         runs[words(tiles)]()
                     except Exception as failure:
                         del runs[words(tiles)], found[words(tiles)]
-                        outcome.refused.append(f"{words(tiles)}: failed with {_named(on)}: {_reason(failure)}")
+                        outcome.refused.append(f"{words(tiles)}: failed with {_named(on)}: {reason_of(failure)}")
                 times = self.timer(runs, self.device)
                 name = _shape_name(self.launch, on, length, self.sizes)
+                shipped = words(self.shipped)
                 for key, shapes in found.items():
-                    shapes.append(Shape(name, times[words(self.shipped)], times[key]))
+                    shapes.append(Shape(name, (shipped, key), times[shipped], times[key]))
         return found
 
     def _run_under(self, tiles: Tiles, run: Run) -> None:
         with self._under(tiles):
             run()
 
-    def _faster(self, shapes: list[Shape]) -> bool:
-        slow_against_quick = _geometric_mean([x.best.q80 / x.shipped.q20 for x in shapes])
-        return (
-            _ratio(shapes) <= 1 - self.margin
-            and slow_against_quick < 1
-            and all(x.best.median <= x.shipped.median for x in shapes)
-        )
+
+def faster(shapes: list[Shape], margin: float) -> bool:
+    """Whether the other is, by the margin and more than the spread on the geometric mean, and slower in no shape."""
+    slow_against_quick = _geometric_mean([x.best.q80 / x.shipped.q20 for x in shapes])
+    return (
+        _ratio(shapes) <= 1 - margin
+        and slow_against_quick < 1
+        and all(x.best.median <= x.shipped.median for x in shapes)
+    )
 
 
 def _ratio(shapes: list[Shape]) -> float:
@@ -291,14 +329,18 @@ def _geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def _results(problem: Problem, truth: bool) -> list[Tensor]:
+def results_of(problem: Problem, truth: bool) -> list[Tensor]:
     """Outputs of a call and gradients of its inputs: the definition's in float64, or the kernels'."""
-    leaves = [x.detach().to(torch.float64 if truth else x.dtype).requires_grad_() for x in problem.inputs]
+    leaves = [x.detach().to(torch.float64 if truth else x.dtype) for x in problem.inputs]
+    for leaf in leaves:
+        leaf.requires_grad_(problem.differentiable)
     outputs = problem.definition(*leaves) if truth else by_kernels(problem.op)(*leaves)
+    if not problem.differentiable:
+        return list(outputs)
     return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, leaves, cotangents_of(outputs)))
 
 
-def _errors(got: list[Tensor], truth: list[Tensor]) -> list[float]:
+def errors_of(got: list[Tensor], truth: list[Tensor]) -> list[float]:
     """The largest difference of each result, over the truth's largest value. NaN where there is one."""
     return [
         ((g.double() - t).abs().max() / (t.abs().max() if t.any() else 1.0)).item() if t.numel() else 0.0
@@ -308,7 +350,7 @@ def _errors(got: list[Tensor], truth: list[Tensor]) -> list[float]:
 
 def _run(problem: Problem, backward: bool) -> Run:
     op = by_kernels(problem.op)
-    if not backward:
+    if not (backward and problem.differentiable):
 
         def forward() -> None:
             with torch.no_grad():
@@ -327,28 +369,17 @@ def _loaded(kernel: str) -> dict[int, Any]:
     return {id(compiled): compiled for cache in caches.values() for compiled in cache[0].values()}
 
 
-def _spills(kernel: str, before: Mapping[int, Any]) -> int:
-    """Registers that what was compiled since `before` spills."""
-    return max(
-        (getattr(x, "n_spills", None) or 0 for key, x in _loaded(kernel).items() if key not in before), default=0
-    )
-
-
 def _shape_name(launch: Launch, on: Switches, length: int, sizes: Sizes) -> str:
-    dropout = ", dropout" if "DROPOUT" in on else ""
+    kind = ", dropout" if "DROPOUT" in on else ", training" if "PRE" in on else ""
     if launch.attends:
-        return f"{max(1, sizes.tokens // length)} x {length}, {sizes.heads} heads{dropout}"
-    return f"{sizes.tokens} rows{dropout}"
+        return f"{max(1, sizes.tokens // length)} x {length}, {sizes.heads} heads{kind}"
+    return f"{sizes.tokens} rows{kind}"
 
 
 def _named(on: Switches) -> str:
     return "+".join(on).lower() or "no switch"
 
 
-def _reason(failure: BaseException) -> str:
+def reason_of(failure: BaseException) -> str:
     lines = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:200]
-
-
-def _microseconds(times: Times) -> float:
-    return round(1e6 * times.median, 3)

@@ -17,6 +17,7 @@ from .backend import (
     cdiv,
     check_same_device,
     forbid_double_backward,
+    is_traced,
     multiprocessors,
     register_op,
     uses_triton,
@@ -68,7 +69,7 @@ def _forward(
     if count > 0:
         _launch(
             feed_forward_forward,
-            feed_forward_tiles(x, weight),
+            feed_forward_tiles("forward", x, weight),
             count,
             features,
             x,
@@ -102,7 +103,7 @@ def _backward(
     dpre, y = torch.empty_like(pre), torch.empty_like(pre)
     if count == 0:
         return dpre, y, torch.zeros_like(bias)
-    tiles = feed_forward_tiles(dout, weight)
+    tiles = feed_forward_tiles("backward", dout, weight)
     partials = pre.new_empty(1, cdiv(count, tiles["BLOCK_M"]), features, dtype=torch.float32)
     _launch(
         feed_forward_backward,
@@ -155,25 +156,26 @@ def products_backward(
 
 
 class _FeedForward(torch.autograd.Function):
-    """The fused products as one step of autograd, so that f(pre) is not kept."""
+    """The products as one step of autograd, so that f(pre) is not kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, activation: str
+        ctx: Any, x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, *how: Any
     ) -> torch.Tensor:
-        y, pre = products(x, weight1, bias1, weight2, activation, fused=True, keep=True)
+        """`how`: the activation, and whether the products are fused."""
+        y, pre = products(x, weight1, bias1, weight2, *how, keep=True)
         ctx.save_for_backward(x, weight1, bias1, weight2, pre)
-        ctx.activation = activation
+        ctx.how = how
         return y
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight1, bias1, weight2, pre = ctx.saved_tensors
-        needs_x, *needed, _ = ctx.needs_input_grad
+        needs_x, needs1, _, needs2, *_ = ctx.needs_input_grad
         dpre, *dparameters = products_backward(
-            dout.contiguous(), x, weight1, bias1, weight2, pre, ctx.activation, True, needed[0], needed[2]
+            dout.contiguous(), x, weight1, bias1, weight2, pre, *ctx.how, needs1, needs2
         )
-        return dpre @ weight1 if needs_x else None, *dparameters, None
+        return dpre @ weight1 if needs_x else None, *dparameters, None, None
 
 
 def feed_forward_is_fused(x: torch.Tensor, weight1: torch.Tensor, activation: str) -> bool:
@@ -182,8 +184,8 @@ def feed_forward_is_fused(x: torch.Tensor, weight1: torch.Tensor, activation: st
     if not uses_triton(x) or torch.compiler.is_compiling():
         return False
     features, inner = weight1.shape
-    itemsize = (_autocast_dtype(x) or x.dtype).itemsize
-    return feed_forward_fits(x.device, itemsize, x.numel() // inner, inner, features, activation)
+    dtype = _autocast_dtype(x) or x.dtype
+    return feed_forward_fits(x.device, dtype, x.numel() // inner, inner, features, activation)
 
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -238,7 +240,7 @@ def feed_forward(
         return reference.feed_forward(x, weight1, bias1, weight2, activation)
     if fused is None:
         fused = feed_forward_is_fused(x, weight1, activation)
-    if not fused:
+    if not fused and is_traced():
         return F.linear(bias_activation(F.linear(x, weight1), bias1, activation), weight2)
     x, weight1, weight2 = in_product_dtype(x, weight1, weight2)
     if not x.dtype == weight1.dtype == weight2.dtype:
@@ -249,7 +251,7 @@ def feed_forward(
     rows = x.reshape(-1, hidden).contiguous()
     operands = rows, weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
-        y = _FeedForward.apply(*operands, activation)
+        y = _FeedForward.apply(*operands, activation, fused)
     else:
-        y, _ = products(*operands, activation, fused=True, keep=False)
+        y, _ = products(*operands, activation, fused, keep=False)
     return y.view(x.shape)

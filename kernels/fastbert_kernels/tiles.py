@@ -2,7 +2,8 @@
 
 The same call gets the same kernel in every process and on every rank. Chosen so that no kernel spills on any NVIDIA
 target: `python -m bench.static` shows what each compiles to, and with `--alternatives` what its neighbours would. Tiles
-that a user measured on a GPU of their own, see `tuned.py`, go before these at a launch, and nowhere else.
+that a user measured on a GPU of their own, see `tuned.py`, go before these at a launch, and nowhere else; so does the
+number of tokens from which on the feed-forward block's products are fused.
 """
 
 import functools
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .backend import arch
-from .tuned import tuned_tiles
+from .tuned import Product, tuned_start, tuned_tiles
 
 #: Launch parameters: the tile sizes a kernel takes, and how it is compiled.
 Tiles = dict[str, Any]
@@ -280,21 +281,40 @@ def feed_forward_table(target: str, itemsize: int, descriptors: bool) -> Tiles:
     return tiles if descriptors or not tiles["HAS_DESCRIPTORS"] else _FEED_FORWARD_HALF["sm_80"]
 
 
-def feed_forward_tiles(a: torch.Tensor, b: torch.Tensor) -> Tiles:
-    """`feed_forward_table` for the two contiguous matrices of a product, on the device they are on."""
+def feed_forward_tiles(kernel: str, a: torch.Tensor, b: torch.Tensor) -> Tiles:
+    """`feed_forward_table` for the two contiguous matrices of a product, on the device they are on.
+
+    Args:
+        kernel: "forward" or "backward".
+        a: (count, inner).
+        b: the weight.
+    """
     itemsize = a.element_size()
     # A graph's tensors have no address. Torch's storages start at multiples of 16 bytes.
     aligned = all(x.shape[1] * itemsize % 16 == 0 and x.storage_offset() * itemsize % 16 == 0 for x in (a, b))
-    return feed_forward_table(arch(a.device), itemsize, aligned)
+    shipped = feed_forward_table(arch(a.device), itemsize, aligned)
+    # Measured where rows are aligned.
+    return shipped | tuned_tiles(f"feed_forward_{kernel}", a, a.shape[1], {}) if aligned else shipped
+
+
+def feed_forward_fusible(dtype: torch.dtype, inner: int, features: int, activation: str | None) -> bool:
+    """Whether the feed-forward block's products between inner and features can have the activation inside at all."""
+    return dtype.itemsize == 2 and inner % 8 == features % 8 == 0 and activation in FEED_FORWARD_ACTIVATIONS
+
+
+def feed_forward_start(target: str, inner: int) -> int | None:
+    """Tokens from which on products that can be fused are, as shipped; None for never."""
+    return _FEED_FORWARD_TOKENS if inner <= _FEED_FORWARD_FUSED.get(target, 0) else None
 
 
 def feed_forward_fits(
-    device: torch.device, itemsize: int, tokens: int, inner: int, features: int, activation: str
+    device: torch.device, dtype: torch.dtype, tokens: int, inner: int, features: int, activation: str
 ) -> bool:
     """Whether the feed-forward block's products of (tokens, inner) to (tokens, features) have the activation inside."""
-    if itemsize != 2 or inner % 8 or features % 8 or activation not in FEED_FORWARD_ACTIVATIONS:
+    if not feed_forward_fusible(dtype, inner, features, activation):
         return False
-    return inner <= _FEED_FORWARD_FUSED.get(arch(device), 0) and tokens >= _FEED_FORWARD_TOKENS
+    start = tuned_start(device, Product(dtype, inner, activation), feed_forward_start(arch(device), inner))
+    return start is not None and tokens >= start
 
 
 @functools.cache

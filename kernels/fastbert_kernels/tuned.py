@@ -1,5 +1,7 @@
 """Tiles measured on the user's own GPU, in place of the shipped ones: what `fastbert tune` writes and launches read.
 
+So is the number of tokens from which on the feed-forward block's products are fused.
+
 There is a file for each kind of device in the user's cache folder. It is read once in a process, at the first launch on
 such a device, and never written by a launch: the same call gets the same kernel to the end of the process, and on every
 rank that sees the same folder. `FASTBERT_TUNED=0` leaves it unread. A file for another device, Triton or state of the
@@ -26,7 +28,7 @@ from .backend import KERNEL_DTYPES
 logger = logging.getLogger("fastbert")
 
 #: Of the file: raised when what it says is read differently.
-FORMAT = 1
+FORMAT = 2
 
 _TILES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in KERNEL_DTYPES}
@@ -36,8 +38,11 @@ KERNELS = (
     *("attention_forward", "attention_backward_dq", "attention_backward_dkv"),
     *("relation_forward", "relation_backward_a", "relation_backward_b"),
     *("add_layer_norm_forward", "add_layer_norm_backward", "embed_forward", "embed_backward"),
-    *("bias_activation_forward", "bias_activation_backward"),
+    *("bias_activation_forward", "bias_activation_backward", "feed_forward_forward", "feed_forward_backward"),
 )
+
+#: In a file the name of what is said of a `Product`; not a kernel.
+FUSED = "feed_forward_fused"
 
 
 class Launch(NamedTuple):
@@ -46,7 +51,8 @@ class Launch(NamedTuple):
     Attributes:
         kernel: one of `KERNELS`.
         dtype: of the activations, or of a backward pass's incoming gradient.
-        width: head_dim of an attention kernel, the larger dim of a relation kernel, features of the others.
+        width: head_dim of an attention kernel, the larger dim of a relation kernel, hidden size of a feed-forward
+            kernel, features of the others.
         maps: whether an attention kernel reads or writes (seq, seq) planes.
     """
 
@@ -57,8 +63,13 @@ class Launch(NamedTuple):
 
     @property
     def attends(self) -> bool:
-        """Whether this kernel multiplies matrices, by tiles of rows and columns of scores."""
+        """Whether this kernel has heads, and works by tiles of rows and columns of scores."""
         return self.kernel.startswith(("attention_", "relation_"))
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether this kernel multiplies matrices, so that no side of a tile is under 16."""
+        return self.attends or self.kernel.startswith("feed_forward_")
 
     @property
     def whole_rows(self) -> bool:
@@ -69,8 +80,31 @@ class Launch(NamedTuple):
         return f"{self.kernel} {dtype_name(self.dtype)} {self.width}{' with maps' if self.maps else ''}"
 
 
+class Product(NamedTuple):
+    """What decides, beside the number of tokens, whether the feed-forward block's products are fused.
+
+    Attributes:
+        dtype: of the products.
+        hidden: the hidden size.
+        activation: one of `tiles.FEED_FORWARD_ACTIVATIONS`.
+    """
+
+    dtype: torch.dtype
+    hidden: int
+    activation: str
+
+    @property
+    def kernel(self) -> str:
+        """A name beside those of `KERNELS`."""
+        return FUSED
+
+    def __str__(self) -> str:
+        return f"{FUSED} {dtype_name(self.dtype)} {self.hidden} {self.activation}"
+
+
 Tiles = dict[str, int]
-Table = dict[Launch, Tiles]
+#: Launch -> its tiles. Product -> the number of tokens from which on it is fused, None for never.
+Table = dict[Launch | Product, Any]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -137,13 +171,29 @@ def load(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def read_entry(entry: dict[str, Any]) -> tuple[Launch, Tiles]:
-    """A launch and its tiles, from what a file says.
+def read_entry(entry: dict[str, Any]) -> tuple[Launch | Product, Any]:
+    """A row of a `Table`, from what a file says.
 
     Raises:
-        ValueError: for tiles that no kernel takes, or that would give a wrong result.
+        ValueError: for tiles that no kernel takes, or that would give a wrong result; for what is no number of tokens.
         KeyError, TypeError: for what is no entry at all.
     """
+    return _read_product(entry) if entry["kernel"] == FUSED else _read_launch(entry)
+
+
+def _read_product(entry: dict[str, Any]) -> tuple[Product, int | None]:
+    product = Product(_DTYPES[entry["dtype"]], entry["width"], entry["activation"])
+    start = entry["fused_from"]
+    sound = type(product.hidden) is int and type(product.activation) is str
+    if not sound or not (start is None or (type(start) is int and start > 0)):
+        raise ValueError(
+            f"it is damaged: products of {product.hidden!r} features with {product.activation!r} cannot be fused from "
+            f"{start!r} tokens on"
+        )
+    return product, start
+
+
+def _read_launch(entry: dict[str, Any]) -> tuple[Launch, Tiles]:
     launch = Launch(entry["kernel"], _DTYPES[entry["dtype"]], entry["width"], entry["maps"])
     tiles = {name: entry["tiles"][name] for name in _TILES}
     sizes = [tiles[name] for name in _TILES[:3]]
@@ -154,7 +204,7 @@ def read_entry(entry: dict[str, Any]) -> tuple[Launch, Tiles]:
         and all(type(value) is int and value > 0 for value in tiles.values())
         and all(size & (size - 1) == 0 for size in sizes)
         and tiles["BLOCK_N"] >= (launch.width if launch.whole_rows else 16)
-        and (tiles["BLOCK_M"] >= 16 or not launch.attends)
+        and (tiles["BLOCK_M"] >= 16 or not launch.multiplies)
         and tiles["num_warps"] <= 32
     )
     if not sound:
@@ -231,3 +281,9 @@ def tuned_tiles(
 ) -> dict[str, Any]:
     """The tiles of a launch on the device of `x`: measured there, or else the shipped ones. See `Launch`."""
     return measured(x.device).get((kernel, x.dtype, width, maps), shipped)  # type: ignore[call-overload]
+
+
+def tuned_start(device: torch.device, product: Product, shipped: int | None) -> int | None:
+    """The number of tokens from which on products are fused: measured on a device, or else the shipped one."""
+    start: int | None = measured(device).get(product, shipped)
+    return start

@@ -1,5 +1,6 @@
 """The feed-forward block with the activation inside its products: the kernels against their definition."""
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from two_references import DTYPES, two_references
 
 from fastbert_kernels import ACTIVATIONS, backend, feed_forward, feed_forward_is_fused, reference, tiles
 from fastbert_kernels.feed_forward_kernels import _tile
+from fastbert_kernels.tuned import Launch, Product, in_force
 
 
 @pytest.fixture
@@ -190,14 +192,18 @@ def test_every_tile_has_one_number(row_blocks: int, col_blocks: int, height: int
 
 def test_where_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fused(
-        target: str = "sm_90", itemsize: int = 2, tokens: int = 8192, inner: int = 768, activation: str = "gelu"
+        target: str = "sm_90",
+        dtype: torch.dtype = torch.bfloat16,
+        tokens: int = 8192,
+        inner: int = 768,
+        activation: str = "gelu",
     ) -> bool:
         monkeypatch.setattr(tiles, "arch", lambda device: target)
-        return tiles.feed_forward_fits(torch.device("cuda"), itemsize, tokens, inner, 4 * inner, activation)
+        return tiles.feed_forward_fits(torch.device("cuda"), dtype, tokens, inner, 4 * inner, activation)
 
     assert fused()
     assert not fused(tokens=8191)
-    assert not fused(itemsize=4)
+    assert not fused(dtype=torch.float32)
     assert not fused(activation="gelu_tanh")
     assert not fused(inner=1024)
     assert not fused(inner=700)
@@ -222,6 +228,44 @@ def test_the_tables_choice_is_taken(device: torch.device, monkeypatch: pytest.Mo
         assert not feed_forward_is_fused(x.float(), w1.float(), "gelu")
         with torch.autocast(device.type, dtype=torch.bfloat16):
             assert feed_forward_is_fused(x.float(), w1.float(), "gelu")
+
+
+def test_a_measured_start_goes_before_the_tables(device: torch.device) -> None:
+    def fused(tokens: int, dtype: torch.dtype = torch.bfloat16, activation: str = "gelu") -> bool:
+        x, w1 = torch.empty(tokens, 16, dtype=dtype, device=device), torch.empty(24, 16, dtype=dtype, device=device)
+        with backend("triton"):
+            return feed_forward_is_fused(x, w1, activation)
+
+    activations = ("gelu", "gelu_tanh")
+    starts = {Product(dtype, 16, activation): 65 for dtype in DTYPES[:2] for activation in activations}
+    low = DTYPES[1]
+    with in_force(device, starts):
+        assert fused(65, low)
+        assert not fused(64, low)
+        assert not fused(65, DTYPES[2])
+        assert not fused(65, low, "relu")
+        assert not fused(65, low, "gelu_tanh")
+        assert not fused(65, torch.float32)
+
+
+def test_a_measured_never_goes_before_the_tables(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "_FEED_FORWARD_FUSED", {tiles.arch(device): 32})
+    fits = functools.partial(tiles.feed_forward_fits, device, torch.bfloat16, 8192, 32, 128, "gelu")
+    assert fits()
+    with in_force(device, {Product(torch.bfloat16, 32, "gelu"): None}):
+        assert not fits()
+
+
+def test_measured_tiles_are_for_aligned_rows(device: torch.device) -> None:
+    measured = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 1}
+    x, wide = torch.empty(9, 16, device=device), torch.empty(48, 16, device=device)
+    shipped = tiles.feed_forward_tiles("forward", x, wide)
+    with in_force(device, {Launch("feed_forward_forward", torch.float32, 16): measured}):
+        assert tiles.feed_forward_tiles("forward", x, wide) == shipped | measured
+        assert tiles.feed_forward_tiles("backward", x, wide) == shipped
+        odd = torch.empty(16, 49, device=device)
+        unaligned = tiles.feed_forward_tiles("forward", x, odd)
+    assert unaligned == tiles.feed_forward_tiles("forward", x, odd)
 
 
 # The op as torch sees it

@@ -11,15 +11,21 @@ import pytest
 import torch
 
 from fastbert_kernels import tuned
-from fastbert_kernels.tuned import KERNELS, Launch
+from fastbert_kernels.tuned import KERNELS, Launch, Product
 
 TILES = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 LAUNCH = Launch("attention_forward", torch.bfloat16, 64)
+PRODUCT = Product(torch.bfloat16, 768, "gelu")
 
 
 def entry(launch: Launch = LAUNCH, **tiles: Any) -> dict[str, Any]:
     names = {"kernel": launch.kernel, "dtype": "bfloat16", "width": launch.width, "maps": launch.maps}
     return names | {"tiles": TILES | tiles}
+
+
+def product_entry(**changed: Any) -> dict[str, Any]:
+    names = {"kernel": "feed_forward_fused", "dtype": "bfloat16", "width": 768, "activation": "gelu"}
+    return names | {"fused_from": 4096} | changed
 
 
 @pytest.fixture
@@ -48,6 +54,22 @@ def test_what_is_written_is_in_force_for_its_launch_alone(
     ):
         assert tuned.tuned_tiles(kernel, like, width, shipped, maps) is shipped
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("start", [1, 4096, None])
+def test_a_products_start_is_in_force_for_it_alone(
+    tuned_folder: Path, device: torch.device, name: str, start: int | None
+) -> None:
+    tuned.write(name, [product_entry(fused_from=start)], {})
+    assert tuned.measured(device) == {PRODUCT: start}
+    assert tuned.tuned_start(device, PRODUCT, 8192) == start
+    for other in (
+        PRODUCT._replace(dtype=torch.float16),
+        PRODUCT._replace(hidden=384),
+        PRODUCT._replace(activation="relu"),
+    ):
+        assert tuned.tuned_start(device, other, 8192) == 8192
+        assert tuned.tuned_start(device, other, None) is None
 
 
 def test_without_a_file_the_shipped_tiles_run_and_nothing_is_said(
@@ -97,7 +119,7 @@ def _entries(*entries: Any) -> Callable[[Any], Any]:
     [
         (_but(device="NVIDIA A100"), "its device is 'NVIDIA A100', here it is"),
         (_but(triton="3.0.0"), "its triton is '3.0.0', here it is"),
-        (_but(format=0), "its format is 0, here it is 1"),
+        (_but(format=1), "its format is 1, here it is 2"),
         (_but(kernels="0123"), "measured with other kernels than this version of fastbert has"),
         (_but(entries=None), "damaged: TypeError"),
         (lambda content: [content], "damaged: no JSON object"),
@@ -111,6 +133,13 @@ def _entries(*entries: Any) -> Callable[[Any], Any]:
         (_entries(entry(num_warps=64)), "'num_warps': 64"),
         (_entries(entry(num_stages=0)), "'num_stages': 0"),
         (_entries(entry(BLOCK_N=True)), "'BLOCK_N': True"),
+        (_entries(entry(Launch("feed_forward_forward", torch.bfloat16, 768), BLOCK_M=8)), "cannot have {'BLOCK_M': 8"),
+        (_entries({"kernel": "feed_forward_fused"}), "damaged: KeyError: 'dtype'"),
+        (_entries(product_entry(fused_from=0)), "products of 768 features with 'gelu' cannot be fused from 0 tokens"),
+        (_entries(product_entry(fused_from="all")), "cannot be fused from 'all' tokens on"),
+        (_entries(product_entry(fused_from=True)), "cannot be fused from True tokens on"),
+        (_entries(product_entry(width="768")), "products of '768' features"),
+        (_entries(product_entry(activation=["gelu"])), "with ['gelu'] cannot be"),
         # Half a row would be normalized as if it were the whole.
         (_entries(entry(Launch("embed_forward", torch.bfloat16, 100))), "'embed_forward' of width 100 cannot have"),
     ],
@@ -175,5 +204,7 @@ def test_every_kernel_named_is_one_that_attends_or_holds_rows_or_neither() -> No
     assert {x.kernel for x in launches if not x.attends and not x.whole_rows} == {
         "bias_activation_forward",
         "bias_activation_backward",
+        "feed_forward_forward",
+        "feed_forward_backward",
     }
-    assert not any(x.attends and x.whole_rows for x in launches)
+    assert not any(x.multiplies and x.whole_rows for x in launches)

@@ -25,7 +25,7 @@ TILE_KEYS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 GELU = Launch("bias_activation_forward", torch.float32, 16)
 NORM = Launch("add_layer_norm_forward", torch.float32, 16)
 
-_MODULES = ("attention", "relation", "bias_gelu", "layer_norm", "embedding")
+_MODULES = ("attention", "relation", "bias_gelu", "layer_norm", "embedding", "feed_forward")
 
 Change = Callable[[str, dict[str, Any]], dict[str, Any]]
 
@@ -94,8 +94,9 @@ def test_measured_tiles_reach_their_launch_and_no_other(
 
     on_launch(record)
     problem = checked_problem(launch, timed_switches(launch)[0], SMALL, cuda_index)
-    shipped = tuner._results(problem, truth=False)
-    assert seen[kernel] == [shipped_tiles(launch, arch(cuda_index))]
+    shipped = tuner.results_of(problem, truth=False)
+    table = shipped_tiles(launch, arch(cuda_index))
+    assert seen[kernel] == [{key: table[key] for key in TILE_KEYS}]
     others, before = {name: tiles for name, tiles in seen.items() if name != kernel}, seen[kernel][0]
     tiles = before | {"BLOCK_M": before["BLOCK_M"] // 2 if launch.attends else before["BLOCK_M"] * 2}
     entry = {"kernel": kernel, "dtype": "float32", "width": 16, "maps": False, "tiles": tiles}
@@ -103,7 +104,7 @@ def test_measured_tiles_reach_their_launch_and_no_other(
     tuned._tables.clear()
     tuned._read.cache_clear()
     seen.clear()
-    torch.testing.assert_close(tuner._results(problem, truth=False), shipped, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tuner.results_of(problem, truth=False), shipped, rtol=1e-5, atol=1e-5)
     assert seen == others | {kernel: [tiles]}
 
 
@@ -113,6 +114,7 @@ def test_a_models_launches() -> None:
         *((f"attention_{part}", 32) for part in ("forward", "backward_dq", "backward_dkv")),
         *((f"{op}_{way}", 384) for op in ("add_layer_norm", "embed") for way in ("forward", "backward")),
         *((f"bias_activation_{way}", 1536) for way in ("forward", "backward")),
+        *((f"feed_forward_{way}", 384) for way in ("forward", "backward")),
     }
     full = launches(COMMON, torch.bfloat16, full=True)
     assert len(full) == len(set(full))
@@ -131,8 +133,9 @@ def test_all_neighbours_are_tiles_that_a_file_may_hold() -> None:
         for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
             shipped = shipped_tiles(launch, target)
             for tiles in neighbours(launch, target, shipped):
+                assert tiles["num_warps"] >= 4 or not launch.multiplies or target not in ("sm_90", "sm_100")
                 entry = Outcome(launch, shipped, tiles, kept=True).entry()
-                assert tuned.read_entry(entry) == (launch, tiles)
+                assert tuned.read_entry(entry) == (launch, {key: tiles[key] for key in TILE_KEYS})
 
 
 # What is kept
@@ -187,10 +190,10 @@ def test_tiles_that_draw_another_mask_are_refused(
 def test_one_element_of_a_mask_drawn_wrongly_shows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Launch("attention_forward", dtype, 32)
     problem = checked_problem(launch, ("CU_SEQLENS", "DROPOUT", "FLAT"), Sizes(), torch.device("cpu"))
-    truth = tuner._results(problem, truth=True)
+    truth = tuner.results_of(problem, truth=True)
     own = [x.detach().requires_grad_() for x in problem.inputs]
     rounded = problem.definition(*own)
-    errors = tuner._errors([rounded[0]], truth[:1])
+    errors = tuner.errors_of([rounded[0]], truth[:1])
     right = reference.dropout_keep_map
 
     def flipped(*arguments: Any) -> torch.Tensor:
@@ -199,7 +202,7 @@ def test_one_element_of_a_mask_drawn_wrongly_shows(dtype: torch.dtype, monkeypat
         return keep
 
     monkeypatch.setattr(reference, "dropout_keep_map", flipped)
-    wrong = tuner._errors(tuner._results(problem, truth=True), truth)
+    wrong = tuner.errors_of(tuner.results_of(problem, truth=True), truth)
     assert wrong[0] > 2 * errors[0] + FLOOR
     assert wrong[1] > 2 * errors[0] + FLOOR  # of the gradient, whose roundings are as large
 
@@ -229,6 +232,21 @@ def test_tiles_that_spill_are_refused(cuda_index: torch.device, monkeypatch: pyt
     outcome = measure(GELU, cuda_index, (32,), timer_of({32: 0.5}))
     assert not outcome.kept
     assert outcome.refused == ["32x128, 4 warps, 1 stages: spills 6 registers with bias+gelu"]
+
+
+def test_tiles_that_spill_are_refused_where_another_width_had_them_compiled(
+    cuda_index: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[dict[int, Any]] = [{}]
+    monkeypatch.setattr(tuner, "_loaded", lambda kernel: loaded.pop() if loaded else {0: SimpleNamespace(n_spills=6)})
+    outcomes = tune(
+        [GELU, GELU._replace(width=32)],
+        cuda_index,
+        sizes=SMALL,
+        candidates=lambda launch, target, shipped: tiles_like(shipped, 32),
+        timer=timer_of({32: 0.5}),
+    )
+    assert [x.refused for x in outcomes] == 2 * [["32x128, 4 warps, 1 stages: spills 6 registers with bias+gelu"]]
 
 
 @pytest.mark.parametrize(
@@ -301,6 +319,28 @@ def test_what_was_kept_is_in_force_for_the_next_launch(
     next(measuring)
     assert set(seen) == {32}
     assert tuned.measured(cuda_index) == {}  # not the process's
+
+
+def test_the_table_given_is_brought_up_to_date(cuda_index: torch.device) -> None:
+    table: tuned.Table = {NORM: shipped_tiles(NORM, arch(cuda_index)), GELU: {}}
+    measure(GELU, cuda_index, (32,), timer_of({32: 0.5}), table=table)
+    assert table[GELU]["BLOCK_M"] == 32
+    measure(GELU, cuda_index, (64,), timer_of({64: 1.5}), table=table)
+    assert table.keys() == {NORM}
+
+
+def test_both_kinds_of_forward_product_are_timed(cuda_index: torch.device, on_launch: Callable[[Change], None]) -> None:
+    seen: list[bool] = []
+
+    def record(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        seen.append(arguments["HAS_PRE"])
+        return arguments
+
+    on_launch(record)
+    launch = Launch("feed_forward_forward", torch.bfloat16, 16)
+    for on in timed_switches(launch):
+        tuner.results_of(checked_problem(launch, on, SMALL, cuda_index), truth=False)
+    assert seen == [False, True]
 
 
 def test_wrong_shipped_tiles_end_the_launch_and_not_the_run(
