@@ -191,7 +191,7 @@ _FEED_FORWARD_INTERPRETED = _product(64, 64, 32, 4, 1, descriptors=True)
 #: product at 85% of cuBLAS's speed (86% is what a Triton product had on H100 before it was persistent) and the report's
 #: issue time of what follows it, none of it hidden; on the other cuBLAS at the limit and `bias_activation`'s bytes over
 #: copy. 32,768 tokens forward on H200: 384 take 87 us, not 96; 768 take 288, not 289; 1024 take 487, not 473. Training
-#: has the same limits, and keeps one matrix (tokens, intermediate) less. A100: 384 take 197, not 223; 768 about as long
+#: has the same limits: its backward pass favours them more, for cuBLAS's way moves four matrices (tokens, intermediate). A100: 384 take 197, not 223; 768 about as long
 #: either way. B200: 768 take 138, not 119, for products are too fast. gfx942 has no estimate.
 _FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 512, "sm_90": 768}
 
@@ -342,9 +342,10 @@ FORWARD_BYTES, BACKWARD_BYTES = 4096, 8192
 def column_tiles(features: int) -> Tiles:
     """Tiles of an element-wise kernel with a column reduction: 128-bit accesses, 16 rows to add up in a thread.
 
-    Where 128-bit accesses do not fit the rows, twice the warps hold the addresses of single elements.
+    Where 128-bit accesses do not fit the rows, a thread holds the addresses of a quarter as many elements.
     """
-    return {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4 if features % 8 == 0 else 8, "num_stages": 1}
+    wide = features % 8 == 0
+    return {"BLOCK_M": 16 if wide else 8, "BLOCK_N": 128, "num_warps": 4 if wide else 8, "num_stages": 1}
 
 
 #: Tiles under way in a loop whose loads feed no product: one is worked on while the next is copied to shared memory
