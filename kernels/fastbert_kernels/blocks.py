@@ -173,7 +173,7 @@ class _FeedForwardBlock(torch.autograd.Function):
             ctx.save_for_backward(
                 *(hidden, cast, weight1, bias1, weight2, bias2, norm_weight, pre, out, mean, rstd, norm[2])
             )
-            ctx.how, ctx.norm, ctx.device_type = (activation, fused), norm, hidden.device.type
+            ctx.activation, ctx.fused, ctx.norm, ctx.device_type = activation, fused, norm, hidden.device.type
         return y
 
     @staticmethod
@@ -188,7 +188,7 @@ class _FeedForwardBlock(torch.autograd.Function):
         )
         dpre, dweight1, dbias1, dweight2 = products_backward(
             *(dout.view(rows.shape), rows if x is None else x, weight1, bias1, weight2, pre),
-            *(*ctx.how, needs_weight1, needs_weight2),
+            *(ctx.activation, ctx.fused, needs_weight1, needs_weight2),
         )
         dhidden = _add_product(dz, dpre, weight1) if needs_hidden else None
         return dhidden, dweight1, dbias1, dweight2, dbias2, dnorm_weight, dnorm_bias, None, None, None

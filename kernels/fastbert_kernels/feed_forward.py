@@ -160,12 +160,17 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, *how: Any
+        ctx: Any,
+        x: torch.Tensor,
+        weight1: torch.Tensor,
+        bias1: torch.Tensor,
+        weight2: torch.Tensor,
+        activation: str,
+        fused: bool,
     ) -> torch.Tensor:
-        """`how`: the activation, and whether the products are fused."""
-        y, pre = products(x, weight1, bias1, weight2, *how, keep=True)
+        y, pre = products(x, weight1, bias1, weight2, activation, fused, keep=True)
         ctx.save_for_backward(x, weight1, bias1, weight2, pre)
-        ctx.how = how
+        ctx.activation, ctx.fused = activation, fused
         return y
 
     @staticmethod
@@ -173,7 +178,7 @@ class _FeedForward(torch.autograd.Function):
         x, weight1, bias1, weight2, pre = ctx.saved_tensors
         needs_x, needs1, _, needs2, *_ = ctx.needs_input_grad
         dpre, *dparameters = products_backward(
-            dout.contiguous(), x, weight1, bias1, weight2, pre, *ctx.how, needs1, needs2
+            dout.contiguous(), x, weight1, bias1, weight2, pre, ctx.activation, ctx.fused, needs1, needs2
         )
         return dpre @ weight1 if needs_x else None, *dparameters, None, None
 
