@@ -191,8 +191,8 @@ _FEED_FORWARD_INTERPRETED = _product(64, 64, 32, 4, 1, descriptors=True)
 #: product at 85% of cuBLAS's speed (86% is what a Triton product had on H100 before it was persistent) and the report's
 #: issue time of what follows it, none of it hidden; on the other cuBLAS at the limit and `bias_activation`'s bytes over
 #: copy. 32,768 tokens forward on H200: 384 take 87 us, not 96; 768 take 288, not 289; 1024 take 487, not 473. A100: 384
-#: take 197, not 223; 768 about as long either way. B200: 768 take 138, not 119, for products are too fast. gfx942 has no
-#: estimate. Training has the same limits; its backward pass, where cuBLAS's way moves four matrices (tokens,
+#: take 197, not 223; 768 about as long either way. B200: 768 take 138, not 119, for products are too fast. gfx942 has
+#: no estimate. Training has the same limits; its backward pass, where cuBLAS's way moves four matrices (tokens,
 #: intermediate), would allow larger ones.
 _FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 512, "sm_90": 768}
 
