@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from .fusing import fuse as fuse
     from .fusing import skip_unread as skip_unread
     from .fusing import unfuse as unfuse
-    from .graphs import Graphed as Graphed
-    from .graphs import graphed as graphed
+    from .graphs.inference import Graphed as Graphed
+    from .graphs.inference import graphed as graphed
     from .modeling import BertForMaskedLM as BertForMaskedLM
     from .modeling import BertForMultipleChoice as BertForMultipleChoice
     from .modeling import BertForNextSentencePrediction as BertForNextSentencePrediction
@@ -37,10 +37,10 @@ _HOMES = {
     "BertLMHeadModel": "modeling",
     "BertModel": "modeling",
     "Explanation": "fusing",
-    "Graphed": "graphs",
+    "Graphed": "graphs.inference",
     "explain": "fusing",
     "fuse": "fusing",
-    "graphed": "graphs",
+    "graphed": "graphs.inference",
     "skip_unread": "fusing",
     "unfuse": "fusing",
 }

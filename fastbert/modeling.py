@@ -137,7 +137,7 @@ class BertModel(transformers.BertModel):
             ValueError: for inputs that contradict each other; the message names them.
             TypeError: for a dtype that no kernel has.
         """
-        graphs = kwargs.pop("graphs", None)  # `graphs.Graphed`, when the call comes from one
+        graphs = kwargs.pop("graphs", None)  # `graphs.inference.Graphed`, when the call comes from one
         return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         wants_maps = self.config.output_attentions if output_attentions is None else output_attentions
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

@@ -19,7 +19,9 @@ from torch import nn
 import fastbert
 from fastbert import notices
 from fastbert.distill import capture
-from fastbert.graphs import TOKENS, Bucket, CudaRecorder, Graphed, choose_bucket, make_buckets
+from fastbert.graphs.buckets import TOKENS, Bucket, choose_bucket, make_buckets
+from fastbert.graphs.inference import Graphed
+from fastbert.graphs.recording import CudaRecorder
 from fastbert_kernels import backend
 
 
@@ -232,9 +234,9 @@ def test_what_lies_beyond_the_tokens_changes_nothing(device: torch.device, life:
     wanted = graphed(x, mask)
 
     def poison() -> None:
-        for part, values in zip(graphed._ids[: 3 * bucket.tokens].view(3, -1), (60, 40, 2), strict=True):
+        for part, values in zip(graphed._arrays._ids[: 3 * bucket.tokens].view(3, -1), (60, 40, 2), strict=True):
             part[count:] = torch.randint(0, values, part[count:].shape, device=device)
-        padding = graphed._cu_seqlens[1 + len(mask) : bucket.slots + 1]  # and its division into sequences
+        padding = graphed._arrays._cu_seqlens[1 + len(mask) : bucket.slots + 1]  # and its division into sequences
         padding[:-1] = torch.randint(count, bucket.tokens, padding[:-1].shape, device=device).sort().values
 
     graphed._recorder.before_replay = poison  # type: ignore[attr-defined]
