@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .fusing import unfuse as unfuse
     from .graphs.inference import Graphed as Graphed
     from .graphs.inference import graphed as graphed
+    from .graphs.training import GraphedStep as GraphedStep
+    from .graphs.training import graphed_step as graphed_step
     from .modeling import BertForMaskedLM as BertForMaskedLM
     from .modeling import BertForMultipleChoice as BertForMultipleChoice
     from .modeling import BertForNextSentencePrediction as BertForNextSentencePrediction
@@ -38,9 +40,11 @@ _HOMES = {
     "BertModel": "modeling",
     "Explanation": "fusing",
     "Graphed": "graphs.inference",
+    "GraphedStep": "graphs.training",
     "explain": "fusing",
     "fuse": "fusing",
     "graphed": "graphs.inference",
+    "graphed_step": "graphs.training",
     "skip_unread": "fusing",
     "unfuse": "fusing",
 }

@@ -70,14 +70,6 @@ def rerun(model: nn.Module, tokens: tuple[int, ...] = (16, 40, 64), max_sequence
     return made
 
 
-@pytest.fixture(params=["torch", "triton"])
-def life(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "torch" and torch.cuda.is_available():
-        pytest.skip("plain PyTorch makes a GPU wait, which no graph can hold")
-    with backend(request.param):
-        yield request.param
-
-
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():

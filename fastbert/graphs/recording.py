@@ -231,10 +231,14 @@ class Replayed:
                     module.rehome()
             self._looked = self._make_watch(), self._why_unrecordable()
         watch, reason = self._looked
-        if reason is None and (self._watch is None or self._watch.moved() or self._watch.changed()):
+        if reason is None and not self._is_intact():
             self._start()
             self._watch = watch
         return reason
+
+    def _is_intact(self) -> bool:
+        """Whether what was recorded is as it was."""
+        return self._watch is not None and not self._watch.moved() and not self._watch.changed()
 
     def _record(self, key: Hashable, run: Run) -> None:
         self._recordings[key] = self._recorder.record(run)
