@@ -125,10 +125,10 @@ def why_unrecordable(bert: BertModel, called: list[nn.Module]) -> str | None:
     """Why a model, as it is, cannot be recorded with these modules called within."""
     if not bert.packing:
         return "its padding is kept (packing=False)"
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in called):
-        return "modules in it have forward hooks, which a replay would not call"
     if any(m.watcher is not None for m in bert.modules() if isinstance(m, FusedSelfAttention)):
         return "distill.capture looks on"
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in called):
+        return "modules in it have forward hooks, which a replay would not call"
     for part in explain(bert).parts:
         if part.reason is not None:  # what is called as a module may do something else next time
             where = part.name if part.layer is None else f"layer {part.layer} {part.name}"

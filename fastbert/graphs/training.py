@@ -159,8 +159,8 @@ class GraphedStep(Replayed):
             ValueError: for missing labels, gradients that are there already, and inputs that contradict each other.
         """
         batch.pop("return_dict", None)
-        self._check(batch)
         with self._lock:
+            self._check(batch)
             self._recorder.follow()
             self._hold_rates()
             # Before the batch is looked at, which makes the CPU wait for the step before this one.
