@@ -237,9 +237,7 @@ def test_gradients_are_clipped_as_torch_does(optimizer: Callable[..., Any], devi
     plain, fused = heads("BertForTokenClassification", device)
     off = {} if optimizer is sgd else {"capturable": False}
     step = rerun(fused, optimizer(fused), max_grad_norm=0.1)
-    replays_alike(
-        step, ragged("BertForTokenClassification", device), plain, optimizer(plain, **off), max_grad_norm=0.1
-    )
+    replays_alike(step, ragged("BertForTokenClassification", device), plain, optimizer(plain, **off), max_grad_norm=0.1)
     assert step.replays == 5
 
 
@@ -289,14 +287,15 @@ def test_losses_share_no_memory() -> None:
 
 
 def test_every_replay_drops_anew_from_torchs_generator(life: str) -> None:
-    _, fused = heads("BertForSequenceClassification", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
-    step = rerun(fused, sgd(fused, lr=0.0), tokens=(16,))
-    batch = batch_of("BertForSequenceClassification", [6, 4], 6)
+    dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
+    _, fused = heads("BertForSequenceClassification", num_hidden_layers=1, **dropout)
+    step = rerun(fused, sgd(fused, lr=0.0), tokens=(4,), max_sequences=1)
+    batch = batch_of("BertForSequenceClassification", [3], 3)
     state = torch.get_rng_state()
-    losses = [step(**batch).item() for _ in range(4)]
-    assert len(set(losses)) == 4
+    losses = [step(**batch).item() for _ in range(3)]
+    assert len(set(losses)) == 3
     torch.set_rng_state(state)
-    assert [step(**batch).item() for _ in range(4)] == losses
+    assert [step(**batch).item() for _ in range(2)] == losses[:2]
 
 
 def test_a_thread_at_a_time_steps() -> None:
@@ -802,3 +801,112 @@ def test_a_step_that_fails_leaves_no_gradients() -> None:
         step(**batch | {"labels": batch["labels"].clamp(min=60)})
     step(**batch)
     assert (step.captures, step.replays) == (1, 0)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", [adamw, sgd])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_gpu_trains_as_plain_steps_do(name: str, optimizer: Callable[..., Any], device: torch.device) -> None:
+    _, fused = heads(name, device)
+    other = copy.deepcopy(fused)
+    step = fastbert.graphed_step(fused, optimizer(fused), (16, 40), 5, max_grad_norm=1.0)
+    replays_alike(step, ragged(name, device), other, optimizer(other), max_grad_norm=1.0)
+    assert (step.captures, step.replays, step.plain.total()) == (2, 5, 0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_under_autocast(device: torch.device) -> None:
+    plain, fused = heads("BertForMaskedLM", device)
+    step, theirs = fastbert.graphed_step(fused, sgd(fused), (16, 40), 5), sgd(plain)
+    batches = ragged("BertForMaskedLM", device)
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = torch.stack([step(**batch) for batch in batches])
+    assert_close(losses, train(plain, theirs, batches), atol=0.1)
+    assert (step.captures, step.replays) == (2, 5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_drops_anew_in_every_replay(device: torch.device) -> None:
+    changes = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
+    _, fused = heads("BertForSequenceClassification", device, **changes)
+    step = fastbert.graphed_step(fused, sgd(fused, lr=0.0), (16,))
+    batch = batch_of("BertForSequenceClassification", [9], 9, device)
+    step(**batch)
+    torch.cuda.manual_seed(1)
+    losses = [step(**batch).item() for _ in range(8)]
+    assert len(set(losses)) == 8
+    torch.cuda.manual_seed(1)
+    assert [step(**batch).item() for _ in range(8)] == losses
+
+
+@pytest.mark.gpu
+def test_a_gpu_sees_schedulers_and_records_changes_again(device: torch.device) -> None:
+    _, fused = heads("BertForTokenClassification", device)
+    other = copy.deepcopy(fused)
+    ours, theirs = adamw(fused), adamw(other)
+    step = fastbert.graphed_step(fused, ours, (40,), 5)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in (ours, theirs)]
+    for i, batch in enumerate(ragged("BertForTokenClassification", device)):
+        assert_close(step(**batch), train(other, theirs, [batch])[0])
+        assert_same(fused, other)
+        for scheduler in schedulers:
+            scheduler.step()
+        if i == 3:
+            ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+            for optimizer in (ours, theirs):
+                optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+            torch.cuda.empty_cache()
+    assert (step.captures, step.replays) == (2, 5)
+
+
+@pytest.mark.gpu
+def test_buckets_of_a_gpu_share_their_memory_and_hold_no_gradients(device: torch.device) -> None:
+    config = tiny_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, max_position_embeddings=512)
+    fused = fastbert.BertForSequenceClassification(config).to(device).train()
+    step = fastbert.graphed_step(fused, adamw(fused), range(1024, 4097, 512))
+    labels = torch.zeros(8, dtype=torch.int64, device=device)
+    step(input_ids=ids(8, 512, device), labels=labels)
+    torch.cuda.empty_cache()
+    held, start = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    for tokens in step.buckets:
+        step(input_ids=ids(8, tokens.tokens // 8, device), labels=labels)
+    torch.cuda.empty_cache()
+    assert step.captures == 7
+    assert torch.cuda.memory_reserved(device) <= 2 * start  # apart it would be over four times
+    assert torch.cuda.memory_allocated(device) - held <= 2**20
+    assert all(p.grad is None for p in fused.parameters())
+
+
+@pytest.mark.gpu
+def test_streams_of_a_gpu_take_turns_to_step(device: torch.device) -> None:
+    _, fused = heads("BertForTokenClassification", device)
+    other = copy.deepcopy(fused)
+    step = fastbert.graphed_step(fused, sgd(fused), (40,), 5)
+    batches = ragged("BertForTokenClassification", device) * 4
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    losses = []
+    for i, batch in enumerate(batches):
+        streams[i % 4].wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(streams[i % 4]):
+            losses.append(step(**batch))
+    torch.cuda.synchronize()
+    assert_close(torch.stack(losses), train(other, sgd(other), batches))
+    assert_same(fused, other)
+    assert step.replays == len(batches) - 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_plain_steps_where_something_makes_it_wait(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fused = heads("BertForTokenClassification", device)
+    step, batch = fastbert.graphed_step(fused, sgd(fused)), batch_of("BertForTokenClassification", [5], 5, device)
+    with backend("torch"):
+        step(**batch)
+    monkeypatch.setenv("FASTBERT_CHECK", "1")
+    step(**batch)
+    assert step.plain.total() == 2
+    assert step.captures == 0
