@@ -103,7 +103,6 @@ class _StepWatch(Watch):
             [(m.__dict__.get("p"), m.__dict__.get("gradient_checkpointing")) for m in self._modules],
             [(len(m._backward_hooks), len(m._backward_pre_hooks), m._compiled_call_impl) for m in self._modules],
             [(p.requires_grad, _is_hooked(p)) for own in self._parameters for p in own.values() if p is not None],
-            [[id(p) for p in group["params"]] for group in optimizer.param_groups],
             [[group.get(name) for name in optimizer.defaults if name != "lr"] for group in optimizer.param_groups],
             _why_unrecordable_optimizer(optimizer),
         ]
