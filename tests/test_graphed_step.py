@@ -642,6 +642,11 @@ def _adapter(step: GraphedStep) -> Callable[[], Any]:
     return lambda: setattr(block, "query", before)
 
 
+def _compiled(step: GraphedStep) -> Callable[[], Any]:
+    step.model.classifier.compile(backend="eager")
+    return lambda: setattr(step.model.classifier, "_compiled_call_impl", None)
+
+
 def _unpacked(step: GraphedStep) -> Callable[[], Any]:
     step.model.bert.packing = False
     return lambda: setattr(step.model.bert, "packing", True)
@@ -690,6 +695,7 @@ def _another_bert(step: GraphedStep) -> Callable[[], Any]:
         (_own_step, "the step of SGD was replaced"),
         (_not_capturable, "SGD makes the GPU wait unless it is made with fused=True"),
         (_adapter, "not all of it is fused: layer 0 attention.self: query (Doubled) called as a module"),
+        (_compiled, "modules in it are compiled"),
         (_unpacked, "its padding is kept (packing=False)"),
         (_checkpointing, "gradient checkpointing is on"),
         (_watched, "distill.capture looks on"),

@@ -85,7 +85,6 @@ class _StepWatch(Watch):
     """What recordings of a training step rely on."""
 
     def __init__(self, bert: BertModel, model: Any, optimizer: torch.optim.Optimizer) -> None:
-        self._model = model
         self._optimizer = optimizer
         modules = list(model.modules())
         super().__init__(bert, modules, modules)
@@ -99,7 +98,6 @@ class _StepWatch(Watch):
         optimizer = self._optimizer
         return [
             *super().parts(),
-            self._model.config.problem_type,
             [(m.__dict__.get("p"), m.__dict__.get("gradient_checkpointing")) for m in self._modules],
             [(len(m._backward_hooks), len(m._backward_pre_hooks), m._compiled_call_impl) for m in self._modules],
             [(p.requires_grad, _is_hooked(p)) for own in self._parameters for p in own.values() if p is not None],
@@ -233,8 +231,7 @@ class GraphedStep(Replayed):
             _is_hooked(p) for p in self.model.parameters()
         ):
             return "modules or parameters in it have backward hooks, which a replay would not call"
-        reason = why_unrecordable(self._bert, modules)
-        return reason or _why_no_mean(self.model) or _why_unrecordable_optimizer(self.optimizer)
+        return why_unrecordable(self._bert, modules) or _why_unrecordable_optimizer(self.optimizer)
 
     def _hold_rates(self) -> None:
         """Have every learning rate in a tensor on the device: a number in the place of one is written into it."""
