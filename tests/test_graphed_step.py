@@ -298,15 +298,15 @@ def test_losses_share_no_memory() -> None:
     assert len(set(kept)) == len(kept)
 
 
-def test_every_replay_drops_anew_from_torchs_generator(life: str) -> None:
+def test_every_replay_drops_anew_from_torchs_generator(device: torch.device, life: str) -> None:
     dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
-    _, fused = heads("BertForSequenceClassification", num_hidden_layers=1, **dropout)
+    _, fused = heads("BertForSequenceClassification", device, num_hidden_layers=1, **dropout)
     step = rerun(fused, sgd(fused, lr=0.0), tokens=(4,), max_sequences=1)
-    batch = batch_of("BertForSequenceClassification", [3], 3)
-    state = torch.get_rng_state()
+    batch = batch_of("BertForSequenceClassification", [3], 3, device)
+    torch.manual_seed(1)
     losses = [step(**batch).item() for _ in range(3)]
     assert len(set(losses)) == 3
-    torch.set_rng_state(state)
+    torch.manual_seed(1)
     assert [step(**batch).item() for _ in range(2)] == losses[:2]
 
 
