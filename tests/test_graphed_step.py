@@ -768,6 +768,7 @@ class OwnSGD(torch.optim.SGD):
         (lambda p: torch.optim.AdamW(p, fused=True), "AdamW makes the GPU wait unless it is made with capturable=True"),
         (lambda p: torch.optim.RMSprop(p), "RMSprop makes the GPU wait unless it is made with capturable=True"),
         (lambda p: torch.optim.SGD(p), "SGD makes the GPU wait unless it is made with fused=True; or call the model"),
+        (lambda p: torch.optim.LBFGS(p), "LBFGS makes the GPU wait: use an optimizer that is capturable"),
         (lambda p: OwnSGD(p, fused=True), "OwnSGD is not one of torch's own optimizers"),
         (lambda p: torch.optim.SGD([nn.Parameter(torch.ones(1))], fused=True), "SGD has no parameter of the model"),
     ],
@@ -779,11 +780,13 @@ def test_an_optimizer_whose_step_cannot_be_recorded_is_an_error(
     made = optimizer(model.parameters())
     with pytest.raises(ValueError, match=told):
         rerun(model, made)
-    assert isinstance(made.param_groups[0]["lr"], float)
+    assert not isinstance(made.param_groups[0]["lr"], torch.Tensor)
 
 
-def test_wrong_numbers_are_errors() -> None:
+def test_wrong_arguments_are_errors() -> None:
     model = fastbert.BertForMaskedLM(tiny_config())
+    with pytest.raises(ValueError, match="BertForMaskedLM is not one of torch's own optimizers"):
+        rerun(model, model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"max_grad_norm must be over 0, or None for no clipping, got 0\.0"):
         rerun(model, sgd(model), max_grad_norm=0.0)
     with pytest.raises(ValueError, match="buckets need tokens and max_sequences of at least 1"):

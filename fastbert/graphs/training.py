@@ -63,12 +63,16 @@ def _why_no_mean(model: Any) -> str | None:
 def _why_unrecordable_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
     """Why an optimizer's step cannot be recorded."""
     name = type(optimizer).__name__
-    if not type(optimizer).step.__module__.startswith("torch.optim."):
+    if not (
+        isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).step.__module__.startswith("torch.optim.")
+    ):
         return f"{name} is not one of torch's own optimizers"
     for group in optimizer.param_groups:
-        if not group.get("capturable", group.get("fused")):
-            option = "capturable=True" if "capturable" in group else "fused=True"
-            return f"{name} makes the GPU wait unless it is made with {option}"
+        option = next((option for option in ("capturable", "fused") if option in group), None)
+        if option is None:
+            return f"{name} makes the GPU wait: use an optimizer that is capturable, as torch.optim.AdamW can be"
+        if not group[option]:
+            return f"{name} makes the GPU wait unless it is made with {option}=True"
     step: Any = vars(optimizer).get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
         return f"the step of {name} was replaced"
@@ -146,7 +150,7 @@ class GraphedStep(Replayed):
         """Train on a batch.
 
         Args:
-            batch: the arguments of the model's own call, by name, labels among them.
+            batch: the arguments of the model's own call, by name, int64 labels among them.
 
         Returns:
             The loss, a detached scalar.
@@ -325,9 +329,10 @@ def graphed_step(
     within rounding.
 
     Learning rates of the optimizer become float32 tensors on the device, which schedulers made before or after fill in
-    place; a number put in the place of one is written into it. When another hyperparameter changes, its state is
-    loaded, or the model changes otherwise than in its values, buckets are recorded again. A forward pass under autocast
-    is recorded for each dtype; the rest of the step runs outside of it.
+    place; a number put in the place of one is written into it. Each time another hyperparameter changes (`OneCycleLR`
+    wants `cycle_momentum=False`), the optimizer's state is loaded, or the model changes otherwise than in its values,
+    buckets are recorded again. A step under autocast is recorded for each dtype; its backward pass and the optimizer
+    run outside of it.
 
     All rows are computed in a recording, whatever `skip_unread` says. Labels of tokens count where `attention_mask` is
     1 only.
