@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from .fusing import fuse as fuse
     from .fusing import skip_unread as skip_unread
     from .fusing import unfuse as unfuse
-    from .graphs import Graphed as Graphed
-    from .graphs import graphed as graphed
+    from .graphs.inference import Graphed as Graphed
+    from .graphs.inference import graphed as graphed
+    from .graphs.training import GraphedStep as GraphedStep
+    from .graphs.training import graphed_step as graphed_step
     from .modeling import BertForMaskedLM as BertForMaskedLM
     from .modeling import BertForMultipleChoice as BertForMultipleChoice
     from .modeling import BertForNextSentencePrediction as BertForNextSentencePrediction
@@ -37,10 +39,12 @@ _HOMES = {
     "BertLMHeadModel": "modeling",
     "BertModel": "modeling",
     "Explanation": "fusing",
-    "Graphed": "graphs",
+    "Graphed": "graphs.inference",
+    "GraphedStep": "graphs.training",
     "explain": "fusing",
     "fuse": "fusing",
-    "graphed": "graphs",
+    "graphed": "graphs.inference",
+    "graphed_step": "graphs.training",
     "skip_unread": "fusing",
     "unfuse": "fusing",
 }

@@ -137,11 +137,12 @@ class BertModel(transformers.BertModel):
             ValueError: for inputs that contradict each other; the message names them.
             TypeError: for a dtype that no kernel has.
         """
-        graphs = kwargs.pop("graphs", None)  # `graphs.Graphed`, when the call comes from one
+        graphs = kwargs.pop("graphs", None)  # `graphs.inference.Graphed`, when the call comes from one
         return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         wants_maps = self.config.output_attentions if output_attentions is None else output_attentions
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         labelled = kwargs.pop("labelled", None)  # of a head that reads these rows only
+        pools_each = kwargs.pop("pools_each", False)  # of a recorded step: pools every sequence of a packed batch
         read_rows = kwargs.pop("read_rows", self.read_rows)
         reason = self._leaves_fast_path(encoder_hidden_states, past_key_values)
         if reason is not None:
@@ -171,7 +172,7 @@ class BertModel(transformers.BertModel):
             if last is not None:
                 last = last[:, :1] if self._reads_first(read_rows, prefixed=False) else last
                 output = BaseModelOutputWithPoolingAndCrossAttentions(
-                    last_hidden_state=last, pooler_output=None if self.pooler is None else self.pooler(last)
+                    last_hidden_state=last, pooler_output=self._pool(last)
                 )
                 return output if return_dict else output.to_tuple()
         batch = batch or self._check_in(
@@ -222,7 +223,7 @@ class BertModel(transformers.BertModel):
             maps = tuple(None if probs is None else batch.check_out_map(probs) for probs in encoded.attentions)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last if labelled is None else last[labelled],
-            pooler_output=None if self.pooler is None else self.pooler(last),
+            pooler_output=self._pool(last, layout.cu_seqlens if pools_each else None),
             hidden_states=states,
             attentions=maps,
             cross_attentions=() if wants_maps else None,
@@ -332,6 +333,16 @@ class BertModel(transformers.BertModel):
         inner = f"encoder.layer.{len(self.encoder.layer) - 1}"
         hooked = [name for name in foreign_hooks(self) if name == "encoder" or f"{name}.".startswith(f"{inner}.")]
         return f"forward hooks on {', '.join(hooked[:3])}" if hooked else None
+
+    def _pool(self, last: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor | None:
+        """What the pooler makes of `last` (batch, seq, hidden); or, with cu_seqlens, of each sequence packed in `last`
+        (1, tokens, hidden), an empty one reading zeros as padding does: (batch, hidden)."""
+        if self.pooler is None:
+            return None
+        if cu_seqlens is not None:
+            starts = cu_seqlens[:-1].clamp(max=last.shape[1] - 1)
+            last = last[0].index_select(0, starts).masked_fill((cu_seqlens.diff() == 0)[:, None], 0.0)[:, None]
+        return self.pooler(last)
 
     def _draw_seed(self) -> torch.Tensor | None:
         """One seed for all dropout of this forward pass, or None where the kernels draw none."""
@@ -475,7 +486,7 @@ def _of_labelled_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.read_rows not in MASKED_LM_ROWS:
             raise ValueError(f"unknown read_rows {self.read_rows!r}: a head takes one of {', '.join(MASKED_LM_ROWS)}")
-        if self.read_rows == "all" or not self.training:
+        if "all" in (self.read_rows, kwargs.get("read_rows")) or not self.training:
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             _say_compiled()

@@ -69,6 +69,17 @@ def tuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     tuned._read.cache_clear()
 
 
+@pytest.fixture(params=["torch", "triton"])
+def life(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend under which a test of recordings runs."""
+    from fastbert_kernels import backend
+
+    if request.param == "torch" and torch.cuda.is_available():
+        pytest.skip("plain PyTorch makes a GPU wait, which no graph can hold")
+    with backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -19,7 +19,9 @@ from torch import nn
 import fastbert
 from fastbert import notices
 from fastbert.distill import capture
-from fastbert.graphs import TOKENS, Bucket, CudaRecorder, Graphed, choose_bucket, make_buckets
+from fastbert.graphs.buckets import TOKENS, Bucket, choose_bucket, make_buckets
+from fastbert.graphs.inference import Graphed
+from fastbert.graphs.recording import CudaRecorder
 from fastbert_kernels import backend
 
 
@@ -66,14 +68,6 @@ def rerun(model: nn.Module, tokens: tuple[int, ...] = (16, 40, 64), max_sequence
     made = Graphed(model, tokens, max_sequences, Rerun)
     made._recorder.model = getattr(model, "bert", model)
     return made
-
-
-@pytest.fixture(params=["torch", "triton"])
-def life(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "torch" and torch.cuda.is_available():
-        pytest.skip("plain PyTorch makes a GPU wait, which no graph can hold")
-    with backend(request.param):
-        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -232,9 +226,9 @@ def test_what_lies_beyond_the_tokens_changes_nothing(device: torch.device, life:
     wanted = graphed(x, mask)
 
     def poison() -> None:
-        for part, values in zip(graphed._ids[: 3 * bucket.tokens].view(3, -1), (60, 40, 2), strict=True):
+        for part, values in zip(graphed._arrays._ids[: 3 * bucket.tokens].view(3, -1), (60, 40, 2), strict=True):
             part[count:] = torch.randint(0, values, part[count:].shape, device=device)
-        padding = graphed._cu_seqlens[1 + len(mask) : bucket.slots + 1]  # and its division into sequences
+        padding = graphed._arrays._cu_seqlens[1 + len(mask) : bucket.slots + 1]  # and its division into sequences
         padding[:-1] = torch.randint(count, bucket.tokens, padding[:-1].shape, device=device).sort().values
 
     graphed._recorder.before_replay = poison  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.fusing import fuse
-from fastbert.graphs import graphed
+from fastbert.graphs.inference import graphed
 
 #: A contender that runs: called as a Hugging Face model is.
 Model = Callable[..., Any]

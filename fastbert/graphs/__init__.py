@@ -1,0 +1,1 @@
+"""Inference and training steps in CUDA graphs: one recording for each bucket of tokens."""
