@@ -305,7 +305,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
         """What a block needs of this module; None where the module has to be called itself."""
         parts = self._modules  # a module's attributes are looked up slowly
         query, key, value, dropout = parts["query"], parts["key"], parts["value"], parts["dropout"]
-        if type(self) is not FusedSelfAttention or is_called(self) or self.watcher is not None:
+        if type(self) is not FusedSelfAttention or is_called(self) or self.watcher is not None or self.scaling <= 0.0:
             return None
         if self.unfused_reason() is not None or not can_stack(query, key, value):
             return None
