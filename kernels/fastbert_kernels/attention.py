@@ -317,6 +317,9 @@ def attention(
         bias = reference.additive(bias) if bias.dtype == torch.bool else bias
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         bias = bias.expand(_batch(qkv, cu_seqlens, max_seqlen), qkv.shape[2], max(max_seqlen, bias.shape[2]), -1)
+    if scale <= 0.0:  # the kernels look for the largest score before they scale
+        turned = qkv.new_tensor([-1.0 if scale < 0.0 else 0.0, 1.0, 1.0])
+        qkv, scale = qkv * turned[:, None, None], abs(scale) or 1.0
     out, _, probs = _forward(
         qkv.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
