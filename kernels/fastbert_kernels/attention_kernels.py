@@ -79,7 +79,7 @@ def attention_forward(
     bias_head_stride,
     bias_row_stride,
     masked_below,  # bias entries at or under this are masked keys
-    scale,  # over zero
+    scale,  # above zero
     stream,  # int32, which dropout of the model this is
     keep_threshold,  # int32, see dropout_keep_map
     keep_scale,  # 1 / (1 - dropout_p)
@@ -264,7 +264,7 @@ def attention_backward_dq(
     row_max = tl.load(stats_ptr + row_offset, mask=rows < length, other=0.0)
     log_sum = tl.load(stats_ptr + tl.cast(heads, tl.int64) * tokens + row_offset, mask=rows < length, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
-    # P is exp2(S - row_max) * row_scale, and the loops leave what is the same in a row to the rows.
+    # P is exp2(S - row_max) * row_scale. The loops leave that factor to dP's scale and to the sums of rows.
     row_scale = tl.exp2(-log_sum)
     dp_scale = factor * g * row_scale
 
