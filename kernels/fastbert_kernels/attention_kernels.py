@@ -60,6 +60,15 @@ def _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS: tl.c
     return rows[:, None].to(tl.int64) * probs_seq + cols[None, :]
 
 
+@triton.jit
+def _softmax_tile(s, row_max, log_sum, valid):
+    """P of one tile from base-2 scores and the two parts of the log-sum-exp, zero where not valid.
+
+    The parts stay apart because the maximum of a row with no visible key would swallow the logarithm.
+    """
+    return tl.where(valid, tl.exp2(s - row_max - log_sum), 0.0)
+
+
 @triton.jit(do_not_specialize=["stream", "keep_threshold"])
 def attention_forward(
     qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
@@ -264,30 +273,24 @@ def attention_backward_dq(
     row_max = tl.load(stats_ptr + row_offset, mask=rows < length, other=0.0)
     log_sum = tl.load(stats_ptr + tl.cast(heads, tl.int64) * tokens + row_offset, mask=rows < length, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
-    # P is exp2(S - row_max) * row_scale. The loops leave that factor to dP's scale and to the sums of rows.
-    row_scale = tl.exp2(-log_sum)
-    dp_scale = factor * g * row_scale
 
     if HAS_DPROBS:
-        dprobs_delta = tl.zeros([BLOCK_M], dtype=tl.float32)
         for col_start in range(0, length, BLOCK_N):
             cols = col_start + tl.arange(0, BLOCK_N)
             k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
             s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
             if HAS_BIAS:
                 s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
-            p = tl.where(cols[None, :] < length, tl.exp2(s - row_max[:, None]), 0.0)
+            valid = (rows[:, None] < length) & (cols[None, :] < length)
+            p = _softmax_tile(s, row_max[:, None], log_sum[:, None], valid) * (factor * g)
             if HAS_DROPOUT:
                 keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
-            valid = (rows[:, None] < length) & (cols[None, :] < length)
             dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
-            dprobs_delta += tl.sum(p * dprobs.to(tl.float32), axis=1)
-        delta += dprobs_delta * dp_scale
+            delta += tl.sum(p * dprobs.to(tl.float32), axis=1)
     tl.store(delta_ptr + row_offset, delta, mask=rows < length)
 
-    delta_scaled = delta * row_scale
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     dhead_mask = tl.zeros([BLOCK_M], dtype=tl.float32)
     for col_start in range(0, length, BLOCK_N):
@@ -296,25 +299,27 @@ def attention_backward_dq(
         s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
         if HAS_BIAS:
             s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
-        p = tl.where(cols[None, :] < length, tl.exp2(s - row_max[:, None]), 0.0)
+        valid = (rows[:, None] < length) & (cols[None, :] < length)
+        p = _softmax_tile(s, row_max[:, None], log_sum[:, None], valid)
         v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
         dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
         if HAS_DPROBS:
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
-            valid = (rows[:, None] < length) & (cols[None, :] < length)
             dp += tl.load(dprobs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+        dp *= factor
         if HAS_DROPOUT:
             keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
             dp = tl.where(keep, dp, 0.0)
         if HAS_HEAD_MASK:
             dhead_mask += tl.sum(p * dp, axis=1)
-        ds = p * (dp * dp_scale[:, None] - delta_scaled[:, None])
+            dp *= g
+        ds = p * (dp - delta[:, None])
         dq = dot(cast(ds, k.dtype), k, dq)
     dqkv_ptr += start * row_stride + h * HEAD_DIM
     _store_heads(dqkv_ptr, dq * scale, rows, row_stride, length, HEAD_DIM, BLOCK_D)
     if HAS_HEAD_MASK:
         partial = dhead_mask_ptr + (h.to(tl.int64) * batch + b) * blocks + pid % blocks
-        tl.store(partial, tl.sum(dhead_mask * (factor * row_scale), axis=0))
+        tl.store(partial, tl.sum(dhead_mask, axis=0))
 
 
 @triton.jit(do_not_specialize=["stream", "keep_threshold"])
