@@ -88,7 +88,7 @@ def attention_forward(
     bias_head_stride,
     bias_row_stride,
     masked_below,  # bias entries at or under this are masked keys
-    scale,
+    scale,  # above zero
     stream,  # int32, which dropout of the model this is
     keep_threshold,  # int32, see dropout_keep_map
     keep_scale,  # 1 / (1 - dropout_p)
@@ -130,6 +130,10 @@ def attention_forward(
     if HAS_BIAS:
         bias_ptr += b.to(tl.int64) * bias_batch_stride + h.to(tl.int64) * bias_head_stride
     scale_log2 = scale * LOG2E
+    # Without a bias, the instruction that takes the maximum off a score scales it too.
+    late_scale = scale_log2
+    if HAS_BIAS:
+        late_scale = 1.0
 
     q = _load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -138,13 +142,13 @@ def attention_forward(
     for col_start in range(0, length_read, BLOCK_N):
         cols = col_start + tl.arange(0, BLOCK_N)
         k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
-        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
         if HAS_BIAS:
-            s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
+            s = s * scale_log2 + _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
         s = tl.where(cols[None, :] < length, s, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(s, axis=1))
+        new_max = tl.maximum(row_max, tl.max(s, axis=1) * late_scale)
         rescale = tl.exp2(row_max - new_max)
-        p = tl.exp2(s - new_max[:, None])
+        p = tl.exp2(s * late_scale - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(p, axis=1)
         if HAS_DROPOUT:
             keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
@@ -356,7 +360,8 @@ def attention_backward_dkv(
 ):
     """One program: dK and dV of BLOCK_N keys of one head of one sequence, over tiles of BLOCK_M query rows.
 
-    Scores are computed transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T feed the next product from registers.
+    Scores are computed transposed, [BLOCK_N, BLOCK_M], so that P^T and dS^T feed the next product from registers. Their
+    edges need no mask: rows past the end are zeros in q and dO, keys past it are not stored.
     """
     blocks = tl.cdiv(max_seqlen, BLOCK_N)
     pid = tl.program_id(0)
@@ -403,24 +408,26 @@ def attention_backward_dkv(
         s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)) * scale_log2
         if HAS_BIAS:
             s += tl.trans(_bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below))
-        valid = (cols[:, None] < length) & (rows[None, :] < length)
-        p = _softmax_tile(s, row_max[None, :], log_sum[None, :], valid)
+            # The maximum of a row with no visible key would swallow the logarithm.
+            p = tl.exp2(s - row_max[None, :] - log_sum[None, :])
+        else:
+            p = tl.exp2(s - (row_max + log_sum)[None, :])
         dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
         if HAS_DPROBS:
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
-            dprobs = tl.load(dprobs_ptr + offsets, mask=tl.trans(valid), other=0.0)
+            valid = (rows[:, None] < length) & (cols[None, :] < length)
+            dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
             dp += tl.trans(dprobs).to(tl.float32)
-        p_out = p * factor
-        dp *= factor
+        p_out = p
         if HAS_DROPOUT:
             keep = tl.trans(
                 dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
             )
-            p_out = tl.where(keep, p_out, 0.0)
+            p_out = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp, 0.0)
         dv = dot(cast(p_out, dout.dtype), dout, dv)
-        ds = p * (dp - delta[None, :])
+        ds = p * (dp * factor - delta[None, :])
         dk = dot(cast(ds, q.dtype), q, dk)
     dqkv_ptr += start * row_stride + h * HEAD_DIM
     _store_heads(dqkv_ptr + third, dk * scale, cols, row_stride, length, HEAD_DIM, BLOCK_D)
-    _store_heads(dqkv_ptr + 2 * third, dv, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+    _store_heads(dqkv_ptr + 2 * third, dv * factor, cols, row_stride, length, HEAD_DIM, BLOCK_D)

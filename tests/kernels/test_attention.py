@@ -235,6 +235,15 @@ def test_scores_of_large_magnitude(
     compare(device, dtype, [37], qkv=qkv, probs_seq=37)
 
 
+@pytest.mark.parametrize("score", [200.0, -200.0])
+def test_scores_far_from_zero(device: torch.device, score: float, attention_tile: Tile) -> None:
+    """All of them: past the sequence, in its last tile, a score of 0 is over what exp can hold, or next to nothing."""
+    attention_tile(16, 16)
+    qkv = random_qkv([37, 5], 2, 16, torch.float32, device)
+    qkv[:, 0, :, 0], qkv[:, 1, :, 0] = score / 5, 20.0
+    compare(device, torch.float32, [37, 5], qkv=qkv, probs_seq=37, head_mask=torch.tensor([1.0, -0.5], device=device))
+
+
 @pytest.mark.parametrize("layout", ["separate", "sliced", "transposed", "expanded"])
 def test_strided_qkv(device: torch.device, layout: str) -> None:
     if layout == "separate":  # heads outermost, as stacked per-head projections are
