@@ -311,6 +311,9 @@ def attention(
             probs_seq=probs_seq,
             columns=columns,
         )
+    if scale <= 0.0:  # the kernels look for the largest score before they scale
+        turned = qkv.new_tensor([-1.0 if scale < 0.0 else 0.0, 1.0, 1.0])
+        qkv, scale = qkv * turned[:, None, None], abs(scale) or 1.0
     out, _, probs = _forward(
         *op_arguments(qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, probs_seq, columns)
     )
@@ -330,7 +333,7 @@ def op_arguments(
     probs_seq: int | None,
     columns: torch.Tensor | None,
 ) -> tuple[Any, ...]:
-    """The arguments of `attention` as its op takes them, checked."""
+    """The arguments of `attention` as its op takes them, checked: `scale` is above zero."""
     _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns)
     if dropout_p > 0.0 and seed is None:
         raise ValueError(f"attention with dropout_p={dropout_p} needs a seed: an int64 scalar tensor on {qkv.device}")
