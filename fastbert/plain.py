@@ -73,7 +73,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind or is_called(module):
         return False
     for p in module._parameters.values():
-        if p is not None and not is_ordinary(p) and not (_gathered and is_sharded_within(module)):
+        if p is None or type(p) is nn.Parameter:  # as `is_ordinary` finds, one call later
+            continue
+        if not is_ordinary(p) and not (_gathered and is_sharded_within(module)):
             return False
     return True
 

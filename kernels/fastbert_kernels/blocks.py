@@ -56,8 +56,11 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _add_product(dz: torch.Tensor, dx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dz (..., out) + dx (rows, in) @ weight (in, out), in the memory of dz, which must be nobody else's."""
     rows = dz.view(-1, dz.shape[-1])
-    rows = rows.addmm_(dx, weight) if dx.dtype == dz.dtype else rows.add_(dx @ weight)
-    return rows.view(dz.shape)
+    if dx.dtype == dz.dtype:
+        rows.addmm_(dx, weight)
+    else:
+        rows.add_(dx @ weight)
+    return dz
 
 
 class _AttentionBlock(torch.autograd.Function):
@@ -77,16 +80,15 @@ class _AttentionBlock(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cu_seqlens, max_seqlen, mask, scale, dropout_p, seed, stream, probs_seq, columns = attend
         hidden = hidden.contiguous()
-        x, qkv_weight, weight, qkv_bias = in_product_dtype(
-            hidden.view(-1, hidden.shape[-1]), as_one(qkv[:3]), weight, as_one(qkv[3:]) if len(qkv) > 3 else None
-        )
+        qkv_bias = as_one(qkv[3:]) if len(qkv) > 3 else None
+        x, qkv_weight, weight, qkv_bias = in_product_dtype(hidden, as_one(qkv[:3]), weight, qkv_bias)
         head_dim = qkv_weight.shape[0] // (3 * heads)
         projected = F.linear(x, qkv_weight, qkv_bias).view(-1, 3, heads, head_dim)
         arguments = attend_arguments(
             projected, cu_seqlens, max_seqlen, mask, head_mask, scale, dropout_p, seed, stream, probs_seq, columns
         )
         context, stats, probs = attend_forward(*arguments)
-        out = F.linear(context.view(-1, heads * head_dim), weight).view(hidden.shape)
+        out = F.linear(context.view(*hidden.shape[:-1], heads * head_dim), weight)
         y, mean, rstd = norm_forward(*norm_arguments(out, bias, hidden, norm_weight, norm_bias, *norm))
         if ctx is not None:
             projected, cu_seqlens, _, mask, head_mask, *_, columns = arguments
@@ -114,7 +116,7 @@ class _AttentionBlock(torch.autograd.Function):
         cu_seqlens, mask, head_mask, seed, columns = rest
         max_seqlen, scale, dropout_p, stream = ctx.attend
         _, hidden_dropout_p, _, norm_stream = ctx.norm
-        rows = residual.view(-1, residual.shape[-1])
+        rows = (residual if x is None else x).view(-1, residual.shape[-1])
         dz: torch.Tensor | None = None
         dparameters: list[torch.Tensor | None] = [None] * 4
         dcontext = torch.zeros_like(context) if dy is None else None
@@ -134,7 +136,7 @@ class _AttentionBlock(torch.autograd.Function):
         dqkv = dqkv.flatten(1)
         dparts: list[torch.Tensor | None] = [None] * 3
         if any(needs[9:12]):
-            dparts = [*(dqkv.t() @ (rows if x is None else x)).to(ctx.qkv_dtype).chunk(3)]
+            dparts = [*(dqkv.t() @ rows).to(ctx.qkv_dtype).chunk(3)]
         if len(needs) > 12:
             dparts += dqkv.sum(0, dtype=ctx.qkv_dtype).chunk(3)
         if dy is None:
@@ -182,12 +184,12 @@ class _FeedForwardBlock(torch.autograd.Function):
         needs_hidden, needs_weight1, _, needs_weight2, *_ = ctx.needs_input_grad
         residual, x, weight1, bias1, weight2, bias2, norm_weight, pre, out, mean, rstd, seed = ctx.saved_tensors
         _, dropout_p, _, stream = ctx.norm
-        rows = residual.view(-1, residual.shape[-1])
+        rows = (residual if x is None else x).view(-1, residual.shape[-1])
         dout, dbias2, dz, dnorm_weight, dnorm_bias = norm_gradients(
             dy, out, bias2, residual, norm_weight, mean, rstd, dropout_p, seed, stream
         )
         dpre, dweight1, dbias1, dweight2 = products_backward(
-            *(dout.view(rows.shape), rows if x is None else x, weight1, bias1, weight2, pre),
+            *(dout.view(rows.shape), rows, weight1, bias1, weight2, pre),
             *(ctx.activation, ctx.fused, needs_weight1, needs_weight2),
         )
         dhidden = _add_product(dz, dpre, weight1) if needs_hidden else None

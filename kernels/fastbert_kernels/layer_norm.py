@@ -332,8 +332,12 @@ def gradients(
     """Gradients of x, bias, residual, weight and norm_bias. Where nothing was dropped, the first may be the third."""
     dz, dx, sums = _backward(dy, x, bias, residual, weight, mean, rstd, dropout_p, seed, stream)
     dweight, dnorm_bias, *dbiases = sums.unbind()
-    dbias = None if bias is None else dbiases[0].to(bias.dtype)
-    return dx if dropout_p > 0.0 else dz.to(x.dtype), dbias, dz, dweight, dnorm_bias
+    if dropout_p == 0.0:
+        dx = dz if dz.dtype == x.dtype else dz.to(x.dtype)
+    dbias = None
+    if bias is not None:
+        dbias = dbiases[0] if bias.dtype == weight.dtype else dbiases[0].to(bias.dtype)
+    return dx, dbias, dz, dweight, dnorm_bias
 
 
 def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
