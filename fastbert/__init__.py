@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from .graphs.inference import graphed as graphed
     from .graphs.training import GraphedStep as GraphedStep
     from .graphs.training import graphed_step as graphed_step
-    from .modeling import BertForMaskedLM as BertForMaskedLM
-    from .modeling import BertForMultipleChoice as BertForMultipleChoice
-    from .modeling import BertForNextSentencePrediction as BertForNextSentencePrediction
-    from .modeling import BertForPreTraining as BertForPreTraining
-    from .modeling import BertForQuestionAnswering as BertForQuestionAnswering
-    from .modeling import BertForSequenceClassification as BertForSequenceClassification
-    from .modeling import BertForTokenClassification as BertForTokenClassification
-    from .modeling import BertLMHeadModel as BertLMHeadModel
+    from .heads import BertForMaskedLM as BertForMaskedLM
+    from .heads import BertForMultipleChoice as BertForMultipleChoice
+    from .heads import BertForNextSentencePrediction as BertForNextSentencePrediction
+    from .heads import BertForPreTraining as BertForPreTraining
+    from .heads import BertForQuestionAnswering as BertForQuestionAnswering
+    from .heads import BertForSequenceClassification as BertForSequenceClassification
+    from .heads import BertForTokenClassification as BertForTokenClassification
+    from .heads import BertLMHeadModel as BertLMHeadModel
     from .modeling import BertModel as BertModel
 
 __version__ = "0.1.0"
@@ -29,14 +29,14 @@ __version__ = "0.1.0"
 #: Public name -> the module it lives in. Loaded when first used: the command line has to choose how kernels run, which
 #: Triton reads when they are defined, and its help should not wait for torch.
 _HOMES = {
-    "BertForMaskedLM": "modeling",
-    "BertForMultipleChoice": "modeling",
-    "BertForNextSentencePrediction": "modeling",
-    "BertForPreTraining": "modeling",
-    "BertForQuestionAnswering": "modeling",
-    "BertForSequenceClassification": "modeling",
-    "BertForTokenClassification": "modeling",
-    "BertLMHeadModel": "modeling",
+    "BertForMaskedLM": "heads",
+    "BertForMultipleChoice": "heads",
+    "BertForNextSentencePrediction": "heads",
+    "BertForPreTraining": "heads",
+    "BertForQuestionAnswering": "heads",
+    "BertForSequenceClassification": "heads",
+    "BertForTokenClassification": "heads",
+    "BertLMHeadModel": "heads",
     "BertModel": "modeling",
     "Explanation": "fusing",
     "Graphed": "graphs.inference",

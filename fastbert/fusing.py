@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
-from .modeling import BertForMaskedLM, BertForPreTraining, BertModel, _FusedHead, _FusedMaskedLM
+from .heads import BertForMaskedLM, BertForPreTraining, FusedHead, FusedMaskedLM
+from .modeling import BertModel
 from .modules import FUSED, FusedLayer, FusedSelfAttention, fuse_modules
 from .notices import warn_once
 from .plain import as_if_gathered
@@ -92,7 +93,8 @@ def unfuse(model: Model) -> Model:
     _refuse_sharded(model, "unfuse")
     berts = _berts(model)
     for module in model.modules():
-        if isinstance(module, BertModel | _FusedHead) and type(module).__module__ != BertModel.__module__:
+        ours = (BertModel.__module__, FusedHead.__module__)
+        if isinstance(module, BertModel | FusedHead) and type(module).__module__ not in ours:
             raise ValueError(
                 f"{type(module).__name__} derives from fastbert's class: derive it from transformers' to unfuse"
             )
@@ -109,7 +111,7 @@ def unfuse(model: Model) -> Model:
         if "_unfused_attn_implementation" in bert.__dict__:
             _set_attn_implementation(model, bert, bert.__dict__.pop("_unfused_attn_implementation"))
     for module in model.modules():
-        if isinstance(module, _FusedHead):
+        if isinstance(module, FusedHead):
             module.__dict__.pop("read_rows", None)
             module.__class__ = next(c for c in type(module).__mro__ if c.__module__ == hf.__name__)
     return model
@@ -148,7 +150,7 @@ def skip_unread(model: Model, skip: bool = True) -> Model:
     for head in heads:
         if not isinstance(head.bert, BertModel) or head.bert.config.is_decoder:
             raise ValueError(f"the BertModel in {type(head).__name__} is not fused: call fastbert.fuse(model) first")
-        if not isinstance(head, (*_POOLED, _FusedMaskedLM)) and type(head) not in _MASKED_LM:
+        if not isinstance(head, (*_POOLED, FusedMaskedLM)) and type(head) not in _MASKED_LM:
             raise ValueError(f"{type(head).__name__} derives from Hugging Face's class: derive it from fastbert's")
     for head in heads:
         if isinstance(head, _POOLED):

@@ -1,19 +1,16 @@
-"""`BertModel` on the fused modules, and Hugging Face's heads on top of it.
+"""`BertModel` on the fused modules.
 
 Data flows down this page: arguments are checked, the padded batch is packed once, embedded, run through the layers,
 and unpacked once. Batch and sequence exist only at these two doors.
 """
 
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from torch.nn import CrossEntropyLoss
 from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
@@ -29,9 +26,6 @@ from .packing import Layout, dense_layout, packed_layout
 from .plain import foreign_hooks, is_plain_embedding
 from .prefix import place_prefix, prefix_length
 from .reading import ROWS, FirstRows, first_rows
-
-#: What `read_rows` of a head for masked language modelling may be.
-MASKED_LM_ROWS = ("all", "labelled")
 
 #: What a caller that packs its own batches passes: Hugging Face's names.
 _PACKED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -83,11 +77,11 @@ class BertModel(transformers.BertModel):
     read_rows: str = "all"
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
-        super().__init__(_own_config(config), add_pooling_layer=add_pooling_layer)
+        super().__init__(own_config(config), add_pooling_layer=add_pooling_layer)
         fuse_modules(self)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        return _eager_semantics(attn_implementation)
+        return eager_semantics(attn_implementation)
 
     def forward(
         self,
@@ -391,12 +385,12 @@ class BertModel(transformers.BertModel):
             )
 
 
-def _own_config(config: BertConfig) -> BertConfig:
+def own_config(config: BertConfig) -> BertConfig:
     """A configuration whose attention name we may set: another model may share this one and want its own."""
     return config if config._attn_implementation in (None, "eager") else copy.deepcopy(config)
 
 
-def _eager_semantics(requested: str | None) -> str:
+def eager_semantics(requested: str | None) -> str:
     """The attention name our models carry: their semantics are eager's, and only under that name does Hugging Face
     allow attentions."""
     if requested not in (None, "eager"):
@@ -462,95 +456,3 @@ def _callers_layout(packed: dict[str, Any], words: torch.Tensor, mask: torch.Ten
 
 # Hugging Face keeps, by class, what its own path may record; a model fused in place never passed its constructor.
 _CAN_RECORD_REGISTRY.setdefault(str(BertModel), hf.BertPreTrainedModel._can_record_outputs)
-
-
-class _FusedHead:
-    """A Hugging Face head whose `bert` is fused."""
-
-    bert: hf.BertModel
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__(_own_config(config))  # type: ignore[call-arg]
-        self.bert.__class__ = BertModel
-        fuse_modules(self.bert)
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        return _eager_semantics(attn_implementation)
-
-
-def _of_labelled_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A masked language model's forward that, as `read_rows` asks, gives its head only what has a label."""
-    signature = inspect.signature(forward)
-
-    @functools.wraps(forward)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.read_rows not in MASKED_LM_ROWS:
-            raise ValueError(f"unknown read_rows {self.read_rows!r}: a head takes one of {', '.join(MASKED_LM_ROWS)}")
-        if "all" in (self.read_rows, kwargs.get("read_rows")) or not self.training:
-            return forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            _say_compiled()
-            return forward(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs).arguments
-        labels, words = given.get("labels"), given.get("input_ids")
-        if labels is None:
-            return forward(self, *args, **kwargs)
-        words = given.get("inputs_embeds") if words is None else words
-        if words is not None and labels.shape != words.shape[:2]:
-            raise ValueError(
-                f"labels must be (batch, seq) = {tuple(words.shape[:2])} like the input, got {tuple(labels.shape)}"
-            )
-        labelled = labels != CrossEntropyLoss().ignore_index
-        more = {**given.pop("kwargs", {}), "labels": labels[labelled], "labelled": labelled}
-        return forward(**given | more)
-
-    return wrapped
-
-
-@torch.compiler.assume_constant_result
-def _say_compiled() -> None:
-    say_once("fastbert: a compiled head computes every row, labelled or not: no graph depends on how many there are")
-
-
-class _FusedMaskedLM(_FusedHead):
-    """A head for masked language modelling, whose loss reads labelled rows only."""
-
-    #: Which rows the head computes in training: "all", or "labelled", those whose label is not -100. The logits are
-    #: then (labelled rows, vocabulary), in the order of the batch. `fastbert.skip_unread` sets it.
-    read_rows: str = "all"
-
-
-class BertForPreTraining(_FusedMaskedLM, hf.BertForPreTraining):
-    """Hugging Face's `BertForPreTraining` on the fused `BertModel`."""
-
-    forward = _of_labelled_rows(hf.BertForPreTraining.forward)
-
-
-class BertLMHeadModel(_FusedHead, hf.BertLMHeadModel):
-    """Hugging Face's `BertLMHeadModel` on the fused `BertModel`; as a decoder, Hugging Face's own path."""
-
-
-class BertForMaskedLM(_FusedMaskedLM, hf.BertForMaskedLM):
-    """Hugging Face's `BertForMaskedLM` on the fused `BertModel`."""
-
-    forward = _of_labelled_rows(hf.BertForMaskedLM.forward)
-
-
-class BertForNextSentencePrediction(_FusedHead, hf.BertForNextSentencePrediction):
-    """Hugging Face's `BertForNextSentencePrediction` on the fused `BertModel`."""
-
-
-class BertForSequenceClassification(_FusedHead, hf.BertForSequenceClassification):
-    """Hugging Face's `BertForSequenceClassification` on the fused `BertModel`."""
-
-
-class BertForMultipleChoice(_FusedHead, hf.BertForMultipleChoice):
-    """Hugging Face's `BertForMultipleChoice` on the fused `BertModel`."""
-
-
-class BertForTokenClassification(_FusedHead, hf.BertForTokenClassification):
-    """Hugging Face's `BertForTokenClassification` on the fused `BertModel`."""
-
-
-class BertForQuestionAnswering(_FusedHead, hf.BertForQuestionAnswering):
-    """Hugging Face's `BertForQuestionAnswering` on the fused `BertModel`."""
