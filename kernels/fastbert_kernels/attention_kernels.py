@@ -150,11 +150,12 @@ def attention_forward(
         rescale = tl.exp2(row_max - new_max)
         p = tl.exp2(s * late_scale - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(p, axis=1)
-        if HAS_DROPOUT:
-            keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
-            p = tl.where(keep, p, 0.0)
-        v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
-        acc = dot(cast(p, v.dtype), v, acc * rescale[:, None])
+        if not HAS_PROBS:
+            if HAS_DROPOUT:
+                keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
+                p = tl.where(keep, p, 0.0)
+            v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+            acc = dot(cast(p, v.dtype), v, acc * rescale[:, None])
         row_max = new_max
 
     factor = 1.0
@@ -162,13 +163,13 @@ def attention_forward(
         factor = keep_scale
     if HAS_HEAD_MASK:
         factor *= tl.load(head_mask_ptr + h).to(tl.float32)
-    out_ptr += start * heads * HEAD_DIM + h * HEAD_DIM
-    _store_heads(out_ptr, acc * (factor / row_sum)[:, None], rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    row_scale = tl.where(rows < length, factor / row_sum, 0.0)
     stats_ptr += h.to(tl.int64) * tokens + start
     tl.store(stats_ptr + rows, row_max, mask=rows < length)
     tl.store(stats_ptr + tl.cast(heads, tl.int64) * tokens + rows, tl.log2(row_sum), mask=rows < length)
 
     if HAS_PROBS:
+        # With the statistics known, the map and the context are made of the same tiles.
         if HAS_COLUMNS:
             cols_end = length  # the rest of the map was zeroed by the host
             columns_ptr += start
@@ -182,7 +183,7 @@ def attention_forward(
             if HAS_BIAS:
                 s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
             valid = (rows[:, None] < length) & (cols[None, :] < length)
-            p = tl.where(valid, tl.exp2(s - row_max[:, None]) * (factor / row_sum)[:, None], 0.0)
+            p = tl.where(valid, tl.exp2(s - row_max[:, None]), 0.0)
             if HAS_DROPOUT:
                 keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
@@ -191,7 +192,11 @@ def attention_forward(
                 written = valid
             else:
                 written = (rows[:, None] < probs_seq) & (cols[None, :] < probs_seq)
-            tl.store(probs_ptr + offsets, cast(p, probs_ptr.dtype.element_ty), mask=written)
+            tl.store(probs_ptr + offsets, cast(p * row_scale[:, None], probs_ptr.dtype.element_ty), mask=written)
+            v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+            acc = dot(cast(p, v.dtype), v, acc)
+    out_ptr += start * heads * HEAD_DIM + h * HEAD_DIM
+    _store_heads(out_ptr, acc * row_scale[:, None], rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["stream", "keep_threshold"])
