@@ -83,7 +83,8 @@ class _AttentionBlock(torch.autograd.Function):
         head_dim = qkv_weight.shape[0] // (3 * heads)
         projected = F.linear(x, qkv_weight, qkv_bias).view(-1, 3, heads, head_dim)
         arguments = attend_arguments(
-            projected, cu_seqlens, max_seqlen, mask, head_mask, scale, dropout_p, seed, stream, probs_seq, columns, order
+            *(projected, cu_seqlens, max_seqlen, mask, head_mask),
+            *(scale, dropout_p, seed, stream, probs_seq, columns, order),
         )
         context, stats, probs = attend_forward(*arguments)
         out = F.linear(context.view(-1, heads * head_dim), weight).view(hidden.shape)
