@@ -244,7 +244,7 @@ def _all_cases() -> Iterator[Case]:
             packed = () if "BIAS" in switches else (*_PACKED, "COLUMNS") if "PROBS" in switches else _PACKED
             yield from _attention_cases(dtype, head_dim, *packed, *switches)
         yield from _attention_cases(dtype, head_dim, *_PACKED, "DROPOUT", "PROBS")
-        yield from _attention_cases(dtype, head_dim, *_PACKED, "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS")
+        yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS")
         yield from _attention_cases(dtype, head_dim, "BIAS", "DROPOUT", "PROBS", aligned=True)
         for switches in (("CU_SEQLENS", "SOFTMAX"), ("CU_SEQLENS",), ("SOFTMAX",)):
             yield from _relation_cases(dtype, head_dim, *switches)
