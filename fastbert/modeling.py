@@ -203,6 +203,7 @@ class BertModel(transformers.BertModel):
             cu_seq_lens_k=layout.cu_seqlens,
             max_length_q=layout.max_seqlen,
             max_length_k=layout.max_seqlen,
+            order=layout.order,
             prefix=prefix,
             first=first,
         )

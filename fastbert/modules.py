@@ -230,6 +230,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
         seed: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
+        order: torch.Tensor | None = None,
         map_slot: MapSlot | None = None,
         map_seq: int | None = None,
         map_columns: torch.Tensor | None = None,
@@ -244,6 +245,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             attention_mask: additive or bool (batch | 1, heads | 1, seq | 1, seq); None when packed.
             head_mask: (heads,).
             cu_seq_lens_q, max_length_q: the packed sequences.
+            order: int32 (sequences,), the packed sequences from the longest to the shortest, where that is known.
             map_slot: where to leave the probabilities too: nothing between here and the encoder returns them.
             map_seq: also return the probabilities, in maps of this side.
             map_columns: int32 (tokens,), each token's column in its map.
@@ -294,6 +296,7 @@ class FusedSelfAttention(hf.BertSelfAttention):
             stream=self.dropout_stream,
             probs_seq=map_seq,
             columns=map_columns,
+            order=order,
         )
         if prefix is not None:
             context = context.index_select(0, prefix.token_rows)
@@ -452,6 +455,7 @@ def _attend_in_block(
     seed: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    order: torch.Tensor | None = None,
     map_slot: MapSlot | None = None,
     map_seq: int | None = None,
     map_columns: torch.Tensor | None = None,
@@ -469,6 +473,7 @@ def _attend_in_block(
         head_mask=head_mask,
         probs_seq=seq if map_seq is None and output_attentions else map_seq,
         columns=map_columns,
+        order=order,
         seed=_seed(seed, max(block["dropout_p"], block["hidden_dropout_p"]), hidden),
     )
     _leave_map(map_slot, probs)

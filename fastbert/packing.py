@@ -20,6 +20,7 @@ class Layout:
         cu_seqlens: int32 (batch + 1,); None: every sequence has `max_seqlen` tokens.
         max_seqlen: tokens in the longest sequence.
         columns: int32 (tokens,), each token's column; None where tokens stand at the start of their row.
+        order: int32 (batch,), the sequences from the longest to the shortest; None: unknown, or all have one length.
     """
 
     batch: int
@@ -28,6 +29,7 @@ class Layout:
     cu_seqlens: torch.Tensor | None
     max_seqlen: int
     columns: torch.Tensor | None
+    order: torch.Tensor | None = None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, seq, ...) to (1, tokens, ...)."""
@@ -54,15 +56,22 @@ def packed_layout(mask: torch.Tensor) -> Layout:
     Args:
         mask: bool (batch, seq), True at tokens, in any pattern.
 
-    Reads three numbers back from the device, together: the one synchronisation of a forward pass.
+    Reads the lengths back from the device, and whether tokens stand at the start of their rows, together: the one
+    synchronisation of a forward pass.
     """
     batch, seq = mask.shape
     lengths = mask.sum(1)
     at_start = (mask[:, 1:] <= mask[:, :-1]).all()
-    total, longest, aligned = torch.stack([lengths.sum(), lengths.max(), at_start.to(lengths.dtype)]).tolist()
+    *host_lengths, aligned = torch.cat([lengths, at_start[None]]).tolist()
+    total = sum(host_lengths)
     if total == batch * seq:
         return dense_layout(batch, seq)
+    longest, order = max(host_lengths), None
+    if min(host_lengths) < longest:
+        longest_first = sorted(range(batch), key=host_lengths.__getitem__, reverse=True)
+        # The memory is copied from before the call returns, so nothing has to wait.
+        order = torch.tensor(longest_first, dtype=torch.int32).to(mask.device, non_blocking=True)
     indices = torch.nonzero_static(mask.reshape(-1), size=total).squeeze(1)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     columns = None if aligned else (indices % seq).to(torch.int32)
-    return Layout(batch, seq, indices, cu_seqlens, max(1, longest), columns)
+    return Layout(batch, seq, indices, cu_seqlens, max(1, longest), columns, order)

@@ -86,5 +86,6 @@ def place_prefix(past_key_values: DynamicCache, layout: Layout, heads: int, head
         columns = torch.empty(len(rows) + len(token_rows), dtype=layout.columns.dtype, device=device)
         columns[rows] = torch.arange(length, dtype=columns.dtype, device=device).repeat(layout.batch)
         columns[token_rows] = layout.columns + length
-    wide = Layout(layout.batch, length + layout.seq, None, cu_seqlens, length + layout.max_seqlen, columns)
+    seq, longest = length + layout.seq, length + layout.max_seqlen
+    wide = Layout(layout.batch, seq, None, cu_seqlens, longest, columns, layout.order)
     return Prefix(pairs, length, rows, token_rows, wide)

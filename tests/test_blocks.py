@@ -1,8 +1,10 @@
 """Layers whose two blocks are each one step of autograd, against Hugging Face's and against the same ops one by one."""
 
 import contextlib
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from models import assert_close, ids, mask_of, pair
 from torch import nn
 
 import fastbert
-from fastbert import modules
+from fastbert import modeling, modules
 from fastbert.distill import capture
+from fastbert.packing import packed_layout
 from fastbert_kernels import backend
 
 #: The attention block, and the feed-forward block.
@@ -123,6 +126,34 @@ def test_dropout_is_that_of_the_ops(device: torch.device, calls: Counter[str], p
     assert calls == dict.fromkeys(BLOCKS, 2)
     assert_close(got, want)
     assert_equal_gradients(grads, want_grads)
+
+
+@pytest.mark.parametrize("how", ["in blocks", "one by one", "checkpointed"])
+def test_the_longest_sequences_start_first_and_nothing_changes(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    _, fused = pair(device, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3)
+    fused.train()
+    if how == "checkpointed":
+        fused.gradient_checkpointing_enable({"use_reentrant": False})
+    kernels: Any = importlib.import_module("fastbert_kernels.attention")
+    arguments, orders = kernels._common_arguments, []
+
+    def seen(*args: Any) -> dict[str, Any]:
+        given = arguments(*args)
+        orders.append(given["order_ptr"].tolist() if given["HAS_ORDER"] else None)
+        return given
+
+    monkeypatch.setattr(kernels, "_common_arguments", seen)
+    with one_by_one() if how == "one by one" else contextlib.nullcontext():
+        got, grads = run(fused, device, "triton", maps=True)
+        launches = 6 if how == "checkpointed" else 4
+        assert orders == [[0, 2, 1]] * launches
+        monkeypatch.setattr(modeling, "packed_layout", lambda mask: replace(packed_layout(mask), order=None))
+        want, want_grads = run(fused, device, "triton", maps=True)
+    assert orders[launches:] == [None] * launches
+    assert torch.equal(got, want)
+    assert all(torch.equal(gradient, want_grads[name]) for name, gradient in grads.items())
 
 
 def test_without_gradients(device: torch.device, calls: Counter[str], products: bool) -> None:

@@ -1,9 +1,12 @@
 """The padded door in and out."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from fastbert.packing import dense_layout, packed_layout
 
@@ -15,6 +18,12 @@ def test_round_trip_keeps_tokens_and_zeroes_the_rest(batch: int, seq: int, rando
     mask = torch.tensor(bits)
     x = torch.randn(batch, seq, 3)
     layout = packed_layout(mask)
+    lengths = mask.sum(1).tolist()
+    if len(set(lengths)) == 1:
+        assert layout.order is None
+    else:
+        assert layout.order.dtype == torch.int32
+        assert layout.order.tolist() == sorted(range(batch), key=lambda b: (-lengths[b], b))
     packed = layout.pack(x)
     if layout.indices is not None:
         assert torch.equal(packed[0], x[mask])
@@ -37,6 +46,30 @@ def test_a_full_batch_is_left_alone() -> None:
     x = torch.randn(2, 5, 3)
     assert layout.pack(x) is x
     assert layout.unpack(x) is x
+
+
+class _Reads(TorchFunctionMode):
+    """Names of the calls that bring values to Python, for which a GPU's have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        reads = not isinstance(result, torch.Tensor) and func.__name__ != "__get__"
+        if reads or func.__name__ in ("cpu", "nonzero", "masked_select"):
+            self.names.append(func.__name__)
+        return result
+
+
+def test_a_batch_is_waited_for_once() -> None:
+    mask = torch.tensor([[True, True, False], [False, True, False], [True, True, True]])
+    with _Reads() as reads:
+        layout = packed_layout(mask)
+    assert layout.order is not None
+    assert layout.columns is not None
+    assert reads.names == ["tolist"]
 
 
 @pytest.mark.parametrize("through", ["pack", "unpack"])

@@ -9,6 +9,8 @@ import transformers
 from models import assert_close, ids, mask_of, pair
 
 import fastbert
+from fastbert.packing import packed_layout
+from fastbert.prefix import place_prefix
 from fastbert_kernels import backend
 
 LENGTH = 5
@@ -71,6 +73,11 @@ def test_a_prefix_gives_what_eager_gives(device: torch.device, life: str, packin
             assert (a[~at[:, None].expand(-1, 4, -1)] == 0).all()
     for a, b in zip(our_gradients, their_gradients, strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def test_a_prefix_keeps_the_order_of_the_sequences() -> None:
+    layout = packed_layout(mask_of([4, 11, 7], 11).bool())
+    assert place_prefix(cache(), layout, 4, 8).layout.order.tolist() == [1, 2, 0]
 
 
 def test_the_cache_is_read_and_not_added_to() -> None:

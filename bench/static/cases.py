@@ -49,7 +49,7 @@ _POINTERS: dict[str, torch.dtype | None] = {
         ("stats_ptr", "delta_ptr", "dhead_mask_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), torch.float32
     ),
     **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "dloss_max_ptr"), torch.float32),
-    **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr"), torch.int32),
+    **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr", "order_ptr"), torch.int32),
     **dict.fromkeys(("seed_ptr", "words_ptr", "positions_ptr", "token_types_ptr"), torch.int64),
 }
 
@@ -176,6 +176,10 @@ def cases(full: bool) -> list[Case]:
     return list(dict.fromkeys(_all_cases() if full else _representative_cases()))
 
 
+#: Switches of the attention kernels where the model has packed a ragged batch.
+_PACKED = ("CU_SEQLENS", "ORDER")
+
+
 def _attention_cases(dtype: str, head_dim: int, *switches: str, aligned: bool = False) -> Iterator[Case]:
     """The three attention kernels; PROBS stands for probabilities asked for and, in the backward pass, used."""
     for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv"):
@@ -190,11 +194,11 @@ def _relation_cases(dtype: str, dim: int, *flags: str, aligned: bool = False) ->
 
 def _representative_cases() -> Iterator[Case]:
     for head_dim in (64, 32):
-        yield Case("attention_forward", "bfloat16", head_dim, ("CU_SEQLENS",))
-        yield from _attention_cases("bfloat16", head_dim, "CU_SEQLENS", "DROPOUT")
-    yield from _attention_cases("bfloat16", 64, "CU_SEQLENS", "DROPOUT", "PROBS")
+        yield Case("attention_forward", "bfloat16", head_dim, _PACKED)
+        yield from _attention_cases("bfloat16", head_dim, *_PACKED, "DROPOUT")
+    yield from _attention_cases("bfloat16", 64, *_PACKED, "DROPOUT", "PROBS")
     yield from _attention_cases("bfloat16", 64, "BIAS")
-    yield from _attention_cases("float32", 64, "CU_SEQLENS")
+    yield from _attention_cases("float32", 64, *_PACKED)
     for dtype, dim in (("bfloat16", 64), ("bfloat16", 32), ("float32", 64)):
         yield from _relation_cases(dtype, dim, "CU_SEQLENS", "SOFTMAX")
     for features in (384, 768):
@@ -237,9 +241,9 @@ def _all_cases() -> Iterator[Case]:
         every = dtype == "bfloat16" and head_dim in (64, 128)
         for switches in _subsets("BIAS", "HEAD_MASK", "DROPOUT", "PROBS") if every else _TELLING:
             # The model packs where there is no bias, and only packed tokens have columns, read with PROBS alone.
-            packed = () if "BIAS" in switches else ("CU_SEQLENS", "COLUMNS") if "PROBS" in switches else ("CU_SEQLENS",)
+            packed = () if "BIAS" in switches else (*_PACKED, "COLUMNS") if "PROBS" in switches else _PACKED
             yield from _attention_cases(dtype, head_dim, *packed, *switches)
-        yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "DROPOUT", "PROBS")
+        yield from _attention_cases(dtype, head_dim, *_PACKED, "DROPOUT", "PROBS")
         yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS")
         yield from _attention_cases(dtype, head_dim, "BIAS", "DROPOUT", "PROBS", aligned=True)
         for switches in (("CU_SEQLENS", "SOFTMAX"), ("CU_SEQLENS",), ("SOFTMAX",)):

@@ -16,7 +16,7 @@ from fastbert_kernels.tiles import PARTIAL_SUMS
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Compile-time switches of the kernels, without their HAS_.
 FLAGS = (
-    *("CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS"),
+    *("CU_SEQLENS", "ORDER", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS"),
     *("RESIDUAL", "WORD_TABLE", "SOFTMAX", "PRE", "Y"),
 )
 #: Intermediate size of the feed-forward block by its hidden size, in every BERT.

@@ -28,6 +28,7 @@ def _common_arguments(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     columns: torch.Tensor | None,
+    order: torch.Tensor | None,
     bias: torch.Tensor | None,
     head_mask: torch.Tensor | None,
     seed: torch.Tensor | None,
@@ -42,6 +43,7 @@ def _common_arguments(
     return {
         "cu_seqlens_ptr": qkv if cu_seqlens is None else cu_seqlens,
         "columns_ptr": qkv if columns is None else columns,
+        "order_ptr": qkv if order is None else order,
         "bias_ptr": qkv if bias is None else bias,
         "head_mask_ptr": qkv if head_mask is None else head_mask,
         "tokens": qkv.shape[0],
@@ -57,6 +59,7 @@ def _common_arguments(
         "BLOCK_D": block_width(qkv.shape[3]),
         "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_COLUMNS": columns is not None,
+        "HAS_ORDER": order is not None,
         "HAS_BIAS": bias is not None,
         "HAS_HEAD_MASK": head_mask is not None,
         **dropout_arguments(qkv, dropout_p, seed, stream),
@@ -79,6 +82,7 @@ def _forward_fake(
     stream: int,
     probs_seq: int,
     columns: torch.Tensor | None,
+    order: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(tokens, heads, head_dim)
@@ -100,6 +104,7 @@ def _forward(
     stream: int,
     probs_seq: int,
     columns: torch.Tensor | None,
+    order: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, _, heads, head_dim = qkv.shape
     batch = _batch(qkv, cu_seqlens, max_seqlen)
@@ -112,7 +117,7 @@ def _forward(
     else:
         probs = qkv.new_zeros(batch, heads, probs_seq, probs_seq)
     arguments = _common_arguments(
-        qkv, cu_seqlens, columns, bias, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq, scale
+        qkv, cu_seqlens, columns, order, bias, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq, scale
     )
     tiles = attention_tiles("forward", qkv, bias is not None or probs_seq > 0)
     grid = (cdiv(max(max_seqlen, probs_seq), tiles["BLOCK_M"]) * heads * batch,)
@@ -138,6 +143,7 @@ def _backward_fake(
     seed: torch.Tensor | None,
     stream: int,
     columns: torch.Tensor | None,
+    order: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dhead_mask = qkv.new_empty(0) if head_mask is None else torch.empty_like(head_mask)
     return torch.empty_like(qkv), dhead_mask
@@ -159,6 +165,7 @@ def _backward(
     seed: torch.Tensor | None,
     stream: int,
     columns: torch.Tensor | None,
+    order: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of qkv and of the head mask.
 
@@ -177,7 +184,7 @@ def _backward(
     dprobs = None if dprobs is None else dprobs.contiguous()
     probs_seq = 0 if dprobs is None else dprobs.shape[-1]
     arguments = _common_arguments(
-        qkv, cu_seqlens, columns, bias, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq, scale
+        qkv, cu_seqlens, columns, order, bias, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq, scale
     )
     arguments |= {
         "dout_ptr": dout,
@@ -219,9 +226,9 @@ forbid_double_backward(_backward, "attention")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, _, columns = inputs
+    qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, _, columns, order = inputs
     out, stats, _ = output
-    ctx.save_for_backward(qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns)
+    ctx.save_for_backward(qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns, order)
     ctx.scalars = (max_seqlen, scale, dropout_p, stream)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
@@ -230,7 +237,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd(
     ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | None, dprobs: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns = ctx.saved_tensors
+    qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns, order = ctx.saved_tensors
     max_seqlen, scale, dropout_p, stream = ctx.scalars
     dqkv = dhead_mask = None
     if dout is not None or dprobs is not None:
@@ -251,8 +258,9 @@ def _autograd(
             seed,
             stream,
             columns,
+            order,
         )
-    return dqkv, None, None, None, None if head_mask is None else dhead_mask, *[None] * 6
+    return dqkv, None, None, None, None if head_mask is None else dhead_mask, *[None] * 7
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -271,6 +279,7 @@ def attention(
     stream: int = 0,
     probs_seq: int | None = None,
     columns: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Multi-head attention of each packed sequence with itself.
 
@@ -289,6 +298,8 @@ def attention(
         stream: which of the draws of `seed` this call uses.
         probs_seq: return the probabilities in maps of this side; at least `max_seqlen`. None: do not.
         columns: int32 (tokens,), each token's row and column in its map. None: its position in its sequence.
+        order: int32 (batch,), the sequences in the order in which their work starts; the longest first end together.
+            Needs cu_seqlens; the result is the same in any order.
 
     Returns:
         The context (tokens, heads, head_dim), and, if asked, the probabilities (batch, heads, probs_seq, probs_seq)
@@ -300,7 +311,7 @@ def attention(
     """
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if not uses_triton(qkv):
-        _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns)
+        _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns, order)
         return reference.attention(
             qkv,
             max_seqlen if cu_seqlens is None else cu_seqlens.diff().tolist(),
@@ -315,7 +326,9 @@ def attention(
         turned = qkv.new_tensor([-1.0 if scale < 0.0 else 0.0, 1.0, 1.0])
         qkv, scale = qkv * turned[:, None, None], abs(scale) or 1.0
     out, _, probs = _forward(
-        *op_arguments(qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, probs_seq, columns)
+        *op_arguments(
+            qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, probs_seq, columns, order
+        )
     )
     return out, probs if probs_seq is not None else None
 
@@ -332,9 +345,10 @@ def op_arguments(
     stream: int,
     probs_seq: int | None,
     columns: torch.Tensor | None,
+    order: torch.Tensor | None,
 ) -> tuple[Any, ...]:
     """The arguments of `attention` as its op takes them, checked: `scale` is above zero."""
-    _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns)
+    _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns, order)
     if dropout_p > 0.0 and seed is None:
         raise ValueError(f"attention with dropout_p={dropout_p} needs a seed: an int64 scalar tensor on {qkv.device}")
     if bias is not None:
@@ -353,6 +367,7 @@ def op_arguments(
         stream,
         probs_seq or 0,
         None if columns is None else columns.contiguous(),
+        None if order is None else order.contiguous(),
     )
 
 
@@ -389,6 +404,7 @@ def _check(
     seed: torch.Tensor | None,
     probs_seq: int | None,
     columns: torch.Tensor | None,
+    order: torch.Tensor | None,
 ) -> None:
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"attention needs qkv of shape (tokens, 3, heads, head_dim), got {tuple(qkv.shape)}")
@@ -423,6 +439,17 @@ def _check(
         low, high = (int(x) for x in torch.aminmax(columns))
         if low < 0 or high >= probs_seq:
             raise ValueError(f"columns must lie in maps of side probs_seq={probs_seq}, got {low} to {high}")
+    if order is not None:
+        batch = _batch(qkv, cu_seqlens, max_seqlen)
+        if cu_seqlens is None:
+            raise ValueError("without cu_seqlens every sequence is as long as the others: pass no order")
+        if order.shape != (batch,) or order.dtype != torch.int32:
+            raise ValueError(
+                f"order must be int32 of shape (batch,) = ({batch},), got {order.dtype} {tuple(order.shape)}"
+            )
+        if reads_back and sorted(order.tolist()) != [*range(batch)]:
+            raise ValueError(f"order must name each of the {batch} sequences once, got {order.tolist()}")
     check_same_device(
-        "attention", qkv=qkv, cu_seqlens=cu_seqlens, bias=bias, head_mask=head_mask, seed=seed, columns=columns
-    )
+        "attention", qkv=qkv, cu_seqlens=cu_seqlens, bias=bias, head_mask=head_mask, seed=seed, columns=columns,
+        order=order,
+    )  # fmt: skip

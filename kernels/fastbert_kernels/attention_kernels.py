@@ -11,6 +11,17 @@ from .tiles import LOAD_STAGES
 
 
 @triton.jit
+def _head(order_ptr, place, heads, HAS_ORDER: tl.constexpr):
+    """The head that comes `place`-th: its sequence, its number, and its plane, the same whatever the order."""
+    b = place // heads
+    h = place % heads
+    if HAS_ORDER:
+        b = tl.load(order_ptr + b)
+        place = b * heads + h
+    return b, h, place
+
+
+@triton.jit
 def _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS: tl.constexpr):
     """First token (int64) and length of sequence b."""
     if HAS_CU_SEQLENS:
@@ -77,6 +88,7 @@ def attention_forward(
     probs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_PROBS
     cu_seqlens_ptr,  # (batch + 1,) int32; unused without HAS_CU_SEQLENS
     columns_ptr,  # (tokens,) int32; unused without HAS_COLUMNS
+    order_ptr,  # (batch,) int32, the sequences from first to last; unused without HAS_ORDER
     bias_ptr,  # (batch, heads, max_seqlen, max_seqlen) by strides, last one 1; unused without HAS_BIAS
     head_mask_ptr,  # (heads,) any float; unused without HAS_HEAD_MASK
     seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
@@ -98,6 +110,7 @@ def attention_forward(
     BLOCK_N: tl.constexpr,
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_HEAD_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -109,9 +122,7 @@ def attention_forward(
     else:
         blocks = tl.cdiv(max_seqlen, BLOCK_M)
     pid = tl.program_id(0)
-    plane = pid // blocks
-    b = plane // heads
-    h = plane % heads
+    b, h, plane = _head(order_ptr, pid // blocks, heads, HAS_ORDER)
     row_start = (pid % blocks) * BLOCK_M
     start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
     if HAS_PROBS and not HAS_COLUMNS:
@@ -211,6 +222,7 @@ def attention_backward_dq(
     dhead_mask_ptr,  # (heads, batch, blocks) float32 partial sums; unused without HAS_HEAD_MASK
     cu_seqlens_ptr,  # as in attention_forward, and so on
     columns_ptr,
+    order_ptr,
     bias_ptr,
     head_mask_ptr,
     seed_ptr,
@@ -233,6 +245,7 @@ def attention_backward_dq(
     BLOCK_N: tl.constexpr,
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_HEAD_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -241,9 +254,7 @@ def attention_backward_dq(
     """One program: dQ of BLOCK_M rows of one head of one sequence, and the rows' delta."""
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
     pid = tl.program_id(0)
-    plane = pid // blocks
-    b = plane // heads
-    h = plane % heads
+    b, h, plane = _head(order_ptr, pid // blocks, heads, HAS_ORDER)
     row_start = (pid % blocks) * BLOCK_M
     start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
     if row_start >= length:
@@ -337,6 +348,7 @@ def attention_backward_dkv(
     dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the key and value thirds are written
     cu_seqlens_ptr,  # as in attention_forward, and so on
     columns_ptr,
+    order_ptr,
     bias_ptr,
     head_mask_ptr,
     seed_ptr,
@@ -358,6 +370,7 @@ def attention_backward_dkv(
     BLOCK_N: tl.constexpr,
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_HEAD_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -370,9 +383,7 @@ def attention_backward_dkv(
     """
     blocks = tl.cdiv(max_seqlen, BLOCK_N)
     pid = tl.program_id(0)
-    plane = pid // blocks
-    b = plane // heads
-    h = plane % heads
+    b, h, plane = _head(order_ptr, pid // blocks, heads, HAS_ORDER)
     col_start = (pid % blocks) * BLOCK_N
     start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
     if col_start >= length:

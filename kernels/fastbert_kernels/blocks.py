@@ -78,26 +78,27 @@ class _AttentionBlock(torch.autograd.Function):
         norm: tuple[Any, ...],
         *qkv: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cu_seqlens, max_seqlen, mask, scale, dropout_p, seed, stream, probs_seq, columns = attend
+        cu_seqlens, max_seqlen, mask, scale, dropout_p, seed, stream, probs_seq, columns, order = attend
         hidden = hidden.contiguous()
         qkv_bias = as_one(qkv[3:]) if len(qkv) > 3 else None
         x, qkv_weight, weight, qkv_bias = in_product_dtype(hidden, as_one(qkv[:3]), weight, qkv_bias)
         head_dim = qkv_weight.shape[0] // (3 * heads)
         projected = F.linear(x, qkv_weight, qkv_bias).view(-1, 3, heads, head_dim)
         arguments = attend_arguments(
-            projected, cu_seqlens, max_seqlen, mask, head_mask, scale, dropout_p, seed, stream, probs_seq, columns
+            *(projected, cu_seqlens, max_seqlen, mask, head_mask),
+            *(scale, dropout_p, seed, stream, probs_seq, columns, order),
         )
         context, stats, probs = attend_forward(*arguments)
         out = F.linear(context.view(*hidden.shape[:-1], heads * head_dim), weight)
         y, mean, rstd = norm_forward(*norm_arguments(out, bias, hidden, norm_weight, norm_bias, *norm))
         if ctx is not None:
-            projected, cu_seqlens, _, mask, head_mask, *_, columns = arguments
+            projected, cu_seqlens, _, mask, head_mask, *_, columns, order = arguments
             ctx.save_for_backward(
                 hidden,
                 None if x.dtype == hidden.dtype else x,
                 *(qkv_weight, weight, bias, norm_weight),
                 *(projected, context, stats, out, mean, rstd),
-                *(cu_seqlens, mask, head_mask, seed, columns),
+                *(cu_seqlens, mask, head_mask, seed, columns, order),
             )
             ctx.attend, ctx.norm, ctx.device_type = (max_seqlen, scale, dropout_p, stream), norm, x.device.type
             ctx.qkv_dtype = qkv[0].dtype
@@ -113,7 +114,7 @@ class _AttentionBlock(torch.autograd.Function):
         residual, x, qkv_weight, weight, bias, norm_weight, qkv, context, stats, out, mean, rstd, *rest = (
             ctx.saved_tensors
         )
-        cu_seqlens, mask, head_mask, seed, columns = rest
+        cu_seqlens, mask, head_mask, seed, columns, order = rest
         max_seqlen, scale, dropout_p, stream = ctx.attend
         _, hidden_dropout_p, _, norm_stream = ctx.norm
         rows = (residual if x is None else x).view(-1, residual.shape[-1])
@@ -131,7 +132,7 @@ class _AttentionBlock(torch.autograd.Function):
             dcontext,
             dprobs,
             *(qkv, context, stats, cu_seqlens, max_seqlen, mask, head_mask),
-            *(scale, dropout_p, seed, stream, columns),
+            *(scale, dropout_p, seed, stream, columns, order),
         )
         dqkv = dqkv.flatten(1)
         dparts: list[torch.Tensor | None] = [None] * 3
@@ -214,6 +215,7 @@ def attention_block(
     scale: float,
     probs_seq: int | None,
     columns: torch.Tensor | None,
+    order: torch.Tensor | None,
     dropout_p: float,
     hidden_dropout_p: float,
     seed: torch.Tensor | None,
@@ -238,7 +240,7 @@ def attention_block(
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
-    attend = cu_seqlens, max_seqlen, mask, scale, dropout_p, seed, stream, probs_seq, columns
+    attend = cu_seqlens, max_seqlen, mask, scale, dropout_p, seed, stream, probs_seq, columns, order
     norm = eps, hidden_dropout_p, seed, hidden_stream
     return _run(
         _AttentionBlock,

@@ -130,7 +130,7 @@ GOOD = Machine(
 
 
 def _report(kernel: str = "attention_forward", dtype: str = "bfloat16", width: int = 64, **changed: Any) -> Report:
-    flags = {"attention_forward": ("CU_SEQLENS",)}.get(kernel, ())
+    flags = {"attention_forward": ("CU_SEQLENS", "ORDER")}.get(kernel, ())
     case = static.Case(kernel, dtype, width, changed.pop("flags", flags))
     target = changed.pop("target", "sm_90")
     return Report(case, target, static.launch_tiles(case, target), dataclasses.replace(GOOD, **changed))
@@ -183,7 +183,7 @@ def test_the_baseline_sees_losses(tmp_path: Path, changed: dict[str, Any], loss:
     file = tmp_path / "baseline.json"
     baseline.write([_report()], file)
     found = baseline.losses([_report(**changed)], file)
-    name = "sm_90: attention_forward bfloat16 64 cu_seqlens"
+    name = "sm_90: attention_forward bfloat16 64 cu_seqlens+order"
     assert found == ([f"{name}: {loss}. If that is meant: {baseline.COMMAND}"] if loss else [])
 
 
@@ -195,7 +195,7 @@ def test_the_baseline_keeps_in_step(tmp_path: Path) -> None:
     entries = json.loads(file.read_text())
     file.write_text(json.dumps(entries | {"sm_90: attention_forward bfloat16 65": {}}))
     (new, stale) = baseline.losses([_report(target="sm_100")], file)
-    assert new.startswith("sm_100: attention_forward bfloat16 64 cu_seqlens: not in the baseline")
+    assert new.startswith("sm_100: attention_forward bfloat16 64 cu_seqlens+order: not in the baseline")
     assert stale.startswith("sm_90: attention_forward bfloat16 65: in the baseline, but no longer")
     file.write_text(json.dumps(entries | {"triton": "3.0.0"}))
     with pytest.raises(RuntimeError, match=re.escape("baseline is of Triton 3.0.0")):
@@ -304,8 +304,8 @@ def test_the_table_tells_what_ships_and_why() -> None:
     cells = [list(column.cells) for column in shown.columns]
     assert cells[0] == [
         "[bold]attention_forward[/]",
-        "  bfloat16 64 cu_seqlens [green]shipped[/]",
-        "  float32 64 cu_seqlens",
+        "  bfloat16 64 cu_seqlens+order [green]shipped[/]",
+        "  float32 64 cu_seqlens+order",
     ]
     assert cells[-1] == ["float32"] or cells[-1][-1] == "float32"
     (told,) = reasons([good, other])

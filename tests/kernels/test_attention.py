@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -477,6 +478,57 @@ def test_same_call_gives_the_same_bits(device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
+# The order in which sequences start
+
+
+@pytest.mark.parametrize("features", ["plain", "bias", "head mask", "dropout", "maps", "everything"])
+def test_any_order_gives_the_same(device: torch.device, features: str, attention_tile: Tile) -> None:
+    attention_tile(16, 16)
+    lengths = [5, 0, 33, 17, 0, 18]
+    qkv = random_qkv(lengths, 2, 16, torch.float32, device).requires_grad_()
+    more: dict[str, Any] = {}
+    if features in ("bias", "everything"):
+        more["bias"] = random_bias("-inf", (6, 2, 33, 33), torch.float32, device)
+    if features in ("head mask", "everything"):
+        more["head_mask"] = torch.tensor([0.5, 2.0], device=device, requires_grad=True)
+    if features in ("dropout", "everything"):
+        more |= {"dropout_p": 0.2, "seed": torch.tensor(SEED, device=device), "stream": STREAM}
+    if features in ("maps", "everything"):
+        more["probs_seq"] = 40
+    if features == "everything":
+        more["columns"] = torch.cat([torch.randperm(40)[:n] for n in lengths]).to(device, torch.int32)
+    order = torch.tensor([[2, 5, 3, 0, 1, 4], [0] * 6], device=device, dtype=torch.int32).T[:, 0]  # strided
+
+    def results(order: torch.Tensor | None) -> list[torch.Tensor]:
+        with backend("triton"):
+            outputs = [x for x in attention(qkv, offsets(lengths, device), 33, order=order, **more) if x is not None]
+        torch.manual_seed(1)
+        loss = sum((x * torch.randn(x.shape).to(device)).sum() for x in outputs)
+        inputs = [x for x in (qkv, more.get("head_mask")) if x is not None]
+        return [*outputs, *torch.autograd.grad(loss, inputs)]
+
+    for ordered, plain in zip(results(order), results(None), strict=True):
+        assert plain.isfinite().all()
+        assert torch.equal(ordered, plain)
+
+
+def test_the_kernels_take_the_sequences_that_the_order_names(device: torch.device) -> None:
+    """No result tells the order of the work: one that leaves a sequence out tells that it is followed."""
+    qkv = random_qkv([9, 5], 2, 16, torch.float32, device)
+    cu_seqlens = offsets([9, 5], device)
+    twice = torch.tensor([1, 1], device=device, dtype=torch.int32)
+    unmasked = None, None, 0.25, 0.0, None, 0
+    with backend("triton"):
+        out, stats, _ = torch.ops.fastbert.attention(qkv, cu_seqlens, 9, *unmasked, 0, None, None)
+        some, *_ = torch.ops.fastbert.attention(qkv, cu_seqlens, 9, *unmasked, 0, None, twice)
+        arguments = torch.randn_like(out), None, qkv, out, stats, cu_seqlens, 9, *unmasked, None
+        gradient, _ = torch.ops.fastbert.attention_backward(*arguments, None)
+        some_gradient, _ = torch.ops.fastbert.attention_backward(*arguments, twice)
+    for named, whole in ((some, out), (some_gradient, gradient)):
+        assert named[:9].isnan().all()
+        assert torch.equal(named[9:], whole[9:])
+
+
 # Anything at all
 
 
@@ -562,29 +614,27 @@ def op_arguments(device: torch.device, requires_grad: bool) -> tuple:
     bias = torch.randn(2, 1, 9, 9, device=device).expand(2, 2, 9, 9)
     columns = torch.cat([torch.randperm(12)[:n] for n in (9, 5)]).to(device, torch.int32)
     seed = torch.tensor(SEED, device=device)
-    return qkv, offsets([9, 5], device), 9, bias, head_mask, 0.25, 0.2, seed, STREAM, 12, columns
+    order = torch.tensor([1, 0], device=device, dtype=torch.int32)
+    return qkv, offsets([9, 5], device), 9, bias, head_mask, 0.25, 0.2, seed, STREAM, 12, columns, order
 
 
 def test_opcheck_forward(device: torch.device) -> None:
     everything = op_arguments(device, requires_grad=True)
     torch.library.opcheck(torch.ops.fastbert.attention, everything)
     qkv = torch.randn(18, 3, 2, 16, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastbert.attention, (qkv, None, 9, None, None, 0.25, 0.0, None, 0, 0, None))
+    torch.library.opcheck(torch.ops.fastbert.attention, (qkv, None, 9, None, None, 0.25, 0.0, None, 0, 0, None, None))
 
 
 def test_opcheck_backward(device: torch.device) -> None:
-    qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, probs_seq, columns = op_arguments(
-        device, requires_grad=False
-    )
-    out, lse, probs = torch.ops.fastbert.attention(
-        qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, probs_seq, columns
-    )
+    everything = op_arguments(device, requires_grad=False)
+    out, lse, probs = torch.ops.fastbert.attention(*everything)
+    qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, _, columns, order = everything
     arguments = (
         torch.randn_like(out), torch.randn_like(probs), qkv, out, lse, cu_seqlens, max_seqlen, bias, head_mask, scale,
-        dropout_p, seed, stream, columns,
+        dropout_p, seed, stream, columns, order,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastbert.attention_backward, arguments)
-    plain = (torch.randn_like(out), None, qkv, out, lse, cu_seqlens, 9, None, None, 0.25, 0.0, None, 0, None)
+    plain = (torch.randn_like(out), None, qkv, out, lse, cu_seqlens, 9, None, None, 0.25, 0.0, None, 0, None, None)
     torch.library.opcheck(torch.ops.fastbert.attention_backward, plain)
 
 
@@ -622,6 +672,9 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
         ({"probs_seq": 8}, "probs_seq=8 is shorter than the longest sequence, max_seqlen=9"),
         ({"columns": torch.zeros(13, dtype=torch.int32)}, "= (14,), got torch.int32 (13,)"),
         ({"columns": torch.zeros(14)}, "= (14,), got torch.float32 (14,)"),
+        ({"order": torch.zeros(3, dtype=torch.int32)}, "of shape (batch,) = (2,), got torch.int32 (3,)"),
+        ({"order": torch.tensor([1, 0])}, "of shape (batch,) = (2,), got torch.int64 (2,)"),
+        ({"cu_seqlens": None, "max_seqlen": 7, "order": torch.zeros(2, dtype=torch.int32)}, "pass no order"),
     ],
 )  # fmt: skip
 def test_bad_input(device: torch.device, change: dict, message: str) -> None:
@@ -641,6 +694,16 @@ def test_bad_cu_seqlens(device: torch.device, monkeypatch: pytest.MonkeyPatch, b
     message = f"from 0 to the 14 tokens of qkv in steps of at most max_seqlen=9, got {bounds}"
     with pytest.raises(ValueError, match=re.escape(message)):
         attention(qkv, torch.tensor(bounds, device=device, dtype=torch.int32), 9)
+
+
+@pytest.mark.parametrize("life", ["torch", "triton"])
+@pytest.mark.parametrize("order", [[0, 0], [1, 2], [-1, 0]])
+def test_bad_order(device: torch.device, monkeypatch: pytest.MonkeyPatch, life: str, order: list[int]) -> None:
+    monkeypatch.setenv("FASTBERT_CHECK", "1")  # on a GPU the values are looked at only then
+    qkv = torch.zeros(14, 3, 2, 16, device=device)
+    message = f"order must name each of the 2 sequences once, got {order}"
+    with backend(life), pytest.raises(ValueError, match=re.escape(message)):
+        attention(qkv, offsets([9, 5], device), 9, order=torch.tensor(order, device=device, dtype=torch.int32))
 
 
 def test_mixed_devices(device: torch.device) -> None:
