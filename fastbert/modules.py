@@ -587,6 +587,8 @@ class FusedEncoder(hf.BertEncoder):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         states = [hidden_states if 0 in state_layers else None]
         maps: list[torch.Tensor | None] = []
+        if len(set(self.layer)) < len(self.layer):
+            kwargs["seed"] = None  # a layer that is there twice would drop the same elements twice
         for i, layer in enumerate(self.layer):
             wanted = i in map_layers
             slot = MapSlot()

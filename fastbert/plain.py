@@ -19,6 +19,14 @@ _INFRASTRUCTURE = ("torch.distributed", "transformers.", "peft.", "deepspeed.")
 #: of a model whose embeddings are frozen. The fused embeddings do what it does.
 _REQUIRE_GRADS = "make_inputs_require_grads"
 
+#: What is read of a module. A replica of nn.DataParallel, or FSDP's flat parameters, leave it elsewhere.
+_PARAMETERS: dict[type[nn.Module], set[str]] = {
+    nn.Linear: {"weight", "bias"},
+    nn.LayerNorm: {"weight", "bias"},
+    nn.Embedding: {"weight"},
+    nn.Dropout: set(),
+}
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -72,7 +80,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` is exactly a `kind` whose ordinary parameters may be read without calling it."""
     if type(module) is not kind or is_called(module):
         return False
-    for p in module._parameters.values():
+    own = module._parameters
+    if not own.keys() >= _PARAMETERS[kind]:
+        return False
+    for p in own.values():
         if p is None or type(p) is nn.Parameter:  # as `is_ordinary` finds, one call later
             continue
         if not is_ordinary(p) and not (_gathered and is_sharded_within(module)):

@@ -108,6 +108,7 @@ class _Stacked(torch.autograd.Function):
         """`count` parameters are a group."""
         groups = [parts[i : i + count] for i in range(0, len(parts), count)]
         views = [as_one(group) for group in groups]
+        ctx.save_for_backward(*parts)  # that they do not change meanwhile: a view tells of its first one only
         ctx.rows = [[part.shape[0] for part in group] for group in groups]
         ctx.set_materialize_grads(False)
         frozen = [not any(part.requires_grad for part in group) for group in groups]
@@ -116,6 +117,7 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        _ = ctx.saved_tensors
         slices: list[torch.Tensor | None] = [None]
         for grad, rows in zip(grads, ctx.rows, strict=True):
             slices += [None] * len(rows) if grad is None else grad.split(rows)

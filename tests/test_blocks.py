@@ -16,7 +16,7 @@ import fastbert
 from fastbert import modeling, modules
 from fastbert.distill import capture
 from fastbert.packing import packed_layout
-from fastbert_kernels import backend
+from fastbert_kernels import backend, feed_forward_block
 
 #: The attention block, and the feed-forward block.
 BLOCKS = ("attention_block", "feed_forward_block")
@@ -418,3 +418,76 @@ def test_products_of_two_dtypes_are_refused(device: torch.device) -> None:
 
 def test_explain_counts_the_parts_as_fused(device: torch.device) -> None:
     assert fastbert.explain(pair(device)[1]).fused
+
+
+# What parameters may be
+
+
+@pytest.mark.parametrize("name", ["attention.output", "output"])
+def test_parameters_in_other_layouts(device: torch.device, calls: Counter[str], name: str) -> None:
+    plain, fused = pair(device)
+    part = fused.encoder.layer[0].get_submodule(name)
+    for module, kind in ((part.dense, "bias"), (part.LayerNorm, "weight"), (part.LayerNorm, "bias")):
+        column = getattr(module, kind).detach()[:, None].repeat(1, 2)[:, 0]
+        assert not column.is_contiguous()
+        setattr(module, kind, nn.Parameter(column))
+    part.dense.weight = nn.Parameter(part.dense.weight.detach().T.contiguous().T)
+    (ours, our_grads), (theirs, their_grads) = run(fused, device, "triton"), run(plain, device, "torch")
+    assert _called(calls) == (2, 2)
+    assert_close(ours, theirs)
+    assert_equal_gradients(our_grads, their_grads)
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_projection_that_changes_before_the_backward_pass_is_an_error(
+    device: torch.device, name: str, in_blocks: bool
+) -> None:
+    _, fused = pair(device)
+    with backend("triton"), contextlib.nullcontext() if in_blocks else one_by_one():
+        last = fused(ids(device=device)).last_hidden_state
+    with torch.no_grad():
+        getattr(fused.encoder.layer[1].attention.self, name).weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+        last.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:fastbert")
+def test_parameters_that_are_plain_attributes(device: torch.device, calls: Counter[str]) -> None:
+    """As in the replicas of nn.DataParallel."""
+    plain, fused = pair(device)
+    for module in fused.encoder.layer[0].modules():
+        for name, p in list(module._parameters.items()):
+            delattr(module, name)
+            setattr(module, name, p.detach())
+    ours, theirs = run(fused, device, "triton")[0], run(plain, device, "torch")[0]
+    assert _called(calls) == (1, 1)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("trained", ["attention.self.query.weight", "output.dense.bias"])
+def test_second_derivative_is_refused_whatever_is_trained(device: torch.device, trained: str) -> None:
+    _, fused = pair(device)
+    for name, p in fused.named_parameters():
+        p.requires_grad_(name.endswith(f"layer.0.{trained}"))
+    parameter = fused.encoder.layer[0].get_parameter(trained)
+    with backend("triton"):
+        last = fused(ids(device=device)).last_hidden_state
+        (gradient,) = torch.autograd.grad(last.square().sum(), parameter, create_graph=True)
+        with pytest.raises(NotImplementedError, match="has no second derivative"):
+            gradient.square().sum().backward()
+
+
+def test_a_layer_that_is_there_twice_drops_anew(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fused = pair(device, hidden_dropout_prob=0.5)
+    fused.encoder.layer[1] = fused.encoder.layer[0]
+    seeds = []
+
+    def noted(*args: Any, seed: torch.Tensor, **kwargs: Any) -> Any:
+        seeds.append(seed.item())
+        return feed_forward_block(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(modules, "feed_forward_block", noted)
+    with backend("triton"), torch.no_grad():
+        fused.train()(ids(device=device))
+    assert len(set(seeds)) == 2

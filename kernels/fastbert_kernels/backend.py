@@ -201,15 +201,19 @@ def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     return lambda fn: Op(name, fn, fake)
 
 
-def forbid_double_backward(
-    op: Op, name: str, instead: str = "run plain PyTorch with FASTBERT_BACKEND=torch, or fastbert.unfuse(model)"
-) -> None:
+def second_derivative_error(
+    name: str, instead: str = "run plain PyTorch with FASTBERT_BACKEND=torch, or fastbert.unfuse(model)"
+) -> NotImplementedError:
+    return NotImplementedError(
+        f"fastbert's {name} kernel has no second derivative: for gradients of gradients {instead}"
+    )
+
+
+def forbid_double_backward(op: Op, name: str, *instead: str) -> None:
     """Make differentiating a backward op an error that says what to do instead, not a silently missing gradient."""
 
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise NotImplementedError(
-            f"fastbert's {name} kernel has no second derivative: for gradients of gradients {instead}"
-        )
+        raise second_derivative_error(name, *instead)
 
     op.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .attention import _backward as attend_backward
 from .attention import _forward as attend_forward
 from .attention import op_arguments as attend_arguments
-from .backend import is_traced, uses_triton
+from .backend import is_traced, second_derivative_error, uses_triton
 from .feed_forward import in_product_dtype, products, products_backward
 from .layer_norm import _forward as norm_forward
 from .layer_norm import gradients as norm_gradients
@@ -40,11 +40,28 @@ def _run(block: type[torch.autograd.Function], *arguments: Any) -> Any:
     return block.forward(None, *arguments)
 
 
-def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast is the forward pass's affair: a backward pass inside of it computes in the same dtypes as outside."""
+class _Refused(torch.autograd.Function):
+    """Gradients that cannot be differentiated again, whatever it is that required one."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """`anchor` requires a gradient, so that the results do."""
+        return tuple([None if grad is None else grad.view_as(grad) for grad in grads])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        raise second_derivative_error("layer")
+
+
+def _backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's backward pass: outside of autocast, which is the forward pass's affair, and of autograd."""
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # with create_graph=True
+            with torch.no_grad():
+                found = wrapped(ctx, *grads)
+            return _Refused.apply(torch.ones((), requires_grad=True), *found)
         if not torch.is_autocast_enabled(ctx.device_type):
             return backward(ctx, *grads)
         with torch.autocast(ctx.device_type, enabled=False):
@@ -89,9 +106,13 @@ class _AttentionBlock(torch.autograd.Function):
             *(scale, dropout_p, seed, stream, probs_seq, columns, order),
         )
         context, stats, probs = attend_forward(*arguments)
+        if ctx is None:
+            del projected, arguments
         out = F.linear(context.view(*hidden.shape[:-1], heads * head_dim), weight)
-        y, mean, rstd = norm_forward(*norm_arguments(out, bias, hidden, norm_weight, norm_bias, *norm))
+        of_norm = norm_arguments(out, bias, hidden, norm_weight, norm_bias, *norm)
+        y, mean, rstd = norm_forward(*of_norm)
         if ctx is not None:
+            _, bias, _, norm_weight, *_ = of_norm
             projected, cu_seqlens, _, mask, head_mask, *_, columns, order = arguments
             ctx.save_for_backward(
                 hidden,
@@ -99,14 +120,17 @@ class _AttentionBlock(torch.autograd.Function):
                 *(qkv_weight, weight, bias, norm_weight),
                 *(projected, context, stats, out, mean, rstd),
                 *(cu_seqlens, mask, head_mask, seed, columns, order),
+                # That they do not change meanwhile: qkv_weight tells of the first one only.
+                *(qkv[1:3] if x.dtype == qkv[0].dtype else ()),
             )
-            ctx.attend, ctx.norm, ctx.device_type = (max_seqlen, scale, dropout_p, stream), norm, x.device.type
+            ctx.attend, ctx.norm = (max_seqlen, scale, dropout_p, stream), (norm[1], norm[3])
+            ctx.device_type = x.device.type
             ctx.qkv_dtype = qkv[0].dtype
             ctx.set_materialize_grads(False)
         return y, probs if probs_seq is not None else None
 
     @staticmethod
-    @_without_autocast
+    @_backward
     def backward(ctx: Any, dy: torch.Tensor | None, dprobs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         needs_hidden, _, needs_weight, *_ = needs = ctx.needs_input_grad
         if dy is None and dprobs is None:
@@ -114,18 +138,18 @@ class _AttentionBlock(torch.autograd.Function):
         residual, x, qkv_weight, weight, bias, norm_weight, qkv, context, stats, out, mean, rstd, *rest = (
             ctx.saved_tensors
         )
-        cu_seqlens, mask, head_mask, seed, columns, order = rest
+        cu_seqlens, mask, head_mask, seed, columns, order, *_ = rest
         max_seqlen, scale, dropout_p, stream = ctx.attend
-        _, hidden_dropout_p, _, norm_stream = ctx.norm
+        hidden_dropout_p, norm_stream = ctx.norm
         rows = (residual if x is None else x).view(-1, residual.shape[-1])
-        dz: torch.Tensor | None = None
         dparameters: list[torch.Tensor | None] = [None] * 4
-        dcontext = torch.zeros_like(context) if dy is None else None
-        if dy is not None:
+        if dy is None:  # the probabilities alone were used
+            dz, dcontext = None, torch.zeros_like(context)
+        else:
             dout, dbias, dz, *dnorm = norm_gradients(
                 dy, out, bias, residual, norm_weight, mean, rstd, hidden_dropout_p, seed, norm_stream
             )
-            dout = dout.view(rows.shape)
+            dout = dout.view(rows.shape)  # the memory of dz where nothing was dropped: dz may change last
             dparameters = [dout.t() @ context.flatten(1) if needs_weight else None, dbias, *dnorm]
             dcontext = (dout @ weight).view(context.shape)
         dqkv, dhead_mask = attend_backward(
@@ -170,21 +194,24 @@ class _FeedForwardBlock(torch.autograd.Function):
         bias1 = None if bias1 is None else bias1.contiguous()
         out, pre = products(x, weight1, bias1, weight2, activation, fused, keep=ctx is not None)
         out = out.view(hidden.shape)
-        y, mean, rstd = norm_forward(*norm_arguments(out, bias2, hidden, norm_weight, norm_bias, *norm))
+        of_norm = norm_arguments(out, bias2, hidden, norm_weight, norm_bias, *norm)
+        y, mean, rstd = norm_forward(*of_norm)
         if ctx is not None:
+            _, bias2, _, norm_weight, *_ = of_norm
             cast = None if x.dtype == hidden.dtype else x
             ctx.save_for_backward(
                 *(hidden, cast, weight1, bias1, weight2, bias2, norm_weight, pre, out, mean, rstd, norm[2])
             )
-            ctx.activation, ctx.fused, ctx.norm, ctx.device_type = activation, fused, norm, hidden.device.type
+            ctx.activation, ctx.fused, ctx.norm = activation, fused, (norm[1], norm[3])
+            ctx.device_type = x.device.type
         return y
 
     @staticmethod
-    @_without_autocast
+    @_backward
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs_hidden, needs_weight1, _, needs_weight2, *_ = ctx.needs_input_grad
         residual, x, weight1, bias1, weight2, bias2, norm_weight, pre, out, mean, rstd, seed = ctx.saved_tensors
-        _, dropout_p, _, stream = ctx.norm
+        dropout_p, stream = ctx.norm
         rows = (residual if x is None else x).view(-1, residual.shape[-1])
         dout, dbias2, dz, dnorm_weight, dnorm_bias = norm_gradients(
             dy, out, bias2, residual, norm_weight, mean, rstd, dropout_p, seed, stream

@@ -129,8 +129,10 @@ forbid_double_backward(_backward, "feed_forward")
 def products(
     x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor | None, weight2: torch.Tensor, activation: str,
     fused: bool, keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """f(x @ weight1^T + bias1) @ weight2^T for x (count, inner), and, to keep, what f, or the bias, is applied to."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """f(x @ weight1^T + bias1) @ weight2^T for x (count, inner), and, to keep, the pre-activation: with its bias where
+    fused, else without."""
+    pre: torch.Tensor | None
     if fused:
         assert bias1 is not None
         y, pre = _forward(x, weight1, bias1, activation, keep)
@@ -138,6 +140,8 @@ def products(
         pre = F.linear(x, weight1)
         check_activation(pre, bias1, activation)
         y = activation_forward(pre, bias1, activation)
+    if not keep:
+        pre = None  # its memory is free before the second product's is taken
     return F.linear(y, weight2), pre
 
 
