@@ -448,7 +448,7 @@ def test_a_projection_that_changes_before_the_backward_pass_is_an_error(
         last = fused(ids(device=device)).last_hidden_state
     with torch.no_grad():
         getattr(fused.encoder.layer[1].attention.self, name).weight.mul_(2.0)
-    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
         last.sum().backward()
 
 
