@@ -92,7 +92,9 @@ def _attention_calls(
     torch.manual_seed(0)
     qkv = draw(tokens, 3, heads, dim, dtype=dtype, device=device).requires_grad_()
     whole = min(lengths) == seq
-    cu_seqlens = None if whole else ends
+    cu_seqlens, order = None, None
+    if not whole:  # as the model has it
+        cu_seqlens, order = ends, torch.tensor(lengths, device=device).argsort(descending=True).int()
 
     def pad(packed: Tensor) -> Tensor:
         """(tokens, heads, dim) to (batch, heads, seq, dim)."""
@@ -101,7 +103,7 @@ def _attention_calls(
         return padded.transpose(1, 2).contiguous()
 
     def ours() -> tuple[Tensor, ...]:
-        out, probs = attention(qkv, cu_seqlens, seq, probs_seq=seq if maps else None)
+        out, probs = attention(qkv, cu_seqlens, seq, probs_seq=seq if maps else None, order=order)
         return (out,) if probs is None else (out, probs)
 
     padded = tuple(pad(part.detach()).requires_grad_() for part in qkv.unbind(1))
