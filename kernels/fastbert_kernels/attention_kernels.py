@@ -151,8 +151,8 @@ def attention_forward(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     # Of itself the compiler copies asynchronously only what a product takes: no bias, where the scores feed none.
-    STAGES: tl.constexpr = LOAD_STAGES if HAS_BIAS and HAS_PROBS else None
-    for col_start in tl.range(0, length_read, BLOCK_N, num_stages=STAGES):
+    stages: tl.constexpr = LOAD_STAGES if HAS_BIAS and HAS_PROBS else None
+    for col_start in tl.range(0, length_read, BLOCK_N, num_stages=stages):
         cols = col_start + tl.arange(0, BLOCK_N)
         k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
         s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))

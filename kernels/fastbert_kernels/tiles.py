@@ -102,8 +102,8 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
 #: Two stages everywhere: with one, operands are held in registers whole, 255 of them instead of about 80.
 _ATTENTION_FLOAT: dict[str, _Rows] = {
     "forward": [
-        (64, _attention(32, 32, 4, 2), _attention(16, 16, 8, 2)),
-        (128, _attention(32, 16, 8, 2), _attention(16, 16, 8, 2)),
+        (64, _attention(32, 32, 4, 2), _attention(16, 32, 4, 2)),
+        (128, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
     ],
     "backward_dq": [
         (64, _attention(16, 16, 4, 2), _attention(16, 32, 4, 2)),
@@ -118,8 +118,13 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
 #: Where what spills is another few registers: (architecture, kernel) -> rows instead of those.
 _ATTENTION_FLOAT_OWN: dict[tuple[str, str], _Rows] = {
     ("sm_80", "forward"): [
-        (64, _attention(32, 16, 4, 2), _attention(16, 16, 8, 2)),
-        (128, _attention(32, 16, 8, 2), _attention(16, 16, 8, 2)),
+        (64, _attention(32, 16, 4, 2), _attention(16, 16, 4, 2)),
+        (128, _attention(32, 16, 8, 2), _attention(16, 16, 4, 2)),
+    ],
+    ("sm_90", "forward"): [
+        (64, _attention(32, 32, 4, 2), _attention(16, 32, 4, 2)),
+        (96, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
+        (128, _attention(32, 16, 8, 2), _attention(16, 32, 8, 2)),
     ],
     ("sm_80", "backward_dq"): [
         (64, _attention(16, 16, 4, 2), _attention(16, 16, 8, 2)),
