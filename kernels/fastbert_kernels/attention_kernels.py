@@ -176,13 +176,11 @@ def attention_forward(
         factor = keep_scale
     if HAS_HEAD_MASK:
         factor *= tl.load(head_mask_ptr + h).to(tl.float32)
-    row_scale = tl.where(rows < length, factor / row_sum, 0.0)
-    stats_ptr += h.to(tl.int64) * tokens + start
-    tl.store(stats_ptr + rows, row_max, mask=rows < length)
-    tl.store(stats_ptr + tl.cast(heads, tl.int64) * tokens + rows, tl.log2(row_sum), mask=rows < length)
+    row_scale = factor / row_sum
 
     if HAS_PROBS:
         # With the statistics known, the map and the context are made of the same tiles.
+        row_scale = tl.where(rows < length, row_scale, 0.0)
         if HAS_COLUMNS:
             cols_end = length  # the rest of the map was zeroed by the host
             columns_ptr += start
@@ -210,6 +208,9 @@ def attention_forward(
             acc = dot(cast(p, v.dtype), v, acc)
     out_ptr += start * heads * HEAD_DIM + h * HEAD_DIM
     _store_heads(out_ptr, acc * row_scale[:, None], rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    stats_ptr += h.to(tl.int64) * tokens + start
+    tl.store(stats_ptr + rows, row_max, mask=rows < length)
+    tl.store(stats_ptr + tl.cast(heads, tl.int64) * tokens + rows, tl.log2(row_sum), mask=rows < length)
 
 
 @triton.jit(do_not_specialize=["stream", "keep_threshold"])
