@@ -118,8 +118,8 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
 #: Where what spills is another few registers: (architecture, kernel) -> rows instead of those.
 _ATTENTION_FLOAT_OWN: dict[tuple[str, str], _Rows] = {
     ("sm_80", "forward"): [
-        (64, _attention(32, 16, 4, 2), _attention(16, 16, 4, 2)),
-        (128, _attention(32, 16, 8, 2), _attention(16, 16, 4, 2)),
+        (64, _attention(32, 16, 4, 2), _attention(16, 32, 4, 2)),
+        (128, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
     ],
     ("sm_90", "forward"): [
         (64, _attention(32, 32, 4, 2), _attention(16, 32, 4, 2)),
