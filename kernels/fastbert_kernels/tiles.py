@@ -134,6 +134,10 @@ _ATTENTION_FLOAT_OWN: dict[tuple[str, str], _Rows] = {
         (64, _attention(16, 32, 8, 2), _attention(16, 16, 8, 3)),
         (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
     ],
+    ("sm_100", "forward"): [
+        (64, _attention(32, 32, 4, 2), _attention(16, 32, 8, 2)),
+        (128, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
+    ],
     ("sm_100", "backward_dq"): [
         (64, _attention(16, 16, 4, 2), _attention(32, 32, 4, 2)),
         (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
