@@ -101,11 +101,11 @@ def _not_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> str:
     return f"{name} is not a plain nn.{expected.__name__} but {describe(module, expected)}"
 
 
-def _norm_reason(module: Any) -> str | None:
-    """Why a module's LayerNorm and dropout cannot be one kernel's."""
-    if not is_plain_layer_norm(module.LayerNorm):
-        return _not_plain("LayerNorm", module.LayerNorm, nn.LayerNorm)
-    return None if is_plain_dropout(module.dropout) else _not_plain("dropout", module.dropout, nn.Dropout)
+def _norm_reason(norm: Any, dropout: Any) -> str | None:
+    """Why a LayerNorm and the dropout beside it cannot be one kernel's."""
+    if not is_plain_layer_norm(norm):
+        return _not_plain("LayerNorm", norm, nn.LayerNorm)
+    return None if is_plain_dropout(dropout) else _not_plain("dropout", dropout, nn.Dropout)
 
 
 class FusedEmbeddings(hf.BertEmbeddings):
@@ -117,7 +117,7 @@ class FusedEmbeddings(hf.BertEmbeddings):
         for name in ("position_embeddings", "token_type_embeddings"):
             if not is_plain_embedding(getattr(self, name)):
                 return _not_plain(name, getattr(self, name), nn.Embedding)
-        return _norm_reason(self)
+        return _norm_reason(self.LayerNorm, self.dropout)
 
     def note(self) -> str | None:
         if is_plain_embedding(self.word_embeddings):
@@ -306,8 +306,8 @@ class FusedSelfAttention(hf.BertSelfAttention):
 
     def block_arguments(self) -> dict[str, Any] | None:
         """What a block needs of this module; None where the module has to be called itself."""
-        parts = self._modules  # a module's attributes are looked up slowly
-        query, key, value, dropout = parts["query"], parts["key"], parts["value"], parts["dropout"]
+        find = self._modules.get  # a module's attributes are looked up slowly
+        query, key, value, dropout = find("query"), find("key"), find("value"), find("dropout")
         if type(self) is not FusedSelfAttention or is_called(self) or self.watcher is not None or self.scaling <= 0.0:
             return None
         if self.unfused_reason() is not None or not can_stack(query, key, value):
@@ -347,18 +347,18 @@ class _FusedAddNorm:
     dropout_stream = 0
 
     def unfused_reason(self) -> str | None:
-        return _norm_reason(self)
+        return _norm_reason(self.LayerNorm, self.dropout)
 
     def note(self) -> str | None:
         return _called(dense=self.dense)
 
     def block_arguments(self) -> dict[str, Any] | None:
         """What a block needs of this module; None where the module has to be called itself."""
-        parts = self._modules  # type: ignore[attr-defined]
-        dense, norm, dropout = parts["dense"], parts["LayerNorm"], parts["dropout"]
+        find = self._modules.get  # type: ignore[attr-defined]
+        dense, norm, dropout = find("dense"), find("LayerNorm"), find("dropout")
         if type(self) not in (FusedSelfOutput, FusedOutput) or is_called(self):  # type: ignore[arg-type]
             return None
-        if not (is_plain_linear(dense) and is_plain_layer_norm(norm) and is_plain_dropout(dropout)):
+        if not is_plain_linear(dense) or _norm_reason(norm, dropout) is not None:
             return None
         return {
             **dense._parameters,
@@ -413,7 +413,7 @@ class FusedIntermediate(hf.BertIntermediate):
 
     def block_arguments(self) -> dict[str, Any] | None:
         """What a block needs of this module; None where the module has to be called itself."""
-        up = self._modules["dense"]
+        up: Any = self._modules.get("dense")
         if type(self) is not FusedIntermediate or is_called(self) or not is_plain_linear(up):
             return None
         if self.unfused_reason() is not None:

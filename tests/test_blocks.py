@@ -343,6 +343,24 @@ def test_parts_that_are_not_plain_are_called(
 
 
 @pytest.mark.filterwarnings("ignore:fastbert")
+@pytest.mark.parametrize(
+    ("part", "name", "ran"),
+    [("output", "dense", (2, 1)), ("intermediate", "dense", (2, 1)), ("attention.self", "value", (1, 2))],
+)
+def test_functions_in_the_place_of_modules_are_called(
+    device: torch.device, calls: Counter[str], part: str, name: str, ran: tuple[int, int]
+) -> None:
+    plain, fused = pair(device)
+    module = fused.encoder.layer[0].get_submodule(part)
+    linear = getattr(module, name)
+    delattr(module, name)
+    setattr(module, name, linear.forward)
+    ours, theirs = run(fused, device, "triton")[0], run(plain, device, "torch")[0]
+    assert _called(calls) == ran
+    assert_close(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:fastbert")
 def test_an_unknown_activation_is_called(device: torch.device, calls: Counter[str]) -> None:
     plain, fused = pair(device)
     for model in (plain, fused):

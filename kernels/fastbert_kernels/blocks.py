@@ -112,7 +112,7 @@ class _AttentionBlock(torch.autograd.Function):
         of_norm = norm_arguments(out, bias, hidden, norm_weight, norm_bias, *norm)
         y, mean, rstd = norm_forward(*of_norm)
         if ctx is not None:
-            _, bias, _, norm_weight, *_ = of_norm
+            _, bias, _, norm_weight, _, _, hidden_dropout_p, _, hidden_stream = of_norm
             projected, cu_seqlens, _, mask, head_mask, *_, columns, order = arguments
             ctx.save_for_backward(
                 hidden,
@@ -123,7 +123,7 @@ class _AttentionBlock(torch.autograd.Function):
                 # That they do not change meanwhile: qkv_weight tells of the first one only.
                 *(qkv[1:3] if x.dtype == qkv[0].dtype else ()),
             )
-            ctx.attend, ctx.norm = (max_seqlen, scale, dropout_p, stream), (norm[1], norm[3])
+            ctx.attend, ctx.norm = (max_seqlen, scale, dropout_p, stream), (hidden_dropout_p, hidden_stream)
             ctx.device_type = x.device.type
             ctx.qkv_dtype = qkv[0].dtype
             ctx.set_materialize_grads(False)
@@ -197,12 +197,12 @@ class _FeedForwardBlock(torch.autograd.Function):
         of_norm = norm_arguments(out, bias2, hidden, norm_weight, norm_bias, *norm)
         y, mean, rstd = norm_forward(*of_norm)
         if ctx is not None:
-            _, bias2, _, norm_weight, *_ = of_norm
+            _, bias2, _, norm_weight, _, _, dropout_p, seed, stream = of_norm
             cast = None if x.dtype == hidden.dtype else x
             ctx.save_for_backward(
-                *(hidden, cast, weight1, bias1, weight2, bias2, norm_weight, pre, out, mean, rstd, norm[2])
+                *(hidden, cast, weight1, bias1, weight2, bias2, norm_weight, pre, out, mean, rstd, seed)
             )
-            ctx.activation, ctx.fused, ctx.norm = activation, fused, (norm[1], norm[3])
+            ctx.activation, ctx.fused, ctx.norm = activation, fused, (dropout_p, stream)
             ctx.device_type = x.device.type
         return y
 
