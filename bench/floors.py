@@ -109,8 +109,9 @@ def _layer_calls(
     width = config.hidden_size // heads
     maps = {"PROBS"} if workload.attentions else set()
     yield cost("attention_forward", lengths=lengths, width=width, heads=heads, dtype=name, flags=maps)
-    norm = {"lengths": lengths, "width": config.hidden_size, "dtype": name, "flags": ("RESIDUAL",)}
-    yield from 2 * [cost("add_layer_norm_forward", **norm)]
+    norm = {"lengths": lengths, "width": config.hidden_size, "dtype": name}
+    kept = {"NORMED"} if training else set()
+    yield from 2 * [cost("add_layer_norm_forward", **norm, flags={"RESIDUAL"} | kept)]
     if training:
         maps = {"DPROBS"} if workload.attentions else set()
         yield cost("attention_backward", lengths=lengths, width=width, heads=heads, dtype=name, flags=maps)

@@ -15,6 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert_kernels import (
+    AttentionArguments,
+    FeedForwardArguments,
     add_layer_norm,
     attention,
     attention_block,
@@ -22,6 +24,7 @@ from fastbert_kernels import (
     embed,
     feed_forward_block,
     feed_forward_is_fused,
+    layer_block,
     runs_as_block,
     uses_triton,
 )
@@ -442,11 +445,13 @@ def _block_arguments(*modules: Any) -> dict[str, Any] | None:
     return arguments
 
 
-#: Keywords of the attention that no block knows.
-_NOT_OF_BLOCKS = ("past_key_values", "prefix", "first")
+def _attends_as_block(hidden: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a block with the attention in it may run on these hidden states, with these keywords."""
+    # The keywords are the attention's; no block knows these.
+    return runs_as_block(hidden) and all(kwargs.get(name) is None for name in ("past_key_values", "prefix", "first"))
 
 
-def _attend_in_block(
+def _attention_arguments(
     block: dict[str, Any],
     hidden: torch.Tensor,
     mask: torch.Tensor | None,
@@ -456,16 +461,14 @@ def _attend_in_block(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     order: torch.Tensor | None = None,
-    map_slot: MapSlot | None = None,
     map_seq: int | None = None,
     map_columns: torch.Tensor | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Self-attention and its output as one block; the arguments are those of `FusedSelfAttention.forward`."""
+) -> AttentionArguments:
+    """The attention block's arguments from its modules' and from those of `FusedSelfAttention.forward`."""
     seq = hidden.shape[1]
-    hidden, probs = attention_block(
-        hidden,
+    return AttentionArguments(
         **block,
         cu_seqlens=cu_seq_lens_q,
         max_seqlen=seq if max_length_q is None else max_length_q,
@@ -476,12 +479,23 @@ def _attend_in_block(
         order=order,
         seed=_seed(seed, max(block["dropout_p"], block["hidden_dropout_p"]), hidden),
     )
-    _leave_map(map_slot, probs)
-    return hidden, probs
+
+
+def _feed_forward_arguments(
+    block: dict[str, Any], hidden: torch.Tensor, seed: torch.Tensor | None
+) -> FeedForwardArguments:
+    fused = block["up_bias"] is not None and feed_forward_is_fused(hidden, block["up_weight"], block["activation"])
+    return FeedForwardArguments(**block, fused=fused, seed=_seed(seed, block["hidden_dropout_p"], hidden))
 
 
 class FusedAttention(hf.BertAttention):
     """Self-attention and its output, sharing the forward pass's seed."""
+
+    def block_arguments(self) -> dict[str, Any] | None:
+        """What a block needs of this module; None where the module has to be called itself."""
+        if type(self) is not FusedAttention or is_called(self) or self.is_cross_attention:
+            return None
+        return _block_arguments(self.self, self.output)
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
@@ -497,10 +511,14 @@ class FusedAttention(hf.BertAttention):
             context, probs = self.self(hidden_states, _mask_like(attention_mask, hidden_states), **kwargs)
             _leave_map(kwargs.get("map_slot"), probs)
             return self.output(context, hidden_states), probs
-        if runs_as_block(hidden_states) and not any(kwargs.get(name) is not None for name in _NOT_OF_BLOCKS):
+        if _attends_as_block(hidden_states, kwargs):
             block = _block_arguments(self.self, self.output)
             if block is not None:
-                return _attend_in_block(block, hidden_states, attention_mask, **kwargs)
+                hidden, probs = attention_block(
+                    hidden_states, _attention_arguments(block, hidden_states, attention_mask, **kwargs)
+                )
+                _leave_map(kwargs.get("map_slot"), probs)
+                return hidden, probs
         context, probs = self.self(hidden_states, attention_mask, **kwargs)
         first = kwargs.get("first")
         residual = hidden_states if first is None else first.take(hidden_states)
@@ -531,6 +549,18 @@ class FusedLayer(hf.BertLayer):
                 past_key_values=past_key_values,
                 **kwargs,
             )
+        if self.chunk_size_feed_forward == 0 and _attends_as_block(hidden_states, kwargs):
+            attention, feed_forward = _block_arguments(self.attention), None
+            if attention is not None:
+                feed_forward = _block_arguments(self.intermediate, self.output)
+            if attention is not None and feed_forward is not None:
+                hidden, probs = layer_block(
+                    hidden_states,
+                    _attention_arguments(attention, hidden_states, attention_mask, seed=seed, **kwargs),
+                    _feed_forward_arguments(feed_forward, hidden_states, seed),
+                )
+                _leave_map(kwargs.get("map_slot"), probs)
+                return hidden
         attended, _ = self.attention(hidden_states, attention_mask, seed=seed, **kwargs)
         if self.chunk_size_feed_forward > 0:
             # Every chunk draws a seed of its own, or all would drop the same elements.
@@ -539,10 +569,7 @@ class FusedLayer(hf.BertLayer):
         block = _block_arguments(self.intermediate, self.output) if runs_as_block(attended) else None
         if block is None:
             return self.output(self.intermediate(attended), attended, seed)
-        fused = block["up_bias"] is not None and feed_forward_is_fused(
-            attended, block["up_weight"], block["activation"]
-        )
-        return feed_forward_block(attended, **block, fused=fused, seed=_seed(seed, block["hidden_dropout_p"], attended))
+        return feed_forward_block(attended, _feed_forward_arguments(block, attended, seed))
 
 
 class FusedEncoder(hf.BertEncoder):

@@ -1,4 +1,4 @@
-"""Layers whose two blocks are each one step of autograd, against Hugging Face's and against the same ops one by one."""
+"""Layers that are one step of autograd, or two, against Hugging Face's and against the same ops one by one."""
 
 import contextlib
 import importlib
@@ -16,9 +16,9 @@ import fastbert
 from fastbert import modeling, modules
 from fastbert.distill import capture
 from fastbert.packing import packed_layout
-from fastbert_kernels import backend, feed_forward_block
+from fastbert_kernels import FeedForwardArguments, backend, feed_forward_block
 
-#: The attention block, and the feed-forward block.
+#: The attention block, and the feed-forward block. A layer that is one step is both.
 BLOCKS = ("attention_block", "feed_forward_block")
 Gradients = dict[str, torch.Tensor | None]
 
@@ -28,25 +28,34 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each block runs."""
     seen: Counter[str] = Counter()
 
-    def count(name: str) -> None:
+    def count(name: str, *blocks: str) -> None:
         block = getattr(modules, name)
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            seen[name] += 1
-            return block(*args, **kwargs)
+        def counted(*args: Any) -> Any:
+            seen.update(blocks)
+            return block(*args)
 
         monkeypatch.setattr(modules, name, counted)
 
     for name in BLOCKS:
-        count(name)
+        count(name, name)
+    count("layer_block", *BLOCKS)
     return seen
 
 
-@pytest.fixture(params=[False, True], ids=["cublas", "fused"])
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of autograd for each half of a layer."""
+    monkeypatch.setattr(modules.FusedAttention, "block_arguments", lambda self: None)
+
+
+@pytest.fixture(params=["cublas", "fused", "halves"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the feed-forward block's first product has the activation inside."""
-    monkeypatch.setattr(modules, "feed_forward_is_fused", lambda x, weight, activation: request.param)
-    return request.param
+    if request.param == "halves":
+        request.getfixturevalue("halves")
+    monkeypatch.setattr(modules, "feed_forward_is_fused", lambda x, weight, activation: request.param == "fused")
+    return request.param == "fused"
 
 
 @contextlib.contextmanager
@@ -190,7 +199,10 @@ def test_autocast(device: torch.device, calls: Counter[str], products: bool, ins
 
 @pytest.mark.parametrize(
     "frozen",
-    ["attention.self.query", "attention.self", "attention.output.dense", "intermediate", "output.dense.weight", "bias"],
+    [
+        *("attention.self.query", "attention.self", "attention.output.dense", "intermediate", "output.dense.weight"),
+        *("bias", "attention", "output"),
+    ],
 )
 def test_frozen_parameters(device: torch.device, calls: Counter[str], frozen: str) -> None:
     plain, fused = pair(device)
@@ -216,7 +228,12 @@ def test_gradients_of_hidden_states_are_whole(device: torch.device, calls: Count
     assert calls == dict.fromkeys(BLOCKS, 2)
 
 
-def test_gradients_of_maps_alone(device: torch.device, calls: Counter[str]) -> None:
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_of_maps_alone(
+    request: pytest.FixtureRequest, device: torch.device, calls: Counter[str], steps: int
+) -> None:
+    if steps == 2:
+        request.getfixturevalue("halves")
     plain, fused = pair(device)
     x, cotangent = ids(device=device), torch.randn(3, 4, 11, 11, device=device)
 
@@ -496,14 +513,15 @@ def test_second_derivative_is_refused_whatever_is_trained(device: torch.device, 
             gradient.square().sum().backward()
 
 
+@pytest.mark.usefixtures("halves")
 def test_a_layer_that_is_there_twice_drops_anew(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     _, fused = pair(device, hidden_dropout_prob=0.5)
     fused.encoder.layer[1] = fused.encoder.layer[0]
     seeds = []
 
-    def noted(*args: Any, seed: torch.Tensor, **kwargs: Any) -> Any:
-        seeds.append(seed.item())
-        return feed_forward_block(*args, seed=seed, **kwargs)
+    def noted(hidden: torch.Tensor, feed_forward: FeedForwardArguments) -> torch.Tensor:
+        seeds.append(feed_forward.seed.item())
+        return feed_forward_block(hidden, feed_forward)
 
     monkeypatch.setattr(modules, "feed_forward_block", noted)
     with backend("triton"), torch.no_grad():

@@ -43,7 +43,7 @@ _POINTERS: dict[str, torch.dtype | None] = {
     **dict.fromkeys(("qkv_ptr", "out_ptr", "probs_ptr", "dout_ptr", "dprobs_ptr", "dqkv_ptr", "head_mask_ptr")),
     **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "norm_bias_ptr", "y_ptr", "dy_ptr", "dz_ptr", "dx_ptr")),
     **dict.fromkeys(("student_a_ptr", "student_b_ptr", "teacher_a_ptr", "teacher_b_ptr", "da_ptr", "db_ptr")),
-    **dict.fromkeys(("pre_ptr", "dpre_ptr")),
+    **dict.fromkeys(("pre_ptr", "dpre_ptr", "normed_ptr")),
     **dict.fromkeys(("word_table_ptr", "position_table_ptr", "token_type_table_ptr", "bias_ptr")),
     **dict.fromkeys(
         ("stats_ptr", "delta_ptr", "dhead_mask_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), torch.float32
@@ -202,9 +202,10 @@ def _representative_cases() -> Iterator[Case]:
     for dtype, dim in (("bfloat16", 64), ("bfloat16", 32), ("float32", 64)):
         yield from _relation_cases(dtype, dim, "CU_SEQLENS", "SOFTMAX")
     for features in (384, 768):
+        yield Case("add_layer_norm_forward", "bfloat16", features, ("BIAS", "RESIDUAL", "DROPOUT", "NORMED"))
+        yield Case("add_layer_norm_backward", "bfloat16", features, ("BIAS", "DROPOUT"))
+        yield Case("add_layer_norm_backward", "bfloat16", features, ("BIAS", "DROPOUT", "Y"))
         for direction in ("forward", "backward"):
-            norm = ("BIAS", "RESIDUAL", "DROPOUT")
-            yield Case(f"add_layer_norm_{direction}", "bfloat16", features, norm)
             yield Case(f"embed_{direction}", "bfloat16", features, ("WORD_TABLE", "DROPOUT"))
     yield Case("add_layer_norm_forward", "bfloat16", 768, ("BIAS", "RESIDUAL"))
     yield Case("embed_forward", "bfloat16", 768, ("WORD_TABLE",))
@@ -250,8 +251,9 @@ def _all_cases() -> Iterator[Case]:
             yield from _relation_cases(dtype, head_dim, *switches)
         yield from _relation_cases(dtype, head_dim, "CU_SEQLENS", "SOFTMAX", aligned=True)
     for dtype, features in itertools.product(DTYPES, _ROW_WIDTHS):
-        for switches in (("BIAS", "RESIDUAL"), ("BIAS", "RESIDUAL", "DROPOUT"), ()):
+        for switches in (("BIAS", "RESIDUAL"), ("BIAS", "RESIDUAL", "DROPOUT", "NORMED"), (), ("NORMED",)):
             yield Case("add_layer_norm_forward", dtype, features, switches)
+        for switches in (("BIAS",), ("BIAS", "DROPOUT"), ("BIAS", "DROPOUT", "Y"), ()):
             yield Case("add_layer_norm_backward", dtype, features, switches)
         for switches in (("WORD_TABLE", "DROPOUT"), ()):
             yield Case("embed_forward", dtype, features, switches)

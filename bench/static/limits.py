@@ -17,7 +17,7 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Compile-time switches of the kernels, without their HAS_.
 FLAGS = (
     *("CU_SEQLENS", "ORDER", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS"),
-    *("RESIDUAL", "WORD_TABLE", "SOFTMAX", "PRE", "Y"),
+    *("RESIDUAL", "WORD_TABLE", "SOFTMAX", "PRE", "NORMED", "Y"),
 )
 #: Intermediate size of the feed-forward block by its hidden size, in every BERT.
 FEED_FORWARD = 4
@@ -235,10 +235,10 @@ _COSTS: dict[str, Callable[[_Call], Cost]] = {
     "feed_forward_forward": _feed_forward(1, 0),
     # dout, the weight and the pre-activation in, its gradient and y out; sums of dbias.
     "feed_forward_backward": _feed_forward(3, 1),
-    # x in, y out; mean and rstd out; weight and bias of the norm.
-    "add_layer_norm_forward": _rows(2, ("RESIDUAL",), 2, 2, 0),
-    # dy and x in, dz out, and with dropout dx; mean and rstd in; sums of dweight and dnorm_bias.
-    "add_layer_norm_backward": _rows(3, ("RESIDUAL", "DROPOUT"), 2, 1, 2, direction=1),
+    # x in, y out, and to keep the normed sum; rstd out; weight and bias of the norm.
+    "add_layer_norm_forward": _rows(2, ("RESIDUAL", "NORMED"), 1, 2, 0),
+    # dy and the normed sum in, dz out, with dropout dx, and y again; rstd in; sums of dweight and dnorm_bias.
+    "add_layer_norm_backward": _rows(3, ("DROPOUT", "Y"), 1, 1, 2, direction=1),
     "embed_forward": _embedding(1, 2, 0),
     "embed_backward": _embedding(2, 1, 2),
     "column_sums": _column_sums,

@@ -6,7 +6,15 @@ Every op runs as a compiled kernel on a GPU and as plain PyTorch on a CPU; `back
 from .attention import attention
 from .backend import backend, get_backend, set_backend, uses_triton
 from .bias_gelu import ACTIVATIONS, bias_activation
-from .blocks import as_one, attention_block, feed_forward_block, runs_as_block
+from .blocks import (
+    AttentionArguments,
+    FeedForwardArguments,
+    as_one,
+    attention_block,
+    feed_forward_block,
+    layer_block,
+    runs_as_block,
+)
 from .embedding import embed
 from .feed_forward import feed_forward, feed_forward_is_fused
 from .layer_norm import add_layer_norm
@@ -14,6 +22,8 @@ from .relation import relation_loss
 
 __all__ = [
     "ACTIVATIONS",
+    "AttentionArguments",
+    "FeedForwardArguments",
     "add_layer_norm",
     "as_one",
     "attention",
@@ -25,6 +35,7 @@ __all__ = [
     "feed_forward_block",
     "feed_forward_is_fused",
     "get_backend",
+    "layer_block",
     "relation_loss",
     "runs_as_block",
     "set_backend",

@@ -158,10 +158,10 @@ class Op:
     Compiled kernels are a `triton_op`, which `torch.compile` sees into; interpreted ones an opaque `custom_op`.
     """
 
-    def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...]) -> None:
         register: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
         self.fn = self.recorded = fn
-        self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=())
+        self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=mutates)
         self.registered.register_fake(fake)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -191,14 +191,17 @@ def cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
+def register_op(
+    name: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Op]:
     """Register a function that launches kernels as the torch op `fastbert::name`.
 
     Args:
         name: the op's name in the namespace `torch.ops.fastbert`.
         fake: the op on fake tensors: same signature, outputs of the right shape, dtype and device.
+        mutates: the arguments that it writes to.
     """
-    return lambda fn: Op(name, fn, fake)
+    return lambda fn: Op(name, fn, fake, mutates)
 
 
 def second_derivative_error(

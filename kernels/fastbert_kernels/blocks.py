@@ -1,12 +1,13 @@
-"""The two blocks of an encoder layer, each one step of autograd: products, and the ops around them.
+"""An encoder layer, or one of its two blocks, as one step of autograd: products, and the ops around them.
 
-What a block saves against its ops called one by one lies between them: most of autograd's Python; the launch that adds
-the gradient of the block's input to that of its residual; and the activation, which the backward pass makes again.
+What a step saves against its ops called one by one lies between them: most of autograd's Python; the launches that add
+the gradient of a block's input to that of its residual; and what the backward pass makes again, which is the activation
+and, in a whole layer, what the attention block hands to the feed-forward block.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from .attention import op_arguments as attend_arguments
 from .backend import is_traced, second_derivative_error, uses_triton
 from .feed_forward import in_product_dtype, products, products_backward
 from .layer_norm import _forward as norm_forward
+from .layer_norm import _forward_in_place as norm_forward_in_place
 from .layer_norm import gradients as norm_gradients
 from .layer_norm import op_arguments as norm_arguments
 
@@ -80,185 +82,302 @@ def _add_product(dz: torch.Tensor, dx: torch.Tensor, weight: torch.Tensor) -> to
     return dz
 
 
+class AttentionArguments(NamedTuple):
+    """What the attention block takes beside the hidden states.
+
+    Attributes:
+        qkv_weights: three (hidden, hidden), neighbours as `as_one` needs them.
+        qkv_biases: three (hidden,), neighbours, or none.
+        weight, bias: (hidden, hidden) and (hidden,), of the output product.
+        norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
+        mask: the `bias` of `attention.attention`, which says what the others of these names are.
+        hidden_dropout_p, hidden_stream: of the dropout before the norm; the others are the attention's.
+    """
+
+    qkv_weights: tuple[torch.Tensor, ...]
+    qkv_biases: tuple[torch.Tensor, ...]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    eps: float
+    heads: int
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+    mask: torch.Tensor | None
+    head_mask: torch.Tensor | None
+    scale: float
+    probs_seq: int | None
+    columns: torch.Tensor | None
+    order: torch.Tensor | None
+    dropout_p: float
+    hidden_dropout_p: float
+    seed: torch.Tensor | None
+    stream: int
+    hidden_stream: int
+
+    def differentiable(self) -> tuple[torch.Tensor | None, ...]:
+        """What may have a gradient: the projections' parameters last, as many as there are."""
+        of_output = self.head_mask, self.weight, self.bias, self.norm_weight, self.norm_bias
+        return *of_output, *self.qkv_weights, *self.qkv_biases
+
+
+class FeedForwardArguments(NamedTuple):
+    """What the feed-forward block takes beside the hidden states.
+
+    Attributes:
+        up_weight, up_bias: (intermediate, hidden) and (intermediate,).
+        weight, bias: (hidden, intermediate) and (hidden,).
+        norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
+        activation: as in `bias_gelu.bias_activation`.
+        fused: as in `feed_forward.feed_forward`; needs up_bias.
+        hidden_dropout_p, seed, hidden_stream: of the dropout before the norm.
+    """
+
+    up_weight: torch.Tensor
+    up_bias: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    eps: float
+    activation: str
+    fused: bool
+    hidden_dropout_p: float
+    seed: torch.Tensor | None
+    hidden_stream: int
+
+    def differentiable(self) -> tuple[torch.Tensor | None, ...]:
+        """What may have a gradient."""
+        return self[:6]
+
+
+def _attend(
+    hidden: torch.Tensor, of: AttentionArguments, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor | None, ...]]:
+    """The attention block's result and maps; and, to keep, the tensors of its backward pass."""
+    hidden = hidden.contiguous()
+    qkv_bias = as_one(of.qkv_biases) if of.qkv_biases else None
+    x, qkv_weight, weight, qkv_bias = in_product_dtype(hidden, as_one(of.qkv_weights), of.weight, qkv_bias)
+    head_dim = qkv_weight.shape[0] // (3 * of.heads)
+    qkv = F.linear(x, qkv_weight, qkv_bias).view(-1, 3, of.heads, head_dim)
+    arguments = attend_arguments(
+        qkv, of.cu_seqlens, of.max_seqlen, of.mask, of.head_mask, of.scale, of.dropout_p, of.seed, of.stream,
+        of.probs_seq, of.columns, of.order,
+    )  # fmt: skip
+    context, stats, probs = attend_forward(*arguments)
+    if of.probs_seq is None:
+        probs = None
+    if not keep:
+        del qkv, arguments
+    out = F.linear(context.view(*hidden.shape[:-1], of.heads * head_dim), weight)
+    of_norm = norm_arguments(
+        out, of.bias, hidden, of.norm_weight, of.norm_bias, of.eps, of.hidden_dropout_p, of.seed, of.hidden_stream
+    )
+    if not keep:
+        return norm_forward(*of_norm, False)[0], probs, ()
+    y, rstd = norm_forward_in_place(*of_norm)
+    qkv, cu_seqlens, _, mask, head_mask, *_, columns, order = arguments
+    tensors = (
+        *(out, rstd, of_norm[3], of_norm[4], of.seed),
+        *(x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order),
+        # That they do not change meanwhile: qkv_weight tells of the first one only.
+        *(of.qkv_weights[1:] if x.dtype == of.qkv_weights[0].dtype else ()),
+    )
+    return y, probs, tensors
+
+
+def _norm_after_attention_backward(
+    dy: torch.Tensor, of: AttentionArguments, tensors: tuple[Any, ...], again: bool
+) -> tuple[Any, ...]:
+    """What `layer_norm.gradients` returns, of the attention block's norm; `again`: the block's result too."""
+    normed, rstd, norm_weight, norm_bias, seed, *_ = tensors
+    return norm_gradients(
+        *(dy, normed, norm_weight, norm_bias if again else None, rstd),
+        *(None if of.bias is None else of.bias.dtype, of.hidden_dropout_p, seed, of.hidden_stream),
+    )
+
+
+def _attend_backward(
+    dout: torch.Tensor | None,
+    dz: torch.Tensor | None,
+    dprobs: torch.Tensor | None,
+    of: AttentionArguments,
+    tensors: tuple[Any, ...],
+    needs: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
+    """From the gradients of the output product, of the residual and of the maps: those of the hidden states, the head
+    mask, the output product's weight and the projections' parameters, which are as `needs` says of the block's inputs.
+    """
+    _, _, _, _, seed, x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order, *_ = (
+        tensors
+    )
+    needs_hidden, _, needs_weight, *_ = needs
+    dweight = None
+    if dout is None:  # the probabilities alone were used
+        dcontext = torch.zeros_like(context)
+    else:
+        dout = dout.view(-1, dout.shape[-1])  # the memory of dz where nothing was dropped: dz may change last
+        dweight = dout.t() @ context.flatten(1) if needs_weight else None
+        dcontext = (dout @ weight).view(context.shape)
+    dqkv, dhead_mask = attend_backward(
+        *(dcontext, dprobs, qkv, context, stats, cu_seqlens, of.max_seqlen, mask, head_mask),
+        *(of.scale, of.dropout_p, seed, of.stream, columns, order),
+    )
+    dqkv, dtype = dqkv.flatten(1), of.qkv_weights[0].dtype
+    dparts: list[torch.Tensor | None] = [None] * 3
+    if any(needs[6:9]):
+        dparts = [*(dqkv.t() @ x.view(-1, x.shape[-1])).to(dtype).chunk(3)]
+    if of.qkv_biases:
+        dparts += dqkv.sum(0, dtype=dtype).chunk(3)
+    if dout is None:
+        dparts[2::3] = [None] * (len(dparts) // 3)  # no map depends on a value
+    dhidden = None
+    if needs_hidden:
+        dhidden = (dqkv @ qkv_weight).view(x.shape) if dz is None else _add_product(dz, dqkv, qkv_weight)
+    return dhidden, None if head_mask is None else dhead_mask, dweight, dparts
+
+
+def _feed_forward(
+    hidden: torch.Tensor, of: FeedForwardArguments, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """The feed-forward block's result and the rows it multiplied; and, to keep, the tensors of its backward pass."""
+    hidden = hidden.contiguous()
+    x, weight1, weight2 = in_product_dtype(
+        hidden.view(-1, hidden.shape[-1]), of.up_weight.contiguous(), of.weight.contiguous()
+    )
+    bias1 = None if of.up_bias is None else of.up_bias.contiguous()
+    out, pre = products(x, weight1, bias1, weight2, of.activation, of.fused, keep)
+    out = out.view(hidden.shape)
+    of_norm = norm_arguments(
+        out, of.bias, hidden, of.norm_weight, of.norm_bias, of.eps, of.hidden_dropout_p, of.seed, of.hidden_stream
+    )
+    if not keep:
+        return norm_forward(*of_norm, False)[0], x, ()
+    y, rstd = norm_forward_in_place(*of_norm)
+    return y, x, (out, rstd, of_norm[3], of.seed, weight1, bias1, weight2, pre)
+
+
+def _feed_forward_backward(
+    dy: torch.Tensor, of: FeedForwardArguments, tensors: tuple[Any, ...], needs_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """Gradients of the residual and of the first product, and of all parameters but that product's weight."""
+    normed, rstd, norm_weight, seed, _, bias1, weight2, pre = tensors
+    dout, dbias, dz, *dnorm, _ = norm_gradients(
+        *(dy, normed, norm_weight, None, rstd),
+        *(None if of.bias is None else of.bias.dtype, of.hidden_dropout_p, seed, of.hidden_stream),
+    )
+    dpre, dbias1, dweight2 = products_backward(
+        dout.view(-1, dout.shape[-1]), weight2, bias1, pre, of.activation, of.fused, needs_weight
+    )
+    return dz, dpre, (dbias1, dweight2, dbias, *dnorm)
+
+
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # None: nothing is kept
+        of: AttentionArguments,
         hidden: torch.Tensor,
-        head_mask: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
-        heads: int,
-        attend: tuple[Any, ...],
-        norm: tuple[Any, ...],
-        *qkv: torch.Tensor,
+        *parameters: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cu_seqlens, max_seqlen, mask, scale, dropout_p, seed, stream, probs_seq, columns, order = attend
-        hidden = hidden.contiguous()
-        qkv_bias = as_one(qkv[3:]) if len(qkv) > 3 else None
-        x, qkv_weight, weight, qkv_bias = in_product_dtype(hidden, as_one(qkv[:3]), weight, qkv_bias)
-        head_dim = qkv_weight.shape[0] // (3 * heads)
-        projected = F.linear(x, qkv_weight, qkv_bias).view(-1, 3, heads, head_dim)
-        arguments = attend_arguments(
-            *(projected, cu_seqlens, max_seqlen, mask, head_mask),
-            *(scale, dropout_p, seed, stream, probs_seq, columns, order),
-        )
-        context, stats, probs = attend_forward(*arguments)
-        if ctx is None:
-            del projected, arguments
-        out = F.linear(context.view(*hidden.shape[:-1], heads * head_dim), weight)
-        of_norm = norm_arguments(out, bias, hidden, norm_weight, norm_bias, *norm)
-        y, mean, rstd = norm_forward(*of_norm)
+        y, probs, tensors = _attend(hidden, of, keep=ctx is not None)
         if ctx is not None:
-            _, bias, _, norm_weight, _, _, hidden_dropout_p, _, hidden_stream = of_norm
-            projected, cu_seqlens, _, mask, head_mask, *_, columns, order = arguments
-            ctx.save_for_backward(
-                hidden,
-                None if x.dtype == hidden.dtype else x,
-                *(qkv_weight, weight, bias, norm_weight),
-                *(projected, context, stats, out, mean, rstd),
-                *(cu_seqlens, mask, head_mask, seed, columns, order),
-                # That they do not change meanwhile: qkv_weight tells of the first one only.
-                *(qkv[1:3] if x.dtype == qkv[0].dtype else ()),
-            )
-            ctx.attend, ctx.norm = (max_seqlen, scale, dropout_p, stream), (hidden_dropout_p, hidden_stream)
-            ctx.device_type = x.device.type
-            ctx.qkv_dtype = qkv[0].dtype
+            ctx.save_for_backward(*tensors)
+            ctx.of, ctx.device_type = of, hidden.device.type
             ctx.set_materialize_grads(False)
-        return y, probs if probs_seq is not None else None
+        return y, probs
 
     @staticmethod
     @_backward
     def backward(ctx: Any, dy: torch.Tensor | None, dprobs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        needs_hidden, _, needs_weight, *_ = needs = ctx.needs_input_grad
+        _, *needs = ctx.needs_input_grad
         if dy is None and dprobs is None:
-            return (None,) * len(needs)
-        residual, x, qkv_weight, weight, bias, norm_weight, qkv, context, stats, out, mean, rstd, *rest = (
-            ctx.saved_tensors
-        )
-        cu_seqlens, mask, head_mask, seed, columns, order, *_ = rest
-        max_seqlen, scale, dropout_p, stream = ctx.attend
-        hidden_dropout_p, norm_stream = ctx.norm
-        rows = (residual if x is None else x).view(-1, residual.shape[-1])
-        dparameters: list[torch.Tensor | None] = [None] * 4
-        if dy is None:  # the probabilities alone were used
-            dz, dcontext = None, torch.zeros_like(context)
-        else:
-            dout, dbias, dz, *dnorm = norm_gradients(
-                dy, out, bias, residual, norm_weight, mean, rstd, hidden_dropout_p, seed, norm_stream
-            )
-            dout = dout.view(rows.shape)  # the memory of dz where nothing was dropped: dz may change last
-            dparameters = [dout.t() @ context.flatten(1) if needs_weight else None, dbias, *dnorm]
-            dcontext = (dout @ weight).view(context.shape)
-        dqkv, dhead_mask = attend_backward(
-            dcontext,
-            dprobs,
-            *(qkv, context, stats, cu_seqlens, max_seqlen, mask, head_mask),
-            *(scale, dropout_p, seed, stream, columns, order),
-        )
-        dqkv = dqkv.flatten(1)
-        dparts: list[torch.Tensor | None] = [None] * 3
-        if any(needs[9:12]):
-            dparts = [*(dqkv.t() @ rows).to(ctx.qkv_dtype).chunk(3)]
-        if len(needs) > 12:
-            dparts += dqkv.sum(0, dtype=ctx.qkv_dtype).chunk(3)
-        if dy is None:
-            dparts[2::3] = [None] * (len(dparts) // 3)  # no map depends on a value
-        dhidden = None
-        if needs_hidden:
-            dhidden = (dqkv @ qkv_weight).view(residual.shape) if dz is None else _add_product(dz, dqkv, qkv_weight)
-        return dhidden, None if head_mask is None else dhead_mask, *dparameters, *[None] * 3, *dparts
+            return None, *[None] * len(needs)
+        tensors = ctx.saved_tensors
+        dout, dbias, dz, *dnorm = [None] * 5
+        if dy is not None:
+            dout, dbias, dz, *dnorm, _ = _norm_after_attention_backward(dy, ctx.of, tensors, again=False)
+        dhidden, dhead_mask, dweight, dparts = _attend_backward(dout, dz, dprobs, ctx.of, tensors, needs)
+        return None, dhidden, dhead_mask, dweight, dbias, *dnorm, *dparts
 
 
 class _FeedForwardBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # None: nothing is kept
+        of: FeedForwardArguments,
         hidden: torch.Tensor,
-        weight1: torch.Tensor,
-        bias1: torch.Tensor | None,
-        weight2: torch.Tensor,
-        bias2: torch.Tensor | None,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
-        activation: str,
-        fused: bool,
-        norm: tuple[Any, ...],
+        *parameters: torch.Tensor | None,
     ) -> torch.Tensor:
-        hidden = hidden.contiguous()
-        x, weight1, weight2 = in_product_dtype(
-            hidden.view(-1, hidden.shape[-1]), weight1.contiguous(), weight2.contiguous()
-        )
-        bias1 = None if bias1 is None else bias1.contiguous()
-        out, pre = products(x, weight1, bias1, weight2, activation, fused, keep=ctx is not None)
-        out = out.view(hidden.shape)
-        of_norm = norm_arguments(out, bias2, hidden, norm_weight, norm_bias, *norm)
-        y, mean, rstd = norm_forward(*of_norm)
+        y, x, tensors = _feed_forward(hidden, of, keep=ctx is not None)
         if ctx is not None:
-            _, bias2, _, norm_weight, _, _, dropout_p, seed, stream = of_norm
-            cast = None if x.dtype == hidden.dtype else x
-            ctx.save_for_backward(
-                *(hidden, cast, weight1, bias1, weight2, bias2, norm_weight, pre, out, mean, rstd, seed)
-            )
-            ctx.activation, ctx.fused, ctx.norm = activation, fused, (dropout_p, stream)
-            ctx.device_type = x.device.type
+            ctx.save_for_backward(x, *tensors)
+            ctx.of, ctx.device_type = of, hidden.device.type
         return y
 
     @staticmethod
     @_backward
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs_hidden, needs_weight1, _, needs_weight2, *_ = ctx.needs_input_grad
-        residual, x, weight1, bias1, weight2, bias2, norm_weight, pre, out, mean, rstd, seed = ctx.saved_tensors
-        dropout_p, stream = ctx.norm
-        rows = (residual if x is None else x).view(-1, residual.shape[-1])
-        dout, dbias2, dz, dnorm_weight, dnorm_bias = norm_gradients(
-            dy, out, bias2, residual, norm_weight, mean, rstd, dropout_p, seed, stream
-        )
-        dpre, dweight1, dbias1, dweight2 = products_backward(
-            *(dout.view(rows.shape), rows, weight1, bias1, weight2, pre),
-            *(ctx.activation, ctx.fused, needs_weight1, needs_weight2),
-        )
-        dhidden = _add_product(dz, dpre, weight1) if needs_hidden else None
-        return dhidden, dweight1, dbias1, dweight2, dbias2, dnorm_weight, dnorm_bias, None, None, None
+        _, needs_hidden, needs_up_weight, _, needs_weight, *_ = ctx.needs_input_grad
+        x, *tensors = ctx.saved_tensors
+        dz, dpre, dparameters = _feed_forward_backward(dy, ctx.of, tensors, needs_weight)
+        dup_weight = dpre.t() @ x if needs_up_weight else None
+        return None, _add_product(dz, dpre, tensors[4]) if needs_hidden else None, dup_weight, *dparameters
 
 
-def attention_block(
-    hidden: torch.Tensor,
-    qkv_weights: tuple[torch.Tensor, ...],
-    qkv_biases: tuple[torch.Tensor, ...],
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    *,
-    eps: float,
-    heads: int,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int,
-    mask: torch.Tensor | None,
-    head_mask: torch.Tensor | None,
-    scale: float,
-    probs_seq: int | None,
-    columns: torch.Tensor | None,
-    order: torch.Tensor | None,
-    dropout_p: float,
-    hidden_dropout_p: float,
-    seed: torch.Tensor | None,
-    stream: int,
-    hidden_stream: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+class _Layer(torch.autograd.Function):
+    """Both blocks. What the first hands to the second is not kept: the backward pass of its norm makes it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # None: nothing is kept
+        first: AttentionArguments,
+        second: FeedForwardArguments,
+        hidden: torch.Tensor,
+        *parameters: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, probs, of_first = _attend(hidden, first, keep=ctx is not None)
+        y, _, of_second = _feed_forward(attended, second, keep=ctx is not None)
+        if ctx is not None:
+            ctx.save_for_backward(*of_second, *of_first)
+            ctx.first, ctx.second, ctx.split = first, second, len(of_second)
+            ctx.device_type = hidden.device.type
+            ctx.set_materialize_grads(False)
+        return y, probs
+
+    @staticmethod
+    @_backward
+    def backward(ctx: Any, dy: torch.Tensor | None, dprobs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        _, _, needs_hidden, needs_up_weight, _, needs_weight, _, _, _, *needs = ctx.needs_input_grad
+        if dy is None and dprobs is None:
+            return (None,) * len(ctx.needs_input_grad)
+        tensors = ctx.saved_tensors
+        of_second, of_first = tensors[: ctx.split], tensors[ctx.split :]
+        dout, dbias, dz, *dnorm = [None] * 5
+        dup_weight: torch.Tensor | None = None
+        dparameters: tuple[torch.Tensor | None, ...] = (None,) * 5
+        if dy is not None:
+            dz, dpre, dparameters = _feed_forward_backward(dy, ctx.second, of_second, needs_weight)
+            dy = _add_product(dz, dpre, of_second[4])
+            dout, dbias, dz, *dnorm, attended = _norm_after_attention_backward(
+                dy, ctx.first, of_first, again=needs_up_weight
+            )
+            dup_weight = dpre.t() @ attended.view(-1, attended.shape[-1]) if needs_up_weight else None
+            del dpre, attended
+        dhidden, dhead_mask, dweight, dparts = _attend_backward(
+            dout, dz, dprobs, ctx.first, of_first, (needs_hidden, *needs)
+        )
+        of_attention = dhead_mask, dweight, dbias, *dnorm, *dparts
+        return None, None, dhidden, dup_weight, *dparameters, *of_attention
+
+
+def attention_block(hidden: torch.Tensor, attention: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """LayerNorm(dropout(attention(hidden) @ weight^T + bias) + hidden), where `runs_as_block`.
 
     Args:
         hidden: (batch, seq, hidden), or packed (1, tokens, hidden).
-        qkv_weights: three (hidden, hidden), neighbours as `as_one` needs them.
-        qkv_biases: three (hidden,), neighbours, or none.
-        weight, bias: (hidden, hidden) and (hidden,).
-        norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
-        mask: the `bias` of `attention.attention`, which says what the others of these names are.
-        hidden_dropout_p, hidden_stream: of the dropout before the norm; the others are the attention's.
+        attention: all else.
 
     Returns:
         Like hidden, and the probabilities if asked for.
@@ -267,40 +386,15 @@ def attention_block(
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
-    attend = cu_seqlens, max_seqlen, mask, scale, dropout_p, seed, stream, probs_seq, columns, order
-    norm = eps, hidden_dropout_p, seed, hidden_stream
-    return _run(
-        _AttentionBlock,
-        *(hidden, head_mask, weight, bias, norm_weight, norm_bias, heads, attend, norm, *qkv_weights, *qkv_biases),
-    )
+    return _run(_AttentionBlock, attention, hidden, *attention.differentiable())
 
 
-def feed_forward_block(
-    hidden: torch.Tensor,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    *,
-    eps: float,
-    activation: str,
-    fused: bool,
-    hidden_dropout_p: float,
-    seed: torch.Tensor | None,
-    hidden_stream: int,
-) -> torch.Tensor:
+def feed_forward_block(hidden: torch.Tensor, feed_forward: FeedForwardArguments) -> torch.Tensor:
     """LayerNorm(dropout(f(hidden @ up_weight^T + up_bias) @ weight^T + bias) + hidden), where `runs_as_block`.
 
     Args:
         hidden: (..., hidden).
-        up_weight, up_bias: (intermediate, hidden) and (intermediate,).
-        weight, bias: (hidden, intermediate) and (hidden,).
-        norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
-        hidden_dropout_p, seed, hidden_stream: of the dropout before the norm.
-        activation: as in `bias_gelu.bias_activation`.
-        fused: as in `feed_forward.feed_forward`; needs up_bias.
+        feed_forward: all else.
 
     Returns:
         Like hidden.
@@ -309,8 +403,12 @@ def feed_forward_block(
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
-    norm = eps, hidden_dropout_p, seed, hidden_stream
-    return _run(
-        _FeedForwardBlock,
-        *(hidden, up_weight, up_bias, weight, bias, norm_weight, norm_bias, activation, fused, norm),
-    )
+    return _run(_FeedForwardBlock, feed_forward, hidden, *feed_forward.differentiable())
+
+
+def layer_block(
+    hidden: torch.Tensor, attention: AttentionArguments, feed_forward: FeedForwardArguments
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention_block`, then `feed_forward_block`: the hidden states and the probabilities; raises as they do."""
+    parameters = *feed_forward.differentiable(), *attention.differentiable()
+    return _run(_Layer, attention, feed_forward, hidden, *parameters)

@@ -146,17 +146,16 @@ def products(
 
 
 def products_backward(
-    dout: torch.Tensor, x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor | None, weight2: torch.Tensor,
-    pre: torch.Tensor, activation: str, fused: bool, needs1: bool, needs2: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """Gradients of x @ weight1^T, and of weight1, bias1 and weight2; of the weights if needed."""
+    dout: torch.Tensor, weight2: torch.Tensor, bias1: torch.Tensor | None, pre: torch.Tensor, activation: str,
+    fused: bool, needs2: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Gradients of the first product, of bias1 and, if needed, of weight2."""
     if fused:
         assert bias1 is not None
         dpre, y, dbias1 = _backward(dout, weight2, pre, bias1, activation)
     else:
         dpre, dbias1, y = activation_backward(dout @ weight2, pre, bias1, activation, needs2)
-    dweight1 = dpre.t() @ x if needs1 else None
-    return dpre, dweight1, None if bias1 is None else dbias1, dout.t() @ y if needs2 else None
+    return dpre, None if bias1 is None else dbias1, dout.t() @ y if needs2 else None
 
 
 class _FeedForward(torch.autograd.Function):
@@ -181,10 +180,11 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight1, bias1, weight2, pre = ctx.saved_tensors
         needs_x, needs1, _, needs2, *_ = ctx.needs_input_grad
-        dpre, *dparameters = products_backward(
-            dout.contiguous(), x, weight1, bias1, weight2, pre, ctx.activation, ctx.fused, needs1, needs2
+        dpre, dbias1, dweight2 = products_backward(
+            dout.contiguous(), weight2, bias1, pre, ctx.activation, ctx.fused, needs2
         )
-        return dpre @ weight1 if needs_x else None, *dparameters, None, None
+        dweight1 = dpre.t() @ x if needs1 else None
+        return dpre @ weight1 if needs_x else None, dweight1, dbias1, dweight2, None, None
 
 
 def feed_forward_is_fused(x: torch.Tensor, weight1: torch.Tensor, activation: str) -> bool:

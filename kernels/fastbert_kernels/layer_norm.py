@@ -1,7 +1,7 @@
 """LayerNorm(dropout(x + bias) + residual) in one pass, forward and backward.
 
-Nothing of the sum or of the dropout mask is stored: the backward pass reads x and the residual, which exist anyway,
-and draws the same mask again. Statistics are float32.
+For the backward pass the normalized sum is kept, which may take the memory of x, and the dropout mask drawn again.
+Statistics are float32.
 """
 
 from typing import Any
@@ -63,23 +63,6 @@ def normalize_backward(dnormed, normed, rstd, cols, features):
     return tl.where(cols[None, :] < features, dz, 0.0)
 
 
-@triton.jit
-def _presum(
-    x_ptr, bias_ptr, residual_ptr, seed_ptr, rows, cols, count, features, stream, keep_threshold, keep_scale,
-    BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """dropout(x + bias) + residual of a tile, float32 [BLOCK_M, BLOCK_N]."""
-    z = load_rows(x_ptr, rows, cols, count, features)
-    if HAS_BIAS:
-        z += load_vector(bias_ptr, cols, features)
-    if HAS_DROPOUT:
-        keep = dropout_keep(seed_ptr, stream, rows, keep_threshold, BLOCK_N)
-        z = tl.where(keep, z * keep_scale, 0.0)
-    if HAS_RESIDUAL:
-        z += load_rows(residual_ptr, rows, cols, count, features)
-    return z
-
-
 @triton.jit(do_not_specialize=["stream", "keep_threshold"])
 def _add_layer_norm_forward(
     x_ptr,  # (count, features)
@@ -89,8 +72,8 @@ def _add_layer_norm_forward(
     norm_bias_ptr,  # (features,)
     seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
     y_ptr,  # (count, features)
-    mean_ptr,  # (count,) float32
-    rstd_ptr,  # (count,) float32
+    normed_ptr,  # (count, features), the norm without weight and bias; may be x_ptr; unused without HAS_NORMED
+    rstd_ptr,  # (count,) float32; unused without HAS_NORMED
     count,
     features,
     eps,
@@ -102,33 +85,38 @@ def _add_layer_norm_forward(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_NORMED: tl.constexpr,
 ):
     """One program: BLOCK_M whole rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-    z = _presum(
-        x_ptr, bias_ptr, residual_ptr, seed_ptr, rows, cols, count, features, stream, keep_threshold, keep_scale,
-        BLOCK_N, HAS_BIAS, HAS_RESIDUAL, HAS_DROPOUT,
-    )  # fmt: skip
-    normed, mean, rstd = normalize(z, cols, features, eps)
+    z = load_rows(x_ptr, rows, cols, count, features)
+    if HAS_BIAS:
+        z += load_vector(bias_ptr, cols, features)
+    if HAS_DROPOUT:
+        keep = dropout_keep(seed_ptr, stream, rows, keep_threshold, BLOCK_N)
+        z = tl.where(keep, z * keep_scale, 0.0)
+    if HAS_RESIDUAL:
+        z += load_rows(residual_ptr, rows, cols, count, features)
+    normed, _, rstd = normalize(z, cols, features, eps)
     y = normed * load_vector(weight_ptr, cols, features) + load_vector(norm_bias_ptr, cols, features)
     store_rows(y_ptr, y, rows, cols, count, features)
-    tl.store(mean_ptr + rows, mean, mask=rows < count)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < count)
+    if HAS_NORMED:
+        store_rows(normed_ptr, normed, rows, cols, count, features)
+        tl.store(rstd_ptr + rows, rstd, mask=rows < count)
 
 
 @triton.jit(do_not_specialize=["stream", "keep_threshold"])
 def _add_layer_norm_backward(
     dy_ptr,  # (count, features)
-    x_ptr,  # (count, features)
-    bias_ptr,  # (features,); unused without HAS_BIAS
-    residual_ptr,  # (count, features); unused without HAS_RESIDUAL
+    normed_ptr,  # (count, features)
     weight_ptr,  # (features,)
+    norm_bias_ptr,  # (features,); unused without HAS_Y
     seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
-    mean_ptr,  # (count,) float32
     rstd_ptr,  # (count,) float32
     dz_ptr,  # (count, features), gradient of the sum: of the residual, and of x where nothing was dropped
     dx_ptr,  # (count, features), gradient of x; unused without HAS_DROPOUT
+    y_ptr,  # (count, features), the forward pass's result again; unused without HAS_Y
     partials_ptr,  # (3, programs, features) float32: sums of dweight, dnorm_bias, dbias
     count,
     features,
@@ -138,27 +126,26 @@ def _add_layer_norm_backward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_Y: tl.constexpr,
 ):
     """One program: every num_programs-th block of BLOCK_M rows, and the column sums over them."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
     weight = load_vector(weight_ptr, cols, features)
+    if HAS_Y:
+        norm_bias = load_vector(norm_bias_ptr, cols, features)
     dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
     for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=LOAD_STAGES):
         rows = row_start + tl.arange(0, BLOCK_M)
-        mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)
         dy = load_rows(dy_ptr, rows, cols, count, features)
-        z = _presum(
-            x_ptr, bias_ptr, residual_ptr, seed_ptr, rows, cols, count, features, stream, keep_threshold, keep_scale,
-            BLOCK_N, HAS_BIAS, HAS_RESIDUAL, HAS_DROPOUT,
-        )  # fmt: skip
-        normed = tl.where(cols[None, :] < features, (z - mean[:, None]) * rstd[:, None], 0.0)
+        normed = load_rows(normed_ptr, rows, cols, count, features)
+        if HAS_Y:
+            store_rows(y_ptr, normed * weight + norm_bias, rows, cols, count, features)
         dz = normalize_backward(dy * weight, normed, rstd, cols, features)
         store_rows(dz_ptr, dz, rows, cols, count, features)
         dweight += tl.sum(dy * normed, axis=0)
@@ -187,9 +174,10 @@ def _forward_fake(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
+    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    stats = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return torch.empty_like(x if residual is None else residual), stats, torch.empty_like(stats)
+    y = torch.empty_like(x if residual is None else residual)
+    return y, torch.empty_like(x) if keep else x.new_empty(0), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def dropout_arguments(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, stream: int) -> dict[str, Any]:
@@ -203,6 +191,47 @@ def dropout_arguments(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | No
     }
 
 
+def _launch_forward(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+    normed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm and, given `normed` to keep it in without weight and bias, which may be x, 1 / standard deviation."""
+    features = x.shape[-1]
+    y = torch.empty_like(x if residual is None else residual)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    count = rstd.numel()
+    shipped = row_tiles(features, x.element_size(), FORWARD_BYTES)
+    tiles = tuned_tiles("add_layer_norm_forward", x, features, shipped)
+    if count > 0:
+        wrap_triton(_add_layer_norm_forward)[(cdiv(count, tiles["BLOCK_M"]),)](
+            x_ptr=x,
+            bias_ptr=x if bias is None else bias,
+            residual_ptr=x if residual is None else residual,
+            weight_ptr=weight,
+            norm_bias_ptr=norm_bias,
+            y_ptr=y,
+            normed_ptr=y if normed is None else normed,
+            rstd_ptr=rstd,
+            count=count,
+            features=features,
+            eps=eps,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_NORMED=normed is not None,
+            **dropout_arguments(x, dropout_p, seed, stream),
+            **tiles,
+        )
+    return y, rstd
+
+
 @register_op("add_layer_norm", _forward_fake)
 def _forward(
     x: torch.Tensor,
@@ -214,138 +243,150 @@ def _forward(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
+    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    features = x.shape[-1]
-    y = torch.empty_like(x if residual is None else residual)
-    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    count = mean.numel()
-    rstd = torch.empty_like(mean)
-    shipped = row_tiles(features, x.element_size(), FORWARD_BYTES)
-    tiles = tuned_tiles("add_layer_norm_forward", x, features, shipped)
-    if count > 0:
-        wrap_triton(_add_layer_norm_forward)[(cdiv(count, tiles["BLOCK_M"]),)](
-            x_ptr=x,
-            bias_ptr=x if bias is None else bias,
-            residual_ptr=x if residual is None else residual,
-            weight_ptr=weight,
-            norm_bias_ptr=norm_bias,
-            y_ptr=y,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            count=count,
-            features=features,
-            eps=eps,
-            HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            **dropout_arguments(x, dropout_p, seed, stream),
-            **tiles,
-        )
-    return y, mean, rstd
+    normed = torch.empty_like(x) if keep else None
+    y, rstd = _launch_forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, normed)
+    return y, x.new_empty(0) if normed is None else normed, rstd
 
 
-def _backward_fake(
-    dy: torch.Tensor,
+def _forward_in_place_fake(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    sums = weight.new_empty(3 if bias is not None else 2, weight.shape[0])
-    return torch.empty_like(dy), torch.empty_like(x) if dropout_p > 0.0 else x.new_empty(0), sums
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, _, rstd = _forward_fake(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, False)
+    return y, rstd
+
+
+@register_op("add_layer_norm_", _forward_in_place_fake, mutates=("x",))
+def _forward_in_place(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is kept takes the memory of x. Without a gradient of its own."""
+    return _launch_forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, x)
+
+
+def _backward_fake(
+    dy: torch.Tensor,
+    normed: torch.Tensor,
+    weight: torch.Tensor,
+    norm_bias: torch.Tensor | None,
+    rstd: torch.Tensor,
+    has_bias: bool,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, y = (torch.empty_like(normed) if it else normed.new_empty(0) for it in (dropout_p > 0.0, norm_bias is not None))
+    return torch.empty_like(dy), dx, y, weight.new_empty(3 if has_bias else 2, weight.shape[0])
 
 
 @register_op("add_layer_norm_backward", _backward_fake)
 def _backward(
     dy: torch.Tensor,
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    normed: torch.Tensor,
     weight: torch.Tensor,
-    mean: torch.Tensor,
+    norm_bias: torch.Tensor | None,
     rstd: torch.Tensor,
+    has_bias: bool,
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the sum (..., features), of x where dropout ran, and the rows dweight, dnorm_bias, dbias.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the sum (..., features), and of x where dropout ran; given the norm's bias, its result again, in x's
+    dtype; and the rows dweight, dnorm_bias, dbias.
 
     With g = dy * weight and n the normalized sum: dz = rstd * (g - mean(g) - n * mean(g * n)).
     """
-    count, features = mean.numel(), x.shape[-1]
+    count, features = rstd.numel(), normed.shape[-1]
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
-    dx = torch.empty_like(x) if dropout_p > 0.0 else x.new_empty(0)
+    dx = torch.empty_like(normed) if dropout_p > 0.0 else normed.new_empty(0)
+    y = normed.new_empty(0) if norm_bias is None else torch.empty_like(normed)
     shipped = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
     tiles = tuned_tiles("add_layer_norm_backward", dy, features, shipped)
     programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
-    partials = x.new_empty(3 if bias is not None else 2, programs, features, dtype=torch.float32)
+    partials = normed.new_empty(3 if has_bias else 2, programs, features, dtype=torch.float32)
     wrap_triton(_add_layer_norm_backward)[(programs,)](
         dy_ptr=dy,
-        x_ptr=x,
-        bias_ptr=x if bias is None else bias,
-        residual_ptr=x if residual is None else residual,
+        normed_ptr=normed,
         weight_ptr=weight,
-        mean_ptr=mean,
+        norm_bias_ptr=weight if norm_bias is None else norm_bias,
         rstd_ptr=rstd,
         dz_ptr=dz,
         dx_ptr=dx,
+        y_ptr=y,
         partials_ptr=partials,
         count=count,
         features=features,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        **dropout_arguments(x, dropout_p, seed, stream),
+        HAS_BIAS=has_bias,
+        HAS_Y=norm_bias is not None,
+        **dropout_arguments(normed, dropout_p, seed, stream),
         **tiles,
     )
-    return dz, dx, column_sums(partials, weight.dtype)
+    return dz, dx, y, column_sums(partials, weight.dtype)
 
 
 forbid_double_backward(_backward, "add_layer_norm")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, bias, residual, weight, _, _, dropout_p, seed, stream = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, bias, residual, weight, mean, rstd, seed)
-    ctx.dropout_p, ctx.stream = dropout_p, stream
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-
-
 def gradients(
     dy: torch.Tensor,
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    normed: torch.Tensor,
     weight: torch.Tensor,
-    mean: torch.Tensor,
+    norm_bias: torch.Tensor | None,
     rstd: torch.Tensor,
+    bias_dtype: torch.dtype | None,
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, bias, residual, weight and norm_bias. Where nothing was dropped, the first may be the third."""
-    dz, dx, sums = _backward(dy, x, bias, residual, weight, mean, rstd, dropout_p, seed, stream)
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, bias, residual, weight and norm_bias, of which the first may be the third where nothing was
+    dropped; and, given norm_bias, the result again, in the dtype of x."""
+    dz, dx, y, sums = _backward(dy, normed, weight, norm_bias, rstd, bias_dtype is not None, dropout_p, seed, stream)
     dweight, dnorm_bias, *dbiases = sums.unbind()
     if dropout_p == 0.0:
-        dx = dz if dz.dtype == x.dtype else dz.to(x.dtype)
+        dx = dz if dz.dtype == normed.dtype else dz.to(normed.dtype)
     dbias = None
-    if bias is not None:
-        dbias = dbiases[0] if bias.dtype == weight.dtype else dbiases[0].to(bias.dtype)
-    return dx, dbias, dz, dweight, dnorm_bias
+    if bias_dtype is not None:
+        dbias = dbiases[0] if bias_dtype == weight.dtype else dbiases[0].to(bias_dtype)
+    return dx, dbias, dz, dweight, dnorm_bias, y
 
 
-def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, bias, residual, weight, _, _, dropout_p, seed, stream, keep = inputs
+    if not keep:
+        raise RuntimeError("add_layer_norm has a gradient with keep=True only")
+    _, normed, rstd = output
+    ctx.save_for_backward(normed, weight, rstd, seed)
+    ctx.constants = None if bias is None else bias.dtype, dropout_p, stream
+    ctx.has_residual = residual is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(normed, rstd)
+
+
+def _autograd(ctx: Any, dy: torch.Tensor | None, *nothing: Any) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
-        return (None,) * 9
-    x, bias, residual, weight, mean, rstd, seed = ctx.saved_tensors
-    dx, dbias, dz, *dnorm = gradients(dy, x, bias, residual, weight, mean, rstd, ctx.dropout_p, seed, ctx.stream)
-    return dx, dbias, None if residual is None else dz, *dnorm, None, None, None, None
+        return (None,) * 10
+    normed, weight, rstd, seed = ctx.saved_tensors
+    bias_dtype, dropout_p, stream = ctx.constants
+    dx, dbias, dz, *dnorm, _ = gradients(dy, normed, weight, None, rstd, bias_dtype, dropout_p, seed, stream)
+    return dx, dbias, dz if ctx.has_residual else None, *dnorm, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -383,7 +424,8 @@ def add_layer_norm(
     if not uses_triton(x):
         _check(x, bias, residual, weight, norm_bias, dropout_p, seed)
         return reference.add_layer_norm(x, bias, residual, weight, norm_bias, eps, dropout_p)
-    return _forward(*op_arguments(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream))[0]
+    arguments = op_arguments(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream)
+    return _forward(*arguments, torch.is_grad_enabled())[0]
 
 
 def _check(
@@ -420,7 +462,7 @@ def op_arguments(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[Any, ...]:
-    """The arguments of `add_layer_norm` as its op takes them, checked."""
+    """The arguments of `add_layer_norm` as its op takes them, checked: all but `keep`."""
     _check(x, bias, residual, weight, norm_bias, dropout_p, seed)
     if x.shape[-1] > MAX_FEATURES:
         raise ValueError(f"add_layer_norm has kernels for rows up to {MAX_FEATURES}, got {x.shape[-1]}")

@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from two_references import DTYPES, two_references
 
-from fastbert_kernels import add_layer_norm, backend, reference
+from fastbert_kernels import add_layer_norm, backend, layer_norm, reference
 
 EPS = 1e-12
 SEED, STREAM = -5, 3
@@ -54,7 +55,23 @@ def compare(inputs: dict[str, torch.Tensor], dropout_p: float = 0.0) -> None:
     ) -> torch.Tensor:
         return reference.add_layer_norm(x, bias, residual, weight, norm_bias, EPS, dropout_p, keep)
 
-    two_references(kernel, definition, inputs, summed_rows=dict.fromkeys(("bias", "weight", "norm_bias"), rows))
+    def plain(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """In the dtype of x, in which what the gradients need is kept."""
+        given = (None if t is None else t.to(x.dtype) for t in (bias, residual, weight, norm_bias))
+        bias, residual, weight, norm_bias = given
+        z = reference.dropout(x if bias is None else x + bias, dropout_p, keep)
+        y = F.layer_norm(z if residual is None else z + residual, x.shape[-1:], weight, norm_bias, EPS)
+        return y if residual is None else y.to(inputs["residual"].dtype)
+
+    sums = dict.fromkeys(("bias", "weight", "norm_bias"), rows)
+    alone = x.shape[-1] == 1  # of which torch's own gradients in float16 are NaN
+    two_references(kernel, definition, inputs, summed_rows=sums, plain=None if alone else plain)
 
 
 def without(inputs: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
@@ -167,6 +184,44 @@ def test_inputs_and_gradients_are_left_alone(device: torch.device) -> None:
         assert torch.equal(x, before[name])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_the_backward_pass_makes_the_result_again(device: torch.device, dtype: torch.dtype, dropout_p: float) -> None:
+    inputs = random_inputs((9,), 37, dtype, device)
+    x, bias, residual, weight, norm_bias = inputs.values()
+    dropout = (dropout_p, torch.tensor(SEED, device=device), STREAM)
+    with backend("triton"):
+        y, normed, rstd = layer_norm._forward(x, bias, residual, weight, norm_bias, EPS, *dropout, True)
+        constants = (rstd, dtype, *dropout)
+        *grads, again = layer_norm.gradients(torch.randn_like(y), normed, weight, norm_bias, *constants)
+        *same, nothing = layer_norm.gradients(torch.randn_like(y), normed, weight, None, *constants)
+    # Of the norm as it was kept, which half precision has rounded.
+    ulps = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    torch.testing.assert_close(again, y, rtol=ulps, atol=4 * ulps)
+    assert nothing.numel() == 0
+    assert [g.dtype for g in grads] == [g.dtype for g in same] == [dtype] * 5
+
+
+def test_what_is_kept_takes_the_memory_of_x(device: torch.device) -> None:
+    x, bias, residual, weight, norm_bias = random_inputs((100,), 37, torch.float32, device).values()
+    arguments = (bias, residual, weight, norm_bias, EPS, 0.2, torch.tensor(SEED, device=device), STREAM)
+    with backend("triton"), torch.no_grad():
+        alone, nothing, _ = layer_norm._forward(x, *arguments, False)
+        y, normed, rstd = layer_norm._forward(x, *arguments, True)
+        again, same_rstd = layer_norm._forward_in_place(x, *arguments)
+    assert nothing.numel() == 0
+    torch.testing.assert_close(normed * weight + norm_bias, y)
+    for a, b in ((alone, y), (again, y), (x, normed), (same_rstd, rstd)):
+        assert torch.equal(a, b)
+
+
+def test_no_gradient_where_nothing_was_kept(device: torch.device) -> None:
+    inputs = random_inputs((9,), 37, torch.float32, device)
+    x, bias, residual, weight, norm_bias = (x.requires_grad_() for x in inputs.values())
+    with backend("triton"), pytest.raises(RuntimeError, match="a gradient with keep=True only"):
+        layer_norm._forward(x, bias, residual, weight, norm_bias, EPS, 0.0, None, 0, False)
+
+
 def test_same_call_gives_the_same_bits(device: torch.device) -> None:
     inputs = {name: x.requires_grad_() for name, x in random_inputs((100,), 37, torch.float32, device).items()}
 
@@ -213,21 +268,25 @@ def test_opcheck_forward(device: torch.device, left_out: tuple[str, ...]) -> Non
     given = random_inputs((9,), 37, torch.float32, device)
     tensors = [None if name in left_out else x.requires_grad_() for name, x in given.items()]
     arguments = (0.0, None, 0) if left_out else (0.2, torch.tensor(SEED, device=device), STREAM)
-    torch.library.opcheck(torch.ops.fastbert.add_layer_norm, (*tensors, EPS, *arguments))
+    torch.library.opcheck(torch.ops.fastbert.add_layer_norm, (*tensors, EPS, *arguments, True))
 
 
-@pytest.mark.parametrize("left_out", [(), ("bias", "residual")])
+def test_opcheck_in_place(device: torch.device) -> None:
+    given = random_inputs((9,), 37, torch.float32, device).values()
+    arguments = (*given, EPS, 0.2, torch.tensor(SEED, device=device), STREAM)
+    torch.library.opcheck(torch.ops.fastbert.add_layer_norm_, arguments)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
-def test_opcheck_backward(device: torch.device, left_out: tuple[str, ...], low: torch.dtype) -> None:
-    given = random_inputs((9,), 37, torch.float32, device)
-    given["x"] = given["x"].to(low)
-    x, bias, residual, weight, norm_bias = (None if name in left_out else t for name, t in given.items())
-    arguments = (0.0, None, 0) if left_out else (0.2, torch.tensor(SEED, device=device), STREAM)
-    y, mean, rstd = torch.ops.fastbert.add_layer_norm(x, bias, residual, weight, norm_bias, EPS, *arguments)
-    torch.library.opcheck(
-        torch.ops.fastbert.add_layer_norm_backward,
-        (torch.randn_like(y), x, bias, residual, weight, mean, rstd, *arguments),
-    )
+def test_opcheck_backward(device: torch.device, dropout_p: float, again: bool, low: torch.dtype) -> None:
+    x, bias, residual, weight, norm_bias = random_inputs((9,), 37, torch.float32, device).values()
+    dropout = (dropout_p, torch.tensor(SEED, device=device), STREAM)
+    given = (x.to(low), bias, residual, weight, norm_bias, EPS)
+    y, normed, rstd = torch.ops.fastbert.add_layer_norm(*given, *dropout, True)
+    arguments = (torch.randn_like(y), normed, weight, norm_bias if again else None, rstd, not again, *dropout)
+    torch.library.opcheck(torch.ops.fastbert.add_layer_norm_backward, arguments)
 
 
 def test_second_derivative_is_refused(device: torch.device) -> None:
