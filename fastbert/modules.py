@@ -46,6 +46,7 @@ from .projection import (
     can_be_neighbours,
     can_stack,
     in_own_storage,
+    made_one,
     project,
     project_qkv,
     project_together,
@@ -315,12 +316,14 @@ class FusedSelfAttention(hf.BertSelfAttention):
             return None
         if self.unfused_reason() is not None or not can_stack(query, key, value):
             return None
-        groups = qkv_parameters(query, key, value)
-        if not all(rehome(parts) for parts in groups):
+        weights, *biases = qkv_parameters(query, key, value)
+        weight, bias = made_one(weights), made_one(biases[0]) if biases else None
+        if weight is None or (biases and bias is None):
             return None
         return {
-            "qkv_weights": groups[0],
-            "qkv_biases": groups[1] if len(groups) > 1 else (),
+            "qkv_weight": weight,
+            "qkv_bias": bias,
+            "qkv_parameters": weights + biases[0] if biases else weights,
             "heads": self.num_attention_heads,
             "scale": self.scaling,
             "dropout_p": dropout.p if self.training else 0.0,
@@ -407,9 +410,10 @@ class FusedIntermediate(hf.BertIntermediate):
     """The feed-forward block's first product, then bias and activation in one kernel."""
 
     def unfused_reason(self) -> str | None:
-        if KERNEL_ACTIVATIONS.get(type(self.intermediate_act_fn)) is not None:
-            return "the activation is hooked" if is_called(self.intermediate_act_fn) else None
-        return f"no kernel has the activation {getattr(self.intermediate_act_fn, '__name__', self.intermediate_act_fn)}"
+        activation = self.intermediate_act_fn
+        if type(activation) in KERNEL_ACTIVATIONS:
+            return "the activation is hooked" if is_called(activation) else None
+        return f"no kernel has the activation {getattr(activation, '__name__', activation)}"
 
     def note(self) -> str | None:
         return _called(dense=self.dense)

@@ -20,24 +20,30 @@ _INFRASTRUCTURE = ("torch.distributed", "transformers.", "peft.", "deepspeed.")
 _REQUIRE_GRADS = "make_inputs_require_grads"
 
 #: What is read of a module. A replica of nn.DataParallel, or FSDP's flat parameters, leave it elsewhere.
-_PARAMETERS: dict[type[nn.Module], set[str]] = {
-    nn.Linear: {"weight", "bias"},
-    nn.LayerNorm: {"weight", "bias"},
-    nn.Embedding: {"weight"},
-    nn.Dropout: set(),
+_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight", "bias"),
+    nn.LayerNorm: ("weight", "bias"),
+    nn.Embedding: ("weight",),
+    nn.Dropout: (),
 }
+
+_MISSING: Any = object()
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_called(module: nn.Module) -> bool:
     """Whether someone relies on the module being called: a hook, or a replaced `forward`."""
-    if "forward" in module.__dict__:
+    state = module.__dict__  # a module's attributes are looked up slowly
+    if "forward" in state:
         return True
-    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+    for hooks in _HOOKS:
+        if state[hooks]:
+            break
+    else:
         return False
-    hooks = [hook for hooks in _HOOKS for hook in getattr(module, hooks).values()]
-    return any(getattr(hook, "__name__", "") != _REQUIRE_GRADS and not _has_no_work(hook, module) for hook in hooks)
+    every = [hook for hooks in _HOOKS for hook in state[hooks].values()]
+    return any(getattr(hook, "__name__", "") != _REQUIRE_GRADS and not _has_no_work(hook, module) for hook in every)
 
 
 def _has_no_work(hook: Any, module: nn.Module) -> bool:
@@ -81,12 +87,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind or is_called(module):
         return False
     own = module._parameters
-    if not own.keys() >= _PARAMETERS[kind]:
-        return False
-    for p in own.values():
+    for name in _PARAMETERS[kind]:
+        p = own.get(name, _MISSING)
         if p is None or type(p) is nn.Parameter:  # as `is_ordinary` finds, one call later
             continue
-        if not is_ordinary(p) and not (_gathered and is_sharded_within(module)):
+        if p is _MISSING or not (is_ordinary(p) or (_gathered and is_sharded_within(module))):
             return False
     return True
 

@@ -44,16 +44,25 @@ def _say_called(module: nn.Module) -> None:
         warn_once(f"fastbert: {describe(module, nn.Linear)} is called as a module; the layer around it stays fused")
 
 
-def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
-    """Whether the tensors lie one after the other, without a gap, in one storage."""
-    first = parts[0]
-    start = end = first.data_ptr()
+def seen_as_one(parts: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    """Tensors (rows, ...) that lie one after the other, without a gap, in one storage as (sum of rows, ...), detached;
+    None where they do not."""
+    end = parts[0].data_ptr()
+    if end == 0:
+        return None
     for part in parts:
         if part.data_ptr() != end or not part.is_contiguous():
-            return False
+            return None
         end += part.nbytes
-    # What lies within the first one's storage is part of it.
-    return start > 0 and first.storage_offset() * first.itemsize + end - start <= first.untyped_storage().nbytes()
+    try:
+        return as_one(parts)
+    except RuntimeError:  # it would leave the first one's storage
+        return None
+
+
+def adjacent(parts: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the tensors can be seen as one."""
+    return seen_as_one(parts) is not None
 
 
 def _movable(parts: tuple[torch.Tensor, ...]) -> bool:
@@ -91,6 +100,12 @@ def rehome(parts: tuple[nn.Parameter, ...]) -> bool:
             p.data = home[start : start + p.shape[0]]
             start += p.shape[0]
     return True
+
+
+def made_one(parts: tuple[nn.Parameter, ...]) -> torch.Tensor | None:
+    """The parameters seen as one, moved next to each other if they are not; None where they cannot be."""
+    whole = seen_as_one(parts)
+    return seen_as_one(parts) if whole is None and rehome(parts) else whole
 
 
 def separate(parts: tuple[nn.Parameter, ...]) -> None:

@@ -86,16 +86,17 @@ class AttentionArguments(NamedTuple):
     """What the attention block takes beside the hidden states.
 
     Attributes:
-        qkv_weights: three (hidden, hidden), neighbours as `as_one` needs them.
-        qkv_biases: three (hidden,), neighbours, or none.
+        qkv_weight, qkv_bias: (3 * hidden, hidden) and (3 * hidden,), detached.
+        qkv_parameters: the three weights, and the biases if any, that these are views of.
         weight, bias: (hidden, hidden) and (hidden,), of the output product.
         norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
         mask: the `bias` of `attention.attention`, which says what the others of these names are.
         hidden_dropout_p, hidden_stream: of the dropout before the norm; the others are the attention's.
     """
 
-    qkv_weights: tuple[torch.Tensor, ...]
-    qkv_biases: tuple[torch.Tensor, ...]
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    qkv_parameters: tuple[torch.Tensor, ...]
     weight: torch.Tensor
     bias: torch.Tensor | None
     norm_weight: torch.Tensor
@@ -119,7 +120,7 @@ class AttentionArguments(NamedTuple):
     def differentiable(self) -> tuple[torch.Tensor | None, ...]:
         """What may have a gradient: the projections' parameters last, as many as there are."""
         of_output = self.head_mask, self.weight, self.bias, self.norm_weight, self.norm_bias
-        return *of_output, *self.qkv_weights, *self.qkv_biases
+        return *of_output, *self.qkv_parameters
 
 
 class FeedForwardArguments(NamedTuple):
@@ -157,8 +158,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor | None, ...]]:
     """The attention block's result and maps; and, to keep, the tensors of its backward pass."""
     hidden = hidden.contiguous()
-    qkv_bias = as_one(of.qkv_biases) if of.qkv_biases else None
-    x, qkv_weight, weight, qkv_bias = in_product_dtype(hidden, as_one(of.qkv_weights), of.weight, qkv_bias)
+    x, qkv_weight, weight, qkv_bias = in_product_dtype(hidden, of.qkv_weight, of.weight, of.qkv_bias)
     head_dim = qkv_weight.shape[0] // (3 * of.heads)
     qkv = F.linear(x, qkv_weight, qkv_bias).view(-1, 3, of.heads, head_dim)
     arguments = attend_arguments(
@@ -182,7 +182,7 @@ def _attend(
         *(out, rstd, of_norm[3], of_norm[4], of.seed),
         *(x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order),
         # That they do not change meanwhile: qkv_weight tells of the first one only.
-        *(of.qkv_weights[1:] if x.dtype == of.qkv_weights[0].dtype else ()),
+        *(of.qkv_parameters[1:3] if x.dtype == of.qkv_weight.dtype else ()),
     )
     return y, probs, tensors
 
@@ -224,11 +224,11 @@ def _attend_backward(
         *(dcontext, dprobs, qkv, context, stats, cu_seqlens, of.max_seqlen, mask, head_mask),
         *(of.scale, of.dropout_p, seed, of.stream, columns, order),
     )
-    dqkv, dtype = dqkv.flatten(1), of.qkv_weights[0].dtype
+    dqkv, dtype = dqkv.flatten(1), of.qkv_weight.dtype
     dparts: list[torch.Tensor | None] = [None] * 3
     if any(needs[6:9]):
         dparts = [*(dqkv.t() @ x.view(-1, x.shape[-1])).to(dtype).chunk(3)]
-    if of.qkv_biases:
+    if of.qkv_bias is not None:
         dparts += dqkv.sum(0, dtype=dtype).chunk(3)
     if dout is None:
         dparts[2::3] = [None] * (len(dparts) // 3)  # no map depends on a value

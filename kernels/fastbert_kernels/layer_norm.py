@@ -177,7 +177,8 @@ def _forward_fake(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = torch.empty_like(x if residual is None else residual)
-    return y, torch.empty_like(x) if keep else x.new_empty(0), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    return y, torch.empty_like(x) if keep else x.new_empty(0), rstd
 
 
 def dropout_arguments(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, stream: int) -> dict[str, Any]:
@@ -206,8 +207,8 @@ def _launch_forward(
     """The norm and, given `normed` to keep it in without weight and bias, which may be x, 1 / standard deviation."""
     features = x.shape[-1]
     y = torch.empty_like(x if residual is None else residual)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    count = rstd.numel()
+    count = x.numel() // features
+    rstd = x.new_empty(count, dtype=torch.float32)
     shipped = row_tiles(features, x.element_size(), FORWARD_BYTES)
     tiles = tuned_tiles("add_layer_norm_forward", x, features, shipped)
     if count > 0:
