@@ -384,14 +384,15 @@ class _FusedAddNorm:
             _leave(self, reason)  # type: ignore[arg-type]
             return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
         x, bias = project(self.dense, hidden_states)
-        dropout_p = self.dropout.p if self.dropout.training else 0.0
+        norm, dropout = self.LayerNorm, self.dropout
+        dropout_p = dropout.p if dropout.training else 0.0
         return add_layer_norm(
             x,
             bias,
             input_tensor,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
-            self.LayerNorm.eps,
+            norm._parameters["weight"],
+            norm._parameters["bias"],
+            norm.eps,
             dropout_p=dropout_p,
             seed=_seed(seed, dropout_p, x),
             stream=self.dropout_stream,

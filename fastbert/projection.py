@@ -119,16 +119,16 @@ class _Stacked(torch.autograd.Function):
     """Groups of neighbouring parameters, each seen as one; its gradient is handed out in slices, without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`count` parameters are a group."""
+    def forward(ctx: Any, views: tuple[torch.Tensor, ...], *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The views, each of as many parameters as the others."""
+        count = len(parts) // len(views)
         groups = [parts[i : i + count] for i in range(0, len(parts), count)]
-        views = [as_one(group) for group in groups]
         ctx.save_for_backward(*parts)  # that they do not change meanwhile: a view tells of its first one only
         ctx.rows = [[part.shape[0] for part in group] for group in groups]
         ctx.set_materialize_grads(False)
         frozen = [not any(part.requires_grad for part in group) for group in groups]
         ctx.mark_non_differentiable(*itertools.compress(views, frozen))
-        return tuple(views)
+        return views
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -146,12 +146,13 @@ def stack_parameters(groups: list[tuple[nn.Parameter, ...]]) -> tuple[torch.Tens
     """
     if torch.compiler.is_compiling():
         return tuple(torch.cat(parts) for parts in groups)
+    views = []
     for parts in groups:
-        if not rehome(parts):
+        view = made_one(parts)
+        if view is None:
             return None
-    if torch.is_grad_enabled():
-        return _Stacked.apply(len(groups[0]), *itertools.chain(*groups))
-    return tuple(as_one(parts) for parts in groups)
+        views.append(view)
+    return _Stacked.apply(tuple(views), *itertools.chain(*groups)) if torch.is_grad_enabled() else tuple(views)
 
 
 def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:
