@@ -179,8 +179,8 @@ def _attend(
     y, rstd = norm_forward_in_place(*of_norm)
     qkv, cu_seqlens, _, mask, head_mask, *_, columns, order = arguments
     tensors = (
-        *(out, rstd, of_norm[3], of_norm[4], of.seed),
-        *(x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order),
+        *(out, rstd, of_norm[3], of_norm[4]),
+        *(of.seed, x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order),
         # That they do not change meanwhile: qkv_weight tells of the first one only.
         *(of.qkv_parameters[1:3] if x.dtype == of.qkv_weight.dtype else ()),
     )
@@ -209,9 +209,7 @@ def _attend_backward(
     """From the gradients of the output product, of the residual and of the maps: those of the hidden states, the head
     mask, the output product's weight and the projections' parameters, which are as `needs` says of the block's inputs.
     """
-    _, _, _, _, seed, x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order, *_ = (
-        tensors
-    )
+    seed, x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order, *_ = tensors[4:]
     needs_hidden, _, needs_weight, *_ = needs
     dweight = None
     if dout is None:  # the probabilities alone were used
