@@ -15,7 +15,7 @@ from rich.table import Table
 
 import fastbert
 
-from .python_time import as_on_a_gpu
+from .stand_in import as_on_a_gpu
 
 HIDDEN = 768
 

@@ -3,49 +3,28 @@
 A launched kernel costs nothing here and the tensors are so small that ATen's work is its calls' own cost; what one more
 layer adds is the host's time. `python -m bench.python_time` shows ours beside Hugging Face's sdpa, interleaved.
 
-Left out: Triton's own launch on our side, and CUDA's for every kernel on both. Dropout is off, because of it a CPU
-makes several calls where a GPU makes one.
+Left out: CUDA's own launch, for every kernel on both sides. Dropout is off, because of it a CPU makes several calls
+where a GPU makes one.
 """
 
-import contextlib
 import itertools
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any
-from unittest import mock
 
 import torch
 import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from triton.runtime.jit import JITFunction
 
 import fastbert
-from fastbert_kernels.backend import INTERPRETED, KERNEL_DTYPES
+
+from .stand_in import as_on_a_gpu
 
 #: The two depths whose difference is taken.
 LAYERS = (2, 10)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of a mock, which would take its time."""
-
-
-@contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Run the host code of the compiled kernels on CPU tensors, with launches that do nothing."""
-    if INTERPRETED:
-        raise RuntimeError("with TRITON_INTERPRET=1 the host code is not a GPU's: unset it")
-    with contextlib.ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("fastbert") and hasattr(module, "uses_triton"):
-                stack.enter_context(mock.patch.object(module, "uses_triton", lambda x: x.dtype in KERNEL_DTYPES))
-        stack.enter_context(mock.patch.object(JITFunction, "run", _nothing))
-        stack.enter_context(mock.patch("torch.cuda.current_device", _nothing))  # a CPU tensor's device.index is None
-        yield
 
 
 def build(library: Any, layers: int) -> torch.nn.Module:

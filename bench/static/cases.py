@@ -57,7 +57,7 @@ _POINTERS: dict[str, torch.dtype | None] = {
 _SCALARS: dict[str, int | float] = {
     "masked_below": -1e30,
     **dict.fromkeys(("scale", "student_scale", "teacher_scale"), 0.125),
-    "stream": 7,
+    "site": 7,
     "keep_threshold": 6554,
     "keep_scale": 1.1,
     "eps": 1e-12,

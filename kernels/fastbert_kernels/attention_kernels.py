@@ -80,7 +80,7 @@ def _softmax_tile(s, row_max, log_sum, valid):
     return tl.where(valid, tl.exp2(s - row_max - log_sum), 0.0)
 
 
-@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+@triton.jit(do_not_specialize=["site", "keep_threshold"])
 def attention_forward(
     qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
     out_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
@@ -101,7 +101,7 @@ def attention_forward(
     bias_row_stride,
     masked_below,  # bias entries at or under this are masked keys
     scale,  # above zero
-    stream,  # int32, which dropout of the model this is
+    site,  # int32, which dropout of the model this is: the ops' `stream`, whose name Triton keeps for itself
     keep_threshold,  # int32, see dropout_keep_map
     keep_scale,  # 1 / (1 - dropout_p)
     HEAD_DIM: tl.constexpr,
@@ -165,7 +165,7 @@ def attention_forward(
         row_sum = row_sum * rescale + tl.sum(p, axis=1)
         if not HAS_PROBS:
             if HAS_DROPOUT:
-                keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
+                keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
             acc = dot(cast(p, v.dtype), v, acc * rescale[:, None])
@@ -196,7 +196,7 @@ def attention_forward(
             valid = (rows[:, None] < length) & (cols[None, :] < length)
             p = tl.where(valid, tl.exp2(s - row_max[:, None]), 0.0)
             if HAS_DROPOUT:
-                keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
+                keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
             if HAS_COLUMNS:
@@ -213,7 +213,7 @@ def attention_forward(
     tl.store(stats_ptr + tl.cast(heads, tl.int64) * tokens + rows, tl.log2(row_sum), mask=rows < length)
 
 
-@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+@triton.jit(do_not_specialize=["site", "keep_threshold"])
 def attention_backward_dq(
     dout_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
     dprobs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_DPROBS
@@ -239,7 +239,7 @@ def attention_backward_dq(
     bias_row_stride,
     masked_below,
     scale,
-    stream,
+    site,
     keep_threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -303,7 +303,7 @@ def attention_backward_dq(
             valid = (rows[:, None] < length) & (cols[None, :] < length)
             p = _softmax_tile(s, row_max[:, None], log_sum[:, None], valid) * (factor * g)
             if HAS_DROPOUT:
-                keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
+                keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
             dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
@@ -327,7 +327,7 @@ def attention_backward_dq(
             dp += tl.load(dprobs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
         dp *= factor
         if HAS_DROPOUT:
-            keep = dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
+            keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
             dp = tl.where(keep, dp, 0.0)
         if HAS_HEAD_MASK:
             dhead_mask += tl.sum(p * dp, axis=1)
@@ -341,7 +341,7 @@ def attention_backward_dq(
         tl.store(partial, tl.sum(dhead_mask, axis=0))
 
 
-@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+@triton.jit(do_not_specialize=["site", "keep_threshold"])
 def attention_backward_dkv(
     dout_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
     dprobs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_DPROBS
@@ -364,7 +364,7 @@ def attention_backward_dkv(
     bias_row_stride,
     masked_below,
     scale,
-    stream,
+    site,
     keep_threshold,
     keep_scale,
     HEAD_DIM: tl.constexpr,
@@ -440,7 +440,7 @@ def attention_backward_dkv(
         p_out = p
         if HAS_DROPOUT:
             keep = tl.trans(
-                dropout_keep_map(seed_ptr, stream, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
+                dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
             )
             p_out = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp, 0.0)

@@ -51,7 +51,7 @@ def _embedding_sum(
     return z
 
 
-@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+@triton.jit(do_not_specialize=["site", "keep_threshold"])
 def _embed_forward(
     words_ptr,  # (count,) int ids, or without HAS_WORD_TABLE the vectors (count, features)
     positions_ptr,  # (count,) int
@@ -71,7 +71,7 @@ def _embed_forward(
     token_type_rows,
     features,
     eps,
-    stream,
+    site,
     keep_threshold,
     keep_scale,
     BLOCK_M: tl.constexpr,
@@ -89,14 +89,14 @@ def _embed_forward(
     normed, mean, rstd = normalize(z, cols, features, eps)
     y = normed * load_vector(weight_ptr, cols, features) + load_vector(norm_bias_ptr, cols, features)
     if HAS_DROPOUT:
-        keep = dropout_keep(seed_ptr, stream, rows, keep_threshold, BLOCK_N)
+        keep = dropout_keep(seed_ptr, site, rows, keep_threshold, BLOCK_N)
         y = tl.where(keep, y * keep_scale, 0.0)
     store_rows(y_ptr, y, rows, cols, count, features)
     tl.store(mean_ptr + rows, mean, mask=rows < count)
     tl.store(rstd_ptr + rows, rstd, mask=rows < count)
 
 
-@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+@triton.jit(do_not_specialize=["site", "keep_threshold"])
 def _embed_backward(
     dy_ptr,  # (count, features)
     words_ptr,  # as in _embed_forward, and so on
@@ -116,7 +116,7 @@ def _embed_backward(
     position_rows,
     token_type_rows,
     features,
-    stream,
+    site,
     keep_threshold,
     keep_scale,
     BLOCK_M: tl.constexpr,
@@ -137,7 +137,7 @@ def _embed_backward(
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)
         dy = load_rows(dy_ptr, rows, cols, count, features)
         if HAS_DROPOUT:
-            keep = dropout_keep(seed_ptr, stream, rows, keep_threshold, BLOCK_N)
+            keep = dropout_keep(seed_ptr, site, rows, keep_threshold, BLOCK_N)
             dy = tl.where(keep, dy * keep_scale, 0.0)
         z = _embedding_sum(
             words_ptr, positions_ptr, token_types_ptr, word_table_ptr, position_table_ptr, token_type_table_ptr,

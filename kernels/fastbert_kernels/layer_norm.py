@@ -63,7 +63,7 @@ def normalize_backward(dnormed, normed, rstd, cols, features):
     return tl.where(cols[None, :] < features, dz, 0.0)
 
 
-@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+@triton.jit(do_not_specialize=["site", "keep_threshold"])
 def _add_layer_norm_forward(
     x_ptr,  # (count, features)
     bias_ptr,  # (features,); unused without HAS_BIAS
@@ -77,7 +77,7 @@ def _add_layer_norm_forward(
     count,
     features,
     eps,
-    stream,
+    site,
     keep_threshold,
     keep_scale,
     BLOCK_M: tl.constexpr,
@@ -94,7 +94,7 @@ def _add_layer_norm_forward(
     if HAS_BIAS:
         z += load_vector(bias_ptr, cols, features)
     if HAS_DROPOUT:
-        keep = dropout_keep(seed_ptr, stream, rows, keep_threshold, BLOCK_N)
+        keep = dropout_keep(seed_ptr, site, rows, keep_threshold, BLOCK_N)
         z = tl.where(keep, z * keep_scale, 0.0)
     if HAS_RESIDUAL:
         z += load_rows(residual_ptr, rows, cols, count, features)
@@ -106,7 +106,7 @@ def _add_layer_norm_forward(
         tl.store(rstd_ptr + rows, rstd, mask=rows < count)
 
 
-@triton.jit(do_not_specialize=["stream", "keep_threshold"])
+@triton.jit(do_not_specialize=["site", "keep_threshold"])
 def _add_layer_norm_backward(
     dy_ptr,  # (count, features)
     normed_ptr,  # (count, features)
@@ -120,7 +120,7 @@ def _add_layer_norm_backward(
     partials_ptr,  # (3, programs, features) float32: sums of dweight, dnorm_bias, dbias
     count,
     features,
-    stream,
+    site,
     keep_threshold,
     keep_scale,
     BLOCK_M: tl.constexpr,
@@ -152,7 +152,7 @@ def _add_layer_norm_backward(
         dnorm_bias += tl.sum(dy, axis=0)
         dx = dz
         if HAS_DROPOUT:
-            keep = dropout_keep(seed_ptr, stream, rows, keep_threshold, BLOCK_N)
+            keep = dropout_keep(seed_ptr, site, rows, keep_threshold, BLOCK_N)
             dx = tl.where(keep, dz * keep_scale, 0.0)
             store_rows(dx_ptr, dx, rows, cols, count, features)
         if HAS_BIAS:
@@ -185,7 +185,7 @@ def dropout_arguments(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | No
     """The arguments by which every kernel draws its dropout. An absent seed is stood in for by x, never read."""
     return {
         "seed_ptr": x if seed is None else seed,
-        "stream": stream,
+        "site": stream,
         "keep_threshold": reference.dropout_threshold(dropout_p),
         "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
         "HAS_DROPOUT": dropout_p > 0.0,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import python_time
+from bench.stand_in import as_on_a_gpu
 from fastbert_kernels.backend import INTERPRETED
 
 
@@ -15,7 +15,7 @@ from fastbert_kernels.backend import INTERPRETED
 def test_the_interpreters_host_code_is_not_a_gpus() -> None:
     with (
         pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 the host code is not a GPU's"),
-        python_time.as_on_a_gpu(),
+        as_on_a_gpu(),
     ):
         pass
 
