@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
+from triton.compiler import CompiledKernel
 
 #: True when Triton kernels run in Triton's interpreter. Triton reads the variable when a kernel is defined, so it must
 #: be set before the first import.
@@ -114,23 +115,57 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 class _Launcher:
-    """A kernel to be launched on its tensors' device, with the compile options whose defaults Triton may change."""
+    """A kernel to be launched on its tensors' device, with the compile options whose defaults Triton may change.
 
-    __slots__ = ("kernel",)
+    What Triton compiled for such arguments is looked up here: its own lookup takes longer than all else in a launch.
+    """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        varying = {p.name for p in kernel.params if not p.is_constexpr}
+        self.tensors = {name for name in varying if name.endswith("_ptr")}
+        self.numbers = varying - self.tensors
+        self.compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+
+    def key(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """What Triton compiles for: the device and whatever is fixed; of tensors the dtype, and whether they start at a
+        multiple of 16 bytes; of integers whether they are 1, a multiple of 16, or wider than 32 bits."""
+        key: list[Any] = [next(iter(arguments.values())).device]  # the first one is a tensor
+        for name, value in arguments.items():
+            if name in self.tensors:
+                key.append(value.dtype if value.data_ptr() & 15 == 0 else (value.dtype,))
+            elif name not in self.numbers:
+                key.append(value)
+            elif type(value) is int:
+                key.append((value == 1, value & 15 == 0, value >> 31))
+            else:
+                key.append(type(value))
+        return tuple(key)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(**arguments: Any) -> None:
-            device = next(iter(arguments.values())).device  # a kernel's first argument is a tensor
-            if device.index == torch.cuda.current_device():
-                self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
-            else:
+            key = self.key(arguments)
+            device = key[0]
+            if device.index != torch.cuda.current_device():
                 with torch.cuda.device(device):
-                    self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
+                    self._launch(grid, key, arguments)
+            else:
+                self._launch(grid, key, arguments)
 
         return launch
+
+    def _launch(self, grid: tuple[int, ...], key: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        compiled = self.compiled.get(key)
+        if compiled is not None:
+            compiled[(*grid, 1, 1)[:3]](*[arguments[name] for name in self.kernel.arg_names])
+            return
+        compiled = self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
+        if type(compiled) is CompiledKernel and not torch.version.hip:  # HIP's compiles for sizes of tensors, too
+            self.compiled[key] = compiled
+
+
+#: By the kernel's id: its hash is that of its source. No kernel is ever freed.
+_launchers: dict[int, _Launcher] = {}
 
 
 def is_traced() -> bool:
@@ -148,7 +183,12 @@ def wrap_triton(kernel: Any) -> Any:
     if INTERPRETED:
         return kernel
     wrapped = torch.library.wrap_triton(kernel) if _is_watched() else kernel
-    return _Launcher(kernel) if wrapped is kernel else wrapped
+    if wrapped is not kernel:
+        return wrapped
+    launcher = _launchers.get(id(kernel))
+    if launcher is None:
+        launcher = _launchers[id(kernel)] = _Launcher(kernel)
+    return launcher
 
 
 class Op:
