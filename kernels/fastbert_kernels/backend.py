@@ -114,54 +114,68 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     raise ValueError(f"{op} needs every tensor on one device, got {listing}: move them with .to(device)")
 
 
+#: The key of a launch, and the launch, of a kernel whose arguments are put in.
+_LAUNCH = """
+def key({names}, **options):
+    return {device}, {parts}, *options.values()
+
+def launch(grid, {names}, **options):
+    compiled = find(({device}, {parts}, *options.values()))
+    if compiled is None or {device}.index != current_device():
+        look_up(grid, {arguments} | options)
+    else:
+        compiled[grid]({names})
+"""
+
+
 class _Launcher:
     """A kernel to be launched on its tensors' device, with the compile options whose defaults Triton may change.
 
-    What Triton compiled for such arguments is looked up here: its own lookup takes longer than all else in a launch.
+    What Triton compiled for such arguments is looked up here: its own lookup takes longer than all else in a launch. As
+    Triton does for that, this writes a function for the kernel, which knows its arguments by name.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        varying = {p.name for p in kernel.params if not p.is_constexpr}
-        self.tensors = {name for name in varying if name.endswith("_ptr")}
-        self.numbers = varying - self.tensors
         self.compiled: dict[tuple[Any, ...], CompiledKernel] = {}
-
-    def key(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
-        """What Triton compiles for: the device and whatever is fixed; of tensors the dtype, and whether they start at a
-        multiple of 16 bytes; of integers whether they are 1, a multiple of 16, or wider than 32 bits."""
-        key: list[Any] = [next(iter(arguments.values())).device]  # the first one is a tensor
-        for name, value in arguments.items():
-            if name in self.tensors:
-                key.append(value.dtype if value.data_ptr() & 15 == 0 else (value.dtype,))
-            elif name not in self.numbers:
-                key.append(value)
-            elif type(value) is int:
-                key.append((value == 1, value & 15 == 0, value >> 31))
-            else:
-                key.append(type(value))
-        return tuple(key)
+        names = [p.name for p in kernel.params]
+        self.functions: dict[str, Any] = {
+            "find": self.compiled.get,
+            "look_up": self.look_up,
+            "current_device": lambda: torch.cuda.current_device(),
+        }
+        source = _LAUNCH.format(
+            names=", ".join(names),
+            device=f"{names[0]}.device",
+            parts=", ".join(map(_varies, kernel.params)),
+            arguments="{" + ", ".join(f"{name!r}: {name}" for name in names) + "}",
+        )
+        exec(source, self.functions)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        def launch(**arguments: Any) -> None:
-            key = self.key(arguments)
-            device = key[0]
-            if device.index != torch.cuda.current_device():
-                with torch.cuda.device(device):
-                    self._launch(grid, key, arguments)
-            else:
-                self._launch(grid, key, arguments)
+        return functools.partial(self.functions["launch"], (*grid, 1, 1)[:3])
 
-        return launch
+    def look_up(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        """Launch by Triton itself, and keep what it launches."""
+        device = arguments[self.kernel.arg_names[0]].device
+        guard = contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+        with guard:
+            compiled = self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
+        if (
+            type(compiled) is CompiledKernel and not torch.version.hip
+        ):  # HIP's is compiled for the sizes of tensors, too
+            self.compiled[self.functions["key"](**arguments)] = compiled
 
-    def _launch(self, grid: tuple[int, ...], key: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        compiled = self.compiled.get(key)
-        if compiled is not None:
-            compiled[(*grid, 1, 1)[:3]](*[arguments[name] for name in self.kernel.arg_names])
-            return
-        compiled = self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
-        if type(compiled) is CompiledKernel and not torch.version.hip:  # HIP's compiles for sizes of tensors, too
-            self.compiled[key] = compiled
+
+def _varies(parameter: Any) -> str:
+    """An expression of what Triton compiles a kernel for in an argument: of a tensor its dtype and whether it starts at
+    a multiple of 16 bytes; of an integer whether it is 1, a multiple of 16, or wider than 32 bits."""
+    name = parameter.name
+    if parameter.is_constexpr:
+        return name
+    if name.endswith("_ptr"):
+        return f"{name}.dtype, {name}.data_ptr() & 15"
+    return f"({name} == 1, {name} & 15 == 0, {name} >> 31) if type({name}) is int else type({name})"
 
 
 #: By the kernel's id: its hash is that of its source. No kernel is ever freed.
