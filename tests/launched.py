@@ -1,17 +1,24 @@
-"""Every kernel through Triton's own launch, on a GPU that is not there: prints how often each was launched, as JSON.
+"""Every kernel through Triton's own launch, on a GPU that is not there.
 
-Run by `test_launched.py` in a process whose Triton is not the interpreter.
+Prints how often each was launched, and pairs of keys of arguments, ours and Triton's, as JSON. Run by
+`test_launched.py` in a process whose Triton is not the interpreter.
 """
 
+import itertools
 import json
+from typing import Any
 from unittest import mock
 
 import torch
 import transformers
+from triton.runtime import driver
+from triton.runtime.jit import compute_cache_key
 
 import fastbert
 from bench.stand_in import as_on_a_gpu
 from fastbert.distill import attention_loss, capture
+from fastbert_kernels import layer_norm
+from fastbert_kernels.backend import wrap_triton
 
 
 def model() -> fastbert.BertModel:
@@ -19,6 +26,37 @@ def model() -> fastbert.BertModel:
         hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128, vocab_size=50
     )
     return fastbert.BertModel(config).bfloat16().train()
+
+
+def keys() -> list[tuple[str, str]]:
+    """What one kernel is looked up by, here and by Triton, for arguments of every kind that it compiles anew for."""
+    kernel: Any = layer_norm._add_layer_norm_forward
+    memory = torch.zeros(64)
+    changes: dict[str, list[Any]] = {
+        "x_ptr": [memory, memory[1:], memory[4:], memory.bfloat16()],
+        "weight_ptr": [memory, memory[3:], memory.half()],
+        "count": [0, 1, 2, 16, 17, 2**31 - 1, 2**31, 2**31 + 16],
+        "features": [1, 3, 32],
+        "eps": [1e-12, 1.0, 1],
+        "site": [0, 1, 16, 2**31],
+        "HAS_BIAS": [True, False],
+        "BLOCK_M": [1, 2],
+        "num_warps": [1, 2],
+    }
+    fixed = {name: memory for name in kernel.arg_names if name.endswith("_ptr")}
+    fixed |= {"keep_threshold": 5, "keep_scale": 2.0, "BLOCK_N": 64, "num_stages": 1}
+    fixed |= {name: True for name in kernel.arg_names if name.startswith("HAS_")}
+    *_, binder = kernel.device_caches[driver.active.get_current_device()]
+    found = []
+    # All values of any two arguments together, the others as they come first.
+    for names in itertools.combinations(changes, 2):
+        for values in itertools.product(*(changes[name] for name in names)):
+            arguments = fixed | {name: first for name, (first, *_) in changes.items()}
+            arguments |= dict(zip(names, values, strict=True))
+            _, specialization, options = binder(**arguments)
+            ours = wrap_triton(kernel).functions["key"](**arguments)
+            found.append((repr(ours), compute_cache_key({}, specialization, options)))
+    return found
 
 
 def main() -> None:
@@ -43,7 +81,7 @@ def main() -> None:
         with capture(student) as ours:
             student(ids, mask)
         attention_loss(ours[0], theirs[0]).backward()
-    print(json.dumps(launched))
+        print(json.dumps([launched, keys()]))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from fastbert.tuning.problems import COMPILED
 
 
-def test_triton_takes_the_launch_of_every_kernel() -> None:
+@pytest.fixture(scope="module")
+def found() -> list[Any]:
+    """How often each kernel was launched, and pairs of keys of arguments."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.launched"],
         cwd=Path(__file__).parents[1],
@@ -19,6 +24,20 @@ def test_triton_takes_the_launch_of_every_kernel() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    launched = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_triton_takes_the_launch_of_every_kernel(found: list[Any]) -> None:
+    launched = found[0]
     assert set(launched) == {"_column_sums"} | {kernel.__name__ for kernel in COMPILED.values()}
     assert min(launched.values()) > 0
+
+
+def test_what_triton_compiles_apart_is_looked_up_apart(found: list[Any]) -> None:
+    theirs: dict[str, set[str]] = {}
+    for ours, key in found[1]:
+        theirs.setdefault(ours, set()).add(key)
+    assert max(len(keys) for keys in theirs.values()) == 1
+    # Not finer by more than how far a tensor is from where it would be aligned.
+    assert len(theirs) < 2 * len({key for _, key in found[1]})
+    assert len(theirs) < len(found[1]) / 2
