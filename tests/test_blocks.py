@@ -1,6 +1,7 @@
 """Layers that are one step of autograd, or two, against Hugging Face's and against the same ops one by one."""
 
 import contextlib
+import functools
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 from models import assert_close, ids, mask_of, pair
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastbert
 from fastbert import modeling, modules
@@ -286,6 +288,22 @@ def test_second_derivative_is_refused(device: torch.device, calls: Counter[str],
         with pytest.raises(NotImplementedError, match="has no second derivative"):
             sum(gradient.square().sum() for gradient in found).backward()
     assert calls
+
+
+def test_selective_checkpointing_keeps_products(device: torch.device, calls: Counter[str], products: bool) -> None:
+    _, fused = pair(device)
+    layer, hidden = fused.encoder.layer[0], torch.randn(3, 11, 32, device=device)
+    kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+    def gradients(run: Callable[..., torch.Tensor], **kwargs: Any) -> list[torch.Tensor]:
+        with backend("triton"):
+            y = run(layer, hidden, **kwargs)
+            return list(torch.autograd.grad(y, list(layer.parameters()), torch.linspace(-1, 1, 32).to(y).expand_as(y)))
+
+    got = gradients(checkpoint, use_reentrant=False, context_fn=kept)
+    want = gradients(lambda layer, hidden: layer(hidden))
+    assert calls == dict.fromkeys(BLOCKS, 3)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_the_activation_is_not_kept(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from .attention import op_arguments as attend_arguments
 from .backend import is_traced, second_derivative_error, uses_triton
 from .feed_forward import in_product_dtype, products, products_backward
 from .layer_norm import _forward as norm_forward
-from .layer_norm import _forward_in_place as norm_forward_in_place
+from .layer_norm import forward_in_place as norm_forward_in_place
 from .layer_norm import gradients as norm_gradients
 from .layer_norm import op_arguments as norm_arguments
 
@@ -176,10 +176,10 @@ def _attend(
     )
     if not keep:
         return norm_forward(*of_norm, False)[0], probs, ()
-    y, rstd = norm_forward_in_place(*of_norm)
+    y, normed, rstd = norm_forward_in_place(*of_norm)
     qkv, cu_seqlens, _, mask, head_mask, *_, columns, order = arguments
     tensors = (
-        *(out, rstd, of_norm[3], of_norm[4], of.seed),
+        *(normed, rstd, of_norm[3], of_norm[4], of.seed),
         *(x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order),
         # That they do not change meanwhile: qkv_weight tells of the first one only.
         *(of.qkv_parameters[1:3] if x.dtype == of.qkv_weight.dtype else ()),
@@ -254,8 +254,8 @@ def _feed_forward(
     )
     if not keep:
         return norm_forward(*of_norm, False)[0], x, ()
-    y, rstd = norm_forward_in_place(*of_norm)
-    return y, x, (out, rstd, of_norm[3], of.seed, weight1, bias1, weight2, pre)
+    y, normed, rstd = norm_forward_in_place(*of_norm)
+    return y, x, (normed, rstd, of_norm[3], of.seed, weight1, bias1, weight2, pre)
 
 
 def _feed_forward_backward(
