@@ -250,6 +250,32 @@ def test_gradients_of_maps_alone(
     assert calls == dict.fromkeys(BLOCKS, 2)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(
+    ("trained", "flows"),
+    [
+        ("attention.output.dense.weight", False),
+        ("attention.output.LayerNorm.bias", False),
+        ("output.dense.weight", False),
+        ("intermediate.dense.weight", False),
+        ("attention.self.query.weight", True),
+        ("attention.self.key.bias", True),
+    ],
+)
+def test_maps_need_a_gradient_where_what_they_are_made_of_does(
+    request: pytest.FixtureRequest, device: torch.device, trained: str, flows: bool, steps: int
+) -> None:
+    if steps == 2:
+        request.getfixturevalue("halves")
+    for model, name in zip(pair(device), ("torch", "triton"), strict=True):
+        for k, p in model.named_parameters():
+            p.requires_grad_(k == f"encoder.layer.0.{trained}")
+        with backend(name):
+            output = model(ids(device=device), output_attentions=True)
+        assert [probs.requires_grad for probs in output.attentions] == [flows, True]
+        assert output.last_hidden_state.requires_grad
+
+
 def test_a_head_mask_has_a_gradient(device: torch.device, calls: Counter[str]) -> None:
     _, fused = pair(device)
     head_mask = torch.rand(2, 4, device=device, requires_grad=True)

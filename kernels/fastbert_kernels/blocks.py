@@ -238,6 +238,12 @@ def _attend_backward(
     return dhidden, None if head_mask is None else dhead_mask, dweight, dparts
 
 
+def _mark_maps(ctx: Any, probs: torch.Tensor | None, needs: tuple[bool, ...]) -> None:
+    """Say that maps have no gradient where none of what they are made of has; `needs` as in `_attend_backward`."""
+    if probs is not None and not any((*needs[:2], *needs[6:])):
+        ctx.mark_non_differentiable(probs)
+
+
 def _feed_forward(
     hidden: torch.Tensor, of: FeedForwardArguments, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
@@ -286,6 +292,7 @@ class _AttentionBlock(torch.autograd.Function):
             ctx.save_for_backward(*tensors)
             ctx.of, ctx.device_type = of, hidden.device.type
             ctx.set_materialize_grads(False)
+            _mark_maps(ctx, probs, ctx.needs_input_grad[1:])
         return y, probs
 
     @staticmethod
@@ -344,6 +351,8 @@ class _Layer(torch.autograd.Function):
             ctx.first, ctx.second, ctx.split = first, second, len(of_second)
             ctx.device_type = hidden.device.type
             ctx.set_materialize_grads(False)
+            _, _, needs_hidden, *needs = ctx.needs_input_grad
+            _mark_maps(ctx, probs, (needs_hidden, *needs[6:]))
         return y, probs
 
     @staticmethod
