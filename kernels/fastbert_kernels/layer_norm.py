@@ -210,6 +210,7 @@ def _launch_forward(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
+    *,
     normed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm and, given `normed` to keep it in without weight and bias, which may be x, 1 / standard deviation."""
@@ -255,7 +256,7 @@ def _forward(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     normed = torch.empty_like(x) if keep else None
-    y, rstd = _launch_forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, normed)
+    y, rstd = _launch_forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, normed=normed)
     return y, x.new_empty(0) if normed is None else normed, rstd
 
 
