@@ -488,6 +488,27 @@ def test_chunks_are_called(device: torch.device, calls: Counter[str]) -> None:
     assert _called(calls) == (2, 0)
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("whose", ["layer", "class"])
+def test_a_replaced_feed_forward_chunk_is_called(
+    device: torch.device, calls: Counter[str], whose: str, name: str
+) -> None:
+    plain, fused = pair(device)
+    for model in (plain, fused):
+        layer = model.encoder.layer[0]
+
+        def doubled(self: Any, attended: torch.Tensor) -> torch.Tensor:
+            return 2.0 * self.output(self.intermediate(attended), attended)
+
+        if whose == "layer":
+            layer.feed_forward_chunk = functools.partial(doubled, layer)
+        else:
+            layer.__class__ = type("Layer", (type(layer),), {"feed_forward_chunk": doubled})
+    ours, theirs = run(fused, device, name)[0], run(plain, device, "torch")[0]
+    assert _called(calls) == ((2, 1) if name == "triton" else (0, 0))
+    assert_close(ours, theirs)
+
+
 def test_products_of_two_dtypes_are_refused(device: torch.device) -> None:
     _, fused = pair(device)
     fused.encoder.half()
