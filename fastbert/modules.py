@@ -554,7 +554,8 @@ class FusedLayer(hf.BertLayer):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        if self.chunk_size_feed_forward == 0 and _attends_as_block(hidden_states, kwargs):
+        replaced = getattr(self.feed_forward_chunk, "__func__", None) is not hf.BertLayer.feed_forward_chunk
+        if self.chunk_size_feed_forward == 0 and not replaced and _attends_as_block(hidden_states, kwargs):
             attention, feed_forward = _block_arguments(self.attention), None
             if attention is not None:
                 feed_forward = _block_arguments(self.intermediate, self.output)
@@ -571,6 +572,8 @@ class FusedLayer(hf.BertLayer):
             # Every chunk draws a seed of its own, or all would drop the same elements.
             chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
             return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
+        if replaced:
+            return self.feed_forward_chunk(attended)
         block = _block_arguments(self.intermediate, self.output) if runs_as_block(attended) else None
         if block is None:
             return self.output(self.intermediate(attended), attended, seed)

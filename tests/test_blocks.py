@@ -1,6 +1,7 @@
 """Layers that are one step of autograd, or two, against Hugging Face's and against the same ops one by one."""
 
 import contextlib
+import functools
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 from models import assert_close, ids, mask_of, pair
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastbert
 from fastbert import modeling, modules
@@ -248,6 +250,32 @@ def test_gradients_of_maps_alone(
     assert calls == dict.fromkeys(BLOCKS, 2)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(
+    ("trained", "flows"),
+    [
+        ("attention.output.dense.weight", False),
+        ("attention.output.LayerNorm.bias", False),
+        ("output.dense.weight", False),
+        ("intermediate.dense.weight", False),
+        ("attention.self.query.weight", True),
+        ("attention.self.key.bias", True),
+    ],
+)
+def test_maps_need_a_gradient_where_what_they_are_made_of_does(
+    request: pytest.FixtureRequest, device: torch.device, trained: str, flows: bool, steps: int
+) -> None:
+    if steps == 2:
+        request.getfixturevalue("halves")
+    for model, name in zip(pair(device), ("torch", "triton"), strict=True):
+        for k, p in model.named_parameters():
+            p.requires_grad_(k == f"encoder.layer.0.{trained}")
+        with backend(name):
+            output = model(ids(device=device), output_attentions=True)
+        assert [probs.requires_grad for probs in output.attentions] == [flows, True]
+        assert output.last_hidden_state.requires_grad
+
+
 def test_a_head_mask_has_a_gradient(device: torch.device, calls: Counter[str]) -> None:
     _, fused = pair(device)
     head_mask = torch.rand(2, 4, device=device, requires_grad=True)
@@ -286,6 +314,22 @@ def test_second_derivative_is_refused(device: torch.device, calls: Counter[str],
         with pytest.raises(NotImplementedError, match="has no second derivative"):
             sum(gradient.square().sum() for gradient in found).backward()
     assert calls
+
+
+def test_selective_checkpointing_keeps_products(device: torch.device, calls: Counter[str], products: bool) -> None:
+    _, fused = pair(device)
+    layer, hidden = fused.encoder.layer[0], torch.randn(3, 11, 32, device=device)
+    kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+    def gradients(run: Callable[..., torch.Tensor], **kwargs: Any) -> list[torch.Tensor]:
+        with backend("triton"):
+            y = run(layer, hidden, **kwargs)
+            return list(torch.autograd.grad(y, list(layer.parameters()), torch.linspace(-1, 1, 32).to(y).expand_as(y)))
+
+    got = gradients(checkpoint, use_reentrant=False, context_fn=kept)
+    want = gradients(lambda layer, hidden: layer(hidden))
+    assert calls == dict.fromkeys(BLOCKS, 3)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_the_activation_is_not_kept(device: torch.device) -> None:
@@ -442,6 +486,27 @@ def test_chunks_are_called(device: torch.device, calls: Counter[str]) -> None:
     with backend("triton"), torch.no_grad():
         fused(ids(device=device))
     assert _called(calls) == (2, 0)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("whose", ["layer", "class"])
+def test_a_replaced_feed_forward_chunk_is_called(
+    device: torch.device, calls: Counter[str], whose: str, name: str
+) -> None:
+    plain, fused = pair(device)
+    for model in (plain, fused):
+        layer = model.encoder.layer[0]
+
+        def doubled(self: Any, attended: torch.Tensor) -> torch.Tensor:
+            return 2.0 * self.output(self.intermediate(attended), attended)
+
+        if whose == "layer":
+            layer.feed_forward_chunk = functools.partial(doubled, layer)
+        else:
+            layer.__class__ = type("Layer", (type(layer),), {"feed_forward_chunk": doubled})
+    ours, theirs = run(fused, device, name)[0], run(plain, device, "torch")[0]
+    assert _called(calls) == ((2, 1) if name == "triton" else (0, 0))
+    assert_close(ours, theirs)
 
 
 def test_products_of_two_dtypes_are_refused(device: torch.device) -> None:

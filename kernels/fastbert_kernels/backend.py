@@ -187,7 +187,7 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing()
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether any of these, or a dispatch mode, is to see ops, and not what they are made of."""
     return is_traced() or _len_torch_dispatch_stack() > 0
 
@@ -196,7 +196,7 @@ def wrap_triton(kernel: Any) -> Any:
     """Make a kernel visible to `torch.compile`, which has its own compile options; else ready to launch."""
     if INTERPRETED:
         return kernel
-    wrapped = torch.library.wrap_triton(kernel) if _is_watched() else kernel
+    wrapped = torch.library.wrap_triton(kernel) if is_watched() else kernel
     if wrapped is not kernel:
         return wrapped
     launcher = _launchers.get(id(kernel))
@@ -212,10 +212,10 @@ class Op:
     Compiled kernels are a `triton_op`, which `torch.compile` sees into; interpreted ones an opaque `custom_op`.
     """
 
-    def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...]) -> None:
+    def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:
         register: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
         self.fn = self.recorded = fn
-        self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=mutates)
+        self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=())
         self.registered.register_fake(fake)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -231,11 +231,11 @@ class Op:
         # With a `setup_context` of its own an autograd.Function inspects its signature in each call.
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function = type(fn.__name__, (torch.autograd.Function,), methods)
-        # Its `apply` first looks whether functorch, which `_is_watched` rules out, has wrapped an argument.
+        # Its `apply` first looks whether functorch, which `is_watched` rules out, has wrapped an argument.
         self.recorded = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
-        if _is_watched() or type(args[0]) is not torch.Tensor:
+        if is_watched() or type(args[0]) is not torch.Tensor:
             return self.registered(*args)
         return self.recorded(*args) if torch.is_grad_enabled() else self.fn(*args)
 
@@ -245,17 +245,14 @@ def cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def register_op(
-    name: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()
-) -> Callable[[Callable[..., Any]], Op]:
+def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
     """Register a function that launches kernels as the torch op `fastbert::name`.
 
     Args:
         name: the op's name in the namespace `torch.ops.fastbert`.
         fake: the op on fake tensors: same signature, outputs of the right shape, dtype and device.
-        mutates: the arguments that it writes to.
     """
-    return lambda fn: Op(name, fn, fake, mutates)
+    return lambda fn: Op(name, fn, fake)
 
 
 def second_derivative_error(

@@ -18,7 +18,7 @@ from .attention import op_arguments as attend_arguments
 from .backend import is_traced, second_derivative_error, uses_triton
 from .feed_forward import in_product_dtype, products, products_backward
 from .layer_norm import _forward as norm_forward
-from .layer_norm import _forward_in_place as norm_forward_in_place
+from .layer_norm import forward_in_place as norm_forward_in_place
 from .layer_norm import gradients as norm_gradients
 from .layer_norm import op_arguments as norm_arguments
 
@@ -176,10 +176,10 @@ def _attend(
     )
     if not keep:
         return norm_forward(*of_norm, False)[0], probs, ()
-    y, rstd = norm_forward_in_place(*of_norm)
+    y, normed, rstd = norm_forward_in_place(*of_norm)
     qkv, cu_seqlens, _, mask, head_mask, *_, columns, order = arguments
     tensors = (
-        *(out, rstd, of_norm[3], of_norm[4]),
+        *(normed, rstd, of_norm[3], of_norm[4]),
         *(of.seed, x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order),
         # That they do not change meanwhile: qkv_weight tells of the first one only.
         *(of.qkv_parameters[1:3] if x.dtype == of.qkv_weight.dtype else ()),
@@ -236,6 +236,12 @@ def _attend_backward(
     return dhidden, None if head_mask is None else dhead_mask, dweight, dparts
 
 
+def _mark_maps(ctx: Any, probs: torch.Tensor | None, needs: tuple[bool, ...]) -> None:
+    """Say that maps have no gradient where none of what they are made of has; `needs` as in `_attend_backward`."""
+    if probs is not None and not any((*needs[:2], *needs[6:])):
+        ctx.mark_non_differentiable(probs)
+
+
 def _feed_forward(
     hidden: torch.Tensor, of: FeedForwardArguments, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
@@ -252,8 +258,8 @@ def _feed_forward(
     )
     if not keep:
         return norm_forward(*of_norm, False)[0], x, ()
-    y, rstd = norm_forward_in_place(*of_norm)
-    return y, x, (out, rstd, of_norm[3], of.seed, weight1, bias1, weight2, pre)
+    y, normed, rstd = norm_forward_in_place(*of_norm)
+    return y, x, (normed, rstd, of_norm[3], of.seed, weight1, bias1, weight2, pre)
 
 
 def _feed_forward_backward(
@@ -284,6 +290,7 @@ class _AttentionBlock(torch.autograd.Function):
             ctx.save_for_backward(*tensors)
             ctx.of, ctx.device_type = of, hidden.device.type
             ctx.set_materialize_grads(False)
+            _mark_maps(ctx, probs, ctx.needs_input_grad[1:])
         return y, probs
 
     @staticmethod
@@ -342,6 +349,8 @@ class _Layer(torch.autograd.Function):
             ctx.first, ctx.second, ctx.split = first, second, len(of_second)
             ctx.device_type = hidden.device.type
             ctx.set_materialize_grads(False)
+            _, _, needs_hidden, *needs = ctx.needs_input_grad
+            _mark_maps(ctx, probs, (needs_hidden, *needs[6:]))
         return y, probs
 
     @staticmethod

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .backend import cdiv, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .backend import (
+    cdiv,
+    check_same_device,
+    forbid_double_backward,
+    is_watched,
+    register_op,
+    uses_triton,
+    wrap_triton,
+)
 from .column_sums import column_sums, partial_rows
 from .numerics import cast, dropout_keep
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
@@ -202,6 +210,7 @@ def _launch_forward(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
+    *,
     normed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm and, given `normed` to keep it in without weight and bias, which may be x, 1 / standard deviation."""
@@ -247,39 +256,18 @@ def _forward(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     normed = torch.empty_like(x) if keep else None
-    y, rstd = _launch_forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, normed)
+    y, rstd = _launch_forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, normed=normed)
     return y, x.new_empty(0) if normed is None else normed, rstd
 
 
-def _forward_in_place_fake(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    stream: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    y, _, rstd = _forward_fake(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, False)
-    return y, rstd
-
-
-@register_op("add_layer_norm_", _forward_in_place_fake, mutates=("x",))
-def _forward_in_place(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    stream: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is kept takes the memory of x. Without a gradient of its own."""
-    return _launch_forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, x)
+def forward_in_place(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the op returns with keep=True, whose other arguments these are, but what is kept takes the memory of x;
+    without a gradient of its own. A dispatch mode may hold x, as selective checkpointing does: there nothing is taken.
+    """
+    if is_watched():
+        return _forward(x, *arguments, True)
+    y, rstd = _launch_forward(x, *arguments, normed=x)
+    return y, x, rstd
 
 
 def _backward_fake(
