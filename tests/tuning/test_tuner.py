@@ -179,7 +179,7 @@ def test_tiles_that_draw_another_mask_are_refused(
     cuda_index: torch.device, on_launch: Callable[[Change], None]
 ) -> None:
     rows = 2 * shipped_tiles(NORM, arch(cuda_index))["BLOCK_M"]
-    on_launch(lambda name, given: given | ({"stream": 8} if (name, given["BLOCK_M"]) == (NORM.kernel, rows) else {}))
+    on_launch(lambda name, given: given | ({"site": 8} if (name, given["BLOCK_M"]) == (NORM.kernel, rows) else {}))
     outcome = measure(NORM, cuda_index, (rows,), timer_of({rows: 0.1}))
     assert not outcome.kept
     (line,) = outcome.refused
