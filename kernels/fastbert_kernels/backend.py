@@ -114,7 +114,7 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     raise ValueError(f"{op} needs every tensor on one device, got {listing}: move them with .to(device)")
 
 
-#: The key of a launch, and the launch, of a kernel whose arguments are put in.
+#: Functions of one kernel, whose arguments are put in: what a launch is looked up by, and the launch.
 _LAUNCH = """
 def key({names}, **options):
     return {device}, {parts}, *options.values()
@@ -161,9 +161,8 @@ class _Launcher:
         guard = contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
         with guard:
             compiled = self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
-        if (
-            type(compiled) is CompiledKernel and not torch.version.hip
-        ):  # HIP's is compiled for the sizes of tensors, too
+        # Not on HIP, for which Triton compiles by the sizes of tensors, too.
+        if type(compiled) is CompiledKernel and not torch.version.hip:
             self.compiled[self.functions["key"](**arguments)] = compiled
 
 
