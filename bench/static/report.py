@@ -27,7 +27,7 @@ REASONS = {
     "gfx942 copies": "loads straight to LDS are 32 bits wide there; tiles come through registers",
     "after the product": "a tile is read when a product is done, while the multiprocessor's other program multiplies",
     "map's gradient": "a product starts from its tile, so that it is loaded to registers",
-    "narrow rows": "a tile has fewer than 16 bytes for each thread",
+    "narrow rows": "a tile has fewer bytes for each thread than one access moves: 16, or 4 of an asynchronous copy",
     "odd width": "rows that are no multiple of 16 bytes start anywhere, and so do their tiles",
 }
 
@@ -76,11 +76,13 @@ class Report:
         peaks = PEAKS[DEVICES[self.target]]
         return issued / (4 * peaks.multiprocessors * peaks.clock) * 1e6
 
-    @property
-    def _tile_bytes(self) -> int:
-        """Of the smaller tile of rows that an attention kernel loads."""
+    def _is_narrow(self, size: int) -> bool:
+        """Whether the smaller tile of rows that an attention kernel loads has under `size` bytes for each thread."""
+        if not self.case.attends:
+            return False
         rows = min(self.tiles["BLOCK_M"], self.tiles["BLOCK_N"])
-        return rows * max(16, self.case.width) * ITEMSIZE[self.case.dtype]
+        threads = TARGETS[self.target].warp_size * self.tiles["num_warps"]
+        return rows * max(16, self.case.width) * ITEMSIZE[self.case.dtype] < size * threads
 
     def shortfalls(self) -> list[Shortfall]:
         """All in which this kernel falls short of what the report looks for."""
@@ -100,14 +102,14 @@ class Report:
         elif case.kernel == "feed_forward_backward":
             edge = "after the product"
         if any(not loop.async_copies for loop in machine.loops):
-            found.append(Shortfall("a loop without asynchronous copies", odd if self.nvidia else "gfx942 copies"))
+            why = (odd or ("narrow rows" if self._is_narrow(4) else None)) if self.nvidia else "gfx942 copies"
+            found.append(Shortfall("a loop without asynchronous copies", why))
         elif machine.sync_tiles:
             found.append(
                 Shortfall("a loop that waits for a tile", "gathered map" if "COLUMNS" in flags else edge or odd)
             )
         if self.floor.bound == "bandwidth" and not machine.wide_loads + machine.wide_async:
-            narrow = case.attends and self._tile_bytes < 16 * TARGETS[self.target].warp_size * self.tiles["num_warps"]
-            found.append(Shortfall("no 128-bit load", odd or ("narrow rows" if narrow else None)))
+            found.append(Shortfall("no 128-bit load", odd or ("narrow rows" if self._is_narrow(16) else None)))
         return found
 
     def problems(self) -> list[str]:
