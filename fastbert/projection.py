@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbert_kernels import as_one, uses_triton
+from fastbert_kernels import uses_triton
 
 from .notices import warn_once
 from .plain import describe, is_plain_linear
@@ -54,8 +54,9 @@ def seen_as_one(parts: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
         if part.data_ptr() != end or not part.is_contiguous():
             return None
         end += part.nbytes
+    first = parts[0].detach()
     try:
-        return as_one(parts)
+        return first.as_strided((sum([part.shape[0] for part in parts]), *first.shape[1:]), first.stride())
     except RuntimeError:  # it would leave the first one's storage
         return None
 

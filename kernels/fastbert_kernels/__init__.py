@@ -9,7 +9,6 @@ from .bias_gelu import ACTIVATIONS, bias_activation
 from .blocks import (
     AttentionArguments,
     FeedForwardArguments,
-    as_one,
     attention_block,
     feed_forward_block,
     layer_block,
@@ -25,7 +24,6 @@ __all__ = [
     "AttentionArguments",
     "FeedForwardArguments",
     "add_layer_norm",
-    "as_one",
     "attention",
     "attention_block",
     "backend",

@@ -28,12 +28,6 @@ def runs_as_block(x: torch.Tensor) -> bool:
     return type(x) is torch.Tensor and not is_traced() and uses_triton(x)
 
 
-def as_one(neighbours: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Tensors (rows, ...) that lie one after the other in one storage, seen as one (sum of rows, ...), detached."""
-    first = neighbours[0].detach()
-    return first.as_strided((sum([part.shape[0] for part in neighbours]), *first.shape[1:]), first.stride())
-
-
 def _run(block: type[torch.autograd.Function], *arguments: Any) -> Any:
     """Run a block as a step of autograd if gradients are on, else its forward alone."""
     if torch.is_grad_enabled():
@@ -153,6 +147,35 @@ class FeedForwardArguments(NamedTuple):
         return self[:6]
 
 
+def _norm(
+    x: torch.Tensor, residual: torch.Tensor, of: AttentionArguments | FeedForwardArguments, keep: bool, again: bool
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """A block's norm, of the result of its last product; and, to keep, the tensors of `_norm_backward`: those that it
+    makes the result `again` from too, if asked."""
+    arguments = norm_arguments(
+        x, of.bias, residual, of.norm_weight, of.norm_bias, of.eps, of.hidden_dropout_p, of.seed, of.hidden_stream
+    )
+    if not keep:
+        return norm_forward(*arguments, False)[0], ()
+    y, normed, rstd = norm_forward_in_place(*arguments)
+    return y, (normed, rstd, arguments[3], arguments[4] if again else None, of.seed)
+
+
+def _norm_backward(
+    dy: torch.Tensor, of: AttentionArguments | FeedForwardArguments, tensors: tuple[Any, ...], again: bool
+) -> tuple[Any, ...]:
+    """What `layer_norm.gradients` returns, of a block's norm; `again`: its result too."""
+    normed, rstd, norm_weight, norm_bias, seed = tensors
+    return norm_gradients(
+        *(dy, normed, norm_weight, norm_bias if again else None, rstd),
+        *(None if of.bias is None else of.bias.dtype, of.hidden_dropout_p, seed, of.hidden_stream),
+    )
+
+
+#: How many tensors a norm keeps: the first ones of a block's.
+_OF_NORM = 5
+
+
 def _attend(
     hidden: torch.Tensor, of: AttentionArguments, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor | None, ...]]:
@@ -171,31 +194,17 @@ def _attend(
     if not keep:
         del qkv, arguments
     out = F.linear(context.view(*hidden.shape[:-1], of.heads * head_dim), weight)
-    of_norm = norm_arguments(
-        out, of.bias, hidden, of.norm_weight, of.norm_bias, of.eps, of.hidden_dropout_p, of.seed, of.hidden_stream
-    )
+    y, of_norm = _norm(out, hidden, of, keep, again=True)
     if not keep:
-        return norm_forward(*of_norm, False)[0], probs, ()
-    y, normed, rstd = norm_forward_in_place(*of_norm)
+        return y, probs, ()
     qkv, cu_seqlens, _, mask, head_mask, *_, columns, order = arguments
     tensors = (
-        *(normed, rstd, of_norm[3], of_norm[4]),
-        *(of.seed, x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order),
+        *of_norm,
+        *(x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order),
         # That they do not change meanwhile: qkv_weight tells of the first one only.
         *(of.qkv_parameters[1:3] if x.dtype == of.qkv_weight.dtype else ()),
     )
     return y, probs, tensors
-
-
-def _norm_after_attention_backward(
-    dy: torch.Tensor, of: AttentionArguments, tensors: tuple[Any, ...], again: bool
-) -> tuple[Any, ...]:
-    """What `layer_norm.gradients` returns, of the attention block's norm; `again`: the block's result too."""
-    normed, rstd, norm_weight, norm_bias, seed, *_ = tensors
-    return norm_gradients(
-        *(dy, normed, norm_weight, norm_bias if again else None, rstd),
-        *(None if of.bias is None else of.bias.dtype, of.hidden_dropout_p, seed, of.hidden_stream),
-    )
 
 
 def _attend_backward(
@@ -209,7 +218,8 @@ def _attend_backward(
     """From the gradients of the output product, of the residual and of the maps: those of the hidden states, the head
     mask, the output product's weight and the projections' parameters, which are as `needs` says of the block's inputs.
     """
-    seed, x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order, *_ = tensors[4:]
+    *_, seed = tensors[:_OF_NORM]
+    x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order, *_ = tensors[_OF_NORM:]
     needs_hidden, _, needs_weight, *_ = needs
     dweight = None
     if dout is None:  # the probabilities alone were used
@@ -253,28 +263,21 @@ def _feed_forward(
     bias1 = None if of.up_bias is None else of.up_bias.contiguous()
     out, pre = products(x, weight1, bias1, weight2, of.activation, of.fused, keep)
     out = out.view(hidden.shape)
-    of_norm = norm_arguments(
-        out, of.bias, hidden, of.norm_weight, of.norm_bias, of.eps, of.hidden_dropout_p, of.seed, of.hidden_stream
-    )
-    if not keep:
-        return norm_forward(*of_norm, False)[0], x, ()
-    y, normed, rstd = norm_forward_in_place(*of_norm)
-    return y, x, (normed, rstd, of_norm[3], of.seed, weight1, bias1, weight2, pre)
+    y, of_norm = _norm(out, hidden, of, keep, again=False)
+    return y, x, (*of_norm, weight1, bias1, weight2, pre) if keep else ()
 
 
 def _feed_forward_backward(
-    dy: torch.Tensor, of: FeedForwardArguments, tensors: tuple[Any, ...], needs_weight: bool
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """Gradients of the residual and of the first product, and of all parameters but that product's weight."""
-    normed, rstd, norm_weight, seed, _, bias1, weight2, pre = tensors
-    dout, dbias, dz, *dnorm, _ = norm_gradients(
-        *(dy, normed, norm_weight, None, rstd),
-        *(None if of.bias is None else of.bias.dtype, of.hidden_dropout_p, seed, of.hidden_stream),
-    )
+    dy: torch.Tensor, of: FeedForwardArguments, tensors: tuple[Any, ...], needs_hidden: bool, needs_weight: bool
+) -> tuple[torch.Tensor | None, torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """Gradients of the hidden states, of the first product, and of all parameters but that product's weight."""
+    weight1, bias1, weight2, pre = tensors[_OF_NORM:]
+    dout, dbias, dz, *dnorm, _ = _norm_backward(dy, of, tensors[:_OF_NORM], again=False)
     dpre, dbias1, dweight2 = products_backward(
         dout.view(-1, dout.shape[-1]), weight2, bias1, pre, of.activation, of.fused, needs_weight
     )
-    return dz, dpre, (dbias1, dweight2, dbias, *dnorm)
+    dhidden = _add_product(dz, dpre, weight1) if needs_hidden else None
+    return dhidden, dpre, (dbias1, dweight2, dbias, *dnorm)
 
 
 class _AttentionBlock(torch.autograd.Function):
@@ -302,7 +305,7 @@ class _AttentionBlock(torch.autograd.Function):
         tensors = ctx.saved_tensors
         dout, dbias, dz, *dnorm = [None] * 5
         if dy is not None:
-            dout, dbias, dz, *dnorm, _ = _norm_after_attention_backward(dy, ctx.of, tensors, again=False)
+            dout, dbias, dz, *dnorm, _ = _norm_backward(dy, ctx.of, tensors[:_OF_NORM], again=False)
         dhidden, dhead_mask, dweight, dparts = _attend_backward(dout, dz, dprobs, ctx.of, tensors, needs)
         return None, dhidden, dhead_mask, dweight, dbias, *dnorm, *dparts
 
@@ -326,9 +329,8 @@ class _FeedForwardBlock(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _, needs_hidden, needs_up_weight, _, needs_weight, *_ = ctx.needs_input_grad
         x, *tensors = ctx.saved_tensors
-        dz, dpre, dparameters = _feed_forward_backward(dy, ctx.of, tensors, needs_weight)
-        dup_weight = dpre.t() @ x if needs_up_weight else None
-        return None, _add_product(dz, dpre, tensors[4]) if needs_hidden else None, dup_weight, *dparameters
+        dhidden, dpre, dparameters = _feed_forward_backward(dy, ctx.of, tensors, needs_hidden, needs_weight)
+        return None, dhidden, dpre.t() @ x if needs_up_weight else None, *dparameters
 
 
 class _Layer(torch.autograd.Function):
@@ -365,10 +367,10 @@ class _Layer(torch.autograd.Function):
         dup_weight: torch.Tensor | None = None
         dparameters: tuple[torch.Tensor | None, ...] = (None,) * 5
         if dy is not None:
-            dz, dpre, dparameters = _feed_forward_backward(dy, ctx.second, of_second, needs_weight)
-            dy = _add_product(dz, dpre, of_second[4])
-            dout, dbias, dz, *dnorm, attended = _norm_after_attention_backward(
-                dy, ctx.first, of_first, again=needs_up_weight
+            dattended, dpre, dparameters = _feed_forward_backward(dy, ctx.second, of_second, True, needs_weight)
+            assert dattended is not None
+            dout, dbias, dz, *dnorm, attended = _norm_backward(
+                dattended, ctx.first, of_first[:_OF_NORM], again=needs_up_weight
             )
             dup_weight = dpre.t() @ attended.view(-1, attended.shape[-1]) if needs_up_weight else None
             del dpre, attended
