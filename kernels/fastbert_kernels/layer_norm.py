@@ -350,10 +350,8 @@ def gradients(
     dz, dx, y, sums = _backward(dy, normed, weight, norm_bias, rstd, bias_dtype is not None, dropout_p, seed, stream)
     dweight, dnorm_bias, *dbiases = sums.unbind()
     if dropout_p == 0.0:
-        dx = dz if dz.dtype == normed.dtype else dz.to(normed.dtype)
-    dbias = None
-    if bias_dtype is not None:
-        dbias = dbiases[0] if bias_dtype == weight.dtype else dbiases[0].to(bias_dtype)
+        dx = reference.in_dtype(dz, normed.dtype)
+    dbias = None if bias_dtype is None else reference.in_dtype(dbiases[0], bias_dtype)
     return dx, dbias, dz, dweight, dnorm_bias, y
 
 

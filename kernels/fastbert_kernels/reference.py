@@ -22,7 +22,7 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x.to(dtype), which takes its time even where nothing is to be done."""
     return x if x.dtype == dtype else x.to(dtype)
 
@@ -220,7 +220,7 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str)
         y = F.gelu(z, approximate="tanh")
     else:
         y = F.relu(z) if activation == "relu" else F.silu(z)
-    return _in_dtype(y, x.dtype)
+    return in_dtype(y, x.dtype)
 
 
 def feed_forward(
@@ -249,8 +249,8 @@ def add_layer_norm(
     if residual is not None:
         z = z + upcast(residual)  # torch is slow at adding tensors of different dtypes
     dtype = z.dtype
-    normed = F.layer_norm(z, z.shape[-1:], _in_dtype(weight, dtype), _in_dtype(norm_bias, dtype), eps)
-    return _in_dtype(normed, x.dtype if residual is None else residual.dtype)
+    normed = F.layer_norm(z, z.shape[-1:], in_dtype(weight, dtype), in_dtype(norm_bias, dtype), eps)
+    return in_dtype(normed, x.dtype if residual is None else residual.dtype)
 
 
 def embed(
