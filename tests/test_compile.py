@@ -1,18 +1,12 @@
 """What torch.compile sees of the kernels."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+
+from uninterpreted import run_uninterpreted
 
 
 def test_every_kernel_is_visible_in_the_compiled_graphs() -> None:
-    command = [sys.executable, str(Path(__file__).with_name("compiled_graph.py"))]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    forward, backward = json.loads(done.stdout.splitlines()[-1])
+    forward, backward = json.loads(run_uninterpreted("tests/compiled_graph.py").splitlines()[-1])
     assert forward == {
         "embed_forward": 1,
         "attention_forward": 1,

@@ -1,13 +1,10 @@
 """What Triton itself makes of a launch: it takes neither every name of an argument nor every option."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from uninterpreted import run_uninterpreted
 
 from fastbert.tuning.problems import COMPILED
 
@@ -15,16 +12,7 @@ from fastbert.tuning.problems import COMPILED
 @pytest.fixture(scope="module")
 def found() -> list[Any]:
     """How often each kernel was launched, and pairs of keys of arguments."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.launched"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_uninterpreted("-m", "tests.launched").splitlines()[-1])
 
 
 def test_triton_takes_the_launch_of_every_kernel(found: list[Any]) -> None:

@@ -1,10 +1,8 @@
 """What a layer keeps for its backward pass."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+
+from uninterpreted import run_uninterpreted
 
 _COUNT = """
 import json, fastbert, transformers
@@ -15,16 +13,7 @@ print(json.dumps([*counts, kept_vectors(transformers, "sdpa", False, 32)]))
 
 
 def test_a_layer_keeps_eleven_vectors_a_token() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _COUNT],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    half, autocast, sdpa = json.loads(done.stdout)
+    half, autocast, sdpa = json.loads(run_uninterpreted("-c", _COUNT))
     # The input, query, key, value, the context, two norms and four of the pre-activation; and numbers a row or head.
     statistics = (2 * 12 + 2) * 4 / (2 * 768)
     assert half == autocast == 11 + statistics

@@ -1,11 +1,7 @@
 """The host time of a layer, measured without a GPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from uninterpreted import run_uninterpreted
 
 from bench.stand_in import as_on_a_gpu
 from fastbert_kernels.backend import INTERPRETED
@@ -22,14 +18,6 @@ def test_the_interpreters_host_code_is_not_a_gpus() -> None:
 
 def test_the_table() -> None:
     code = "from bench import python_time as p; p.LAYERS = (1, 2); p.main(rounds=3)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    shown = run_uninterpreted("-c", code)
     for step in ("inference", "training, forward", "training, forward and backward"):
-        assert step in done.stdout
+        assert step in shown
