@@ -48,6 +48,7 @@ _POINTERS: dict[str, torch.dtype | None] = {
     **dict.fromkeys(
         ("stats_ptr", "delta_ptr", "dhead_mask_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), torch.float32
     ),
+    **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), torch.float32),
     **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "dloss_max_ptr"), torch.float32),
     **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr", "order_ptr"), torch.int32),
     **dict.fromkeys(("seed_ptr", "words_ptr", "positions_ptr", "token_types_ptr"), torch.int64),
@@ -61,7 +62,7 @@ _SCALARS: dict[str, int | float] = {
     "keep_threshold": 6554,
     "keep_scale": 1.1,
     "eps": 1e-12,
-    "rows": PARTIAL_SUMS,
+    **dict.fromkeys(("first_rows", "second_rows", "third_rows"), PARTIAL_SUMS),
     "vocab_rows": VOCABULARY,
     "position_rows": 512,
     "token_type_rows": 2,
@@ -148,6 +149,10 @@ class Case:
             activation=self.activation,
         )
 
+    def summed(self) -> tuple[int, int, int]:
+        """Columns of the three matrices that `column_sums` takes in a layer: of its activation, and of its norms."""
+        return FEED_FORWARD * self.width, 3 * self.width, 3 * self.width
+
     def trips(self, tiles: Tiles) -> tuple[int, int]:
         """Programs of one call at `LENGTHS`, and how often they go through their loop, all together."""
         tokens, block_m, block_n = sum(LENGTHS), tiles["BLOCK_M"], tiles["BLOCK_N"]
@@ -160,7 +165,8 @@ class Case:
             return tiled, tiled * -(-self.width // tiles["BLOCK_K"])
         blocks, columns = -(-tokens // block_m), -(-self.width // block_n)
         if self.kernel == "column_sums":
-            return 3 * columns, 3 * columns * -(-PARTIAL_SUMS // block_m)
+            columns = sum(-(-width // block_n) for width in self.summed())
+            return columns, columns * -(-PARTIAL_SUMS // block_m)
         if self.kernel.endswith("forward"):
             return blocks * columns, 0
         return min(blocks, PARTIAL_SUMS) * columns, blocks * columns
@@ -288,6 +294,7 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
     operands = ("student_a", "student_b", "teacher_a", "teacher_b")  # of the three projections of a layer
     known |= {f"{name}_row_stride": 3 * _SIZES[case.aligned]["heads"] * case.width for name in operands}
     features = FEED_FORWARD * case.width if case.feeds_forward else case.width
+    known |= dict(zip(("first_columns", "second_columns", "third_columns"), case.summed(), strict=True))
     known |= {"inner": case.width, "features": features, "ACTIVATION": case.activation}
     known |= _SCALARS | _SIZES[case.aligned] | tiles
     for name, fixed in _POINTERS.items():

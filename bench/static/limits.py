@@ -211,7 +211,8 @@ def _embedding(matrices: int, vectors: int, partials: int) -> Callable[[_Call], 
 
 
 def _column_sums(call: _Call) -> Cost:
-    return Cost(0, call.partials(3) + call.vectors(3), 0)
+    vectors = FEED_FORWARD + 2 * 3  # of a layer: its activation's bias, and of both norms
+    return Cost(0, call.partials(vectors) + call.vectors(vectors), 0)
 
 
 _COSTS: dict[str, Callable[[_Call], Cost]] = {

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .backend import cdiv, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .backend import (
+    cdiv,
+    check_same_device,
+    forbid_double_backward,
+    is_watched,
+    register_op,
+    uses_triton,
+    wrap_triton,
+)
 from .column_sums import column_sums, partial_rows
 from .layer_norm import load_rows, load_vector, store_rows
 from .numerics import activation as apply_activation
@@ -49,9 +57,9 @@ def _bias_activation_backward(
     dy_ptr,  # (count, features)
     x_ptr,  # (count, features)
     bias_ptr,  # (features,); unused without HAS_BIAS
-    dx_ptr,  # (count, features)
+    dx_ptr,  # (count, features); may be dy_ptr
     y_ptr,  # (count, features), f(x + bias); unused without HAS_Y
-    partials_ptr,  # (1, programs, features) float32; unused without HAS_BIAS
+    partials_ptr,  # (programs, features) float32; unused without HAS_BIAS
     count,
     features,
     ACTIVATION: tl.constexpr,
@@ -106,27 +114,31 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> tor
     return y
 
 
+def _empty_partials(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[dict[str, Any], torch.Tensor]:
+    """Tiles of the backward pass, and the memory of its partial sums: a row of each program."""
+    features = int(x.shape[-1])  # of a graph's symbol, the number
+    count = x.numel() // features if features > 0 else 0
+    tiles = tuned_tiles("bias_activation_backward", x, features, column_tiles(features))
+    programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
+    return tiles, x.new_empty(programs, 0 if bias is None else features, dtype=torch.float32)
+
+
 def _backward_fake(
     dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
-    return torch.empty_like(x), dbias, torch.empty_like(x) if again else x.new_empty(0)
+    _, partials = _empty_partials(x, bias)
+    return torch.empty_like(x), torch.empty_like(x) if again else x.new_empty(0), partials
 
 
-@register_op("bias_activation_backward", _backward_fake)
-def _backward(
-    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool
+def _launch_backward(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool, *, dx: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, dy * f'(x + bias), and of the bias, its sum over the rows; and f(x + bias) `again`, if asked."""
+    """What `_backward` returns, the gradient of x in the memory of `dx`, which may be dy."""
     features = x.shape[-1]
     count = x.numel() // features if features > 0 else 0
-    dy = dy.contiguous()
-    dx = torch.empty_like(x)
     y = torch.empty_like(x) if again else x.new_empty(0)
-    tiles = tuned_tiles("bias_activation_backward", x, features, column_tiles(features))
-    programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
-    partials = x.new_empty(1, programs, features if bias is not None else 0, dtype=torch.float32)
-    wrap_triton(_bias_activation_backward)[(cdiv(features, tiles["BLOCK_N"]), programs)](
+    tiles, partials = _empty_partials(x, bias)
+    wrap_triton(_bias_activation_backward)[(cdiv(features, tiles["BLOCK_N"]), partials.shape[0])](
         dy_ptr=dy,
         x_ptr=x,
         bias_ptr=x if bias is None else bias,
@@ -140,10 +152,28 @@ def _backward(
         HAS_Y=again,
         **tiles,
     )
-    return dx, x.new_empty(0) if bias is None else column_sums(partials, bias.dtype)[0], y
+    return dx, y, partials
+
+
+@register_op("bias_activation_backward", _backward_fake)
+def _backward(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient of x, dy * f'(x + bias); f(x + bias) `again`, if asked; and rows of partial sums of a bias's."""
+    return _launch_backward(dy.contiguous(), x, bias, activation, again, dx=torch.empty_like(x))
 
 
 forbid_double_backward(_backward, "bias_activation")
+
+
+def backward_in_place(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the op returns, but the gradient of x takes the memory of dy, which must be contiguous and nobody else's;
+    without a gradient of its own. Nothing is taken where a dispatch mode may hold dy."""
+    if is_watched():
+        return _backward(dy, x, bias, activation, again)
+    return _launch_backward(dy, x, bias, activation, again, dx=dy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -153,8 +183,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, bias = ctx.saved_tensors
-    dx, dbias, _ = _backward(dy, x, bias, ctx.activation, False)
-    return dx, None if bias is None else dbias, None
+    dx, _, partials = _backward(dy, x, bias, ctx.activation, False)
+    (dbias,) = column_sums((partials, (None if bias is None else bias.dtype,)))
+    return dx, dbias, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

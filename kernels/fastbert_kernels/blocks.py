@@ -16,6 +16,7 @@ from .attention import _backward as attend_backward
 from .attention import _forward as attend_forward
 from .attention import op_arguments as attend_arguments
 from .backend import is_traced, second_derivative_error, uses_triton
+from .column_sums import PartialSums, column_sums
 from .feed_forward import in_product_dtype, products, products_backward
 from .layer_norm import _forward as norm_forward
 from .layer_norm import forward_in_place as norm_forward_in_place
@@ -269,15 +270,16 @@ def _feed_forward(
 
 def _feed_forward_backward(
     dy: torch.Tensor, of: FeedForwardArguments, tensors: tuple[Any, ...], needs_hidden: bool, needs_weight: bool
-) -> tuple[torch.Tensor | None, torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """Gradients of the hidden states, of the first product, and of all parameters but that product's weight."""
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, tuple[PartialSums, PartialSums]]:
+    """Gradients of the hidden states, of the first product, of the second's weight, and for `column_sums` those of the
+    first product's bias, and of the norm and the second product's bias."""
     weight1, bias1, weight2, pre = tensors[_OF_NORM:]
-    dout, dbias, dz, *dnorm, _ = _norm_backward(dy, of, tensors[:_OF_NORM], again=False)
-    dpre, dbias1, dweight2 = products_backward(
+    dout, dz, _, of_norm = _norm_backward(dy, of, tensors[:_OF_NORM], again=False)
+    dpre, dweight2, of_bias = products_backward(
         dout.view(-1, dout.shape[-1]), weight2, bias1, pre, of.activation, of.fused, needs_weight
     )
     dhidden = _add_product(dz, dpre, weight1) if needs_hidden else None
-    return dhidden, dpre, (dbias1, dweight2, dbias, *dnorm)
+    return dhidden, dpre, dweight2, (of_bias, of_norm)
 
 
 class _AttentionBlock(torch.autograd.Function):
@@ -303,11 +305,12 @@ class _AttentionBlock(torch.autograd.Function):
         if dy is None and dprobs is None:
             return None, *[None] * len(needs)
         tensors = ctx.saved_tensors
-        dout, dbias, dz, *dnorm = [None] * 5
+        dout = dz = dnorm_weight = dnorm_bias = dbias = None
         if dy is not None:
-            dout, dbias, dz, *dnorm, _ = _norm_backward(dy, ctx.of, tensors[:_OF_NORM], again=False)
+            dout, dz, _, partials = _norm_backward(dy, ctx.of, tensors[:_OF_NORM], again=False)
+            dnorm_weight, dnorm_bias, dbias = column_sums(partials)
         dhidden, dhead_mask, dweight, dparts = _attend_backward(dout, dz, dprobs, ctx.of, tensors, needs)
-        return None, dhidden, dhead_mask, dweight, dbias, *dnorm, *dparts
+        return None, dhidden, dhead_mask, dweight, dbias, dnorm_weight, dnorm_bias, *dparts
 
 
 class _FeedForwardBlock(torch.autograd.Function):
@@ -329,8 +332,10 @@ class _FeedForwardBlock(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _, needs_hidden, needs_up_weight, _, needs_weight, *_ = ctx.needs_input_grad
         x, *tensors = ctx.saved_tensors
-        dhidden, dpre, dparameters = _feed_forward_backward(dy, ctx.of, tensors, needs_hidden, needs_weight)
-        return None, dhidden, dpre.t() @ x if needs_up_weight else None, *dparameters
+        dhidden, dpre, dweight, partials = _feed_forward_backward(dy, ctx.of, tensors, needs_hidden, needs_weight)
+        dup_weight = dpre.t() @ x if needs_up_weight else None
+        dup_bias, dnorm_weight, dnorm_bias, dbias = column_sums(*partials)
+        return None, dhidden, dup_weight, dup_bias, dweight, dbias, dnorm_weight, dnorm_bias
 
 
 class _Layer(torch.autograd.Function):
@@ -363,22 +368,26 @@ class _Layer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         tensors = ctx.saved_tensors
         of_second, of_first = tensors[: ctx.split], tensors[ctx.split :]
-        dout, dbias, dz, *dnorm = [None] * 5
-        dup_weight: torch.Tensor | None = None
-        dparameters: tuple[torch.Tensor | None, ...] = (None,) * 5
+        dout = dz = dup_weight = ddown_weight = None
+        vectors: list[torch.Tensor | None] = [None] * 7
         if dy is not None:
-            dattended, dpre, dparameters = _feed_forward_backward(dy, ctx.second, of_second, True, needs_weight)
+            dattended, dpre, ddown_weight, of_both = _feed_forward_backward(
+                dy, ctx.second, of_second, True, needs_weight
+            )
             assert dattended is not None
-            dout, dbias, dz, *dnorm, attended = _norm_backward(
+            dout, dz, attended, of_norm = _norm_backward(
                 dattended, ctx.first, of_first[:_OF_NORM], again=needs_up_weight
             )
             dup_weight = dpre.t() @ attended.view(-1, attended.shape[-1]) if needs_up_weight else None
+            vectors = column_sums(*of_both, of_norm)
             del dpre, attended
         dhidden, dhead_mask, dweight, dparts = _attend_backward(
             dout, dz, dprobs, ctx.first, of_first, (needs_hidden, *needs)
         )
-        of_attention = dhead_mask, dweight, dbias, *dnorm, *dparts
-        return None, None, dhidden, dup_weight, *dparameters, *of_attention
+        dup_bias, dnorm_weight2, dnorm_bias2, ddown_bias, dnorm_weight, dnorm_bias, dbias = vectors
+        of_feed_forward = dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight2, dnorm_bias2
+        of_attention = dhead_mask, dweight, dbias, dnorm_weight, dnorm_bias, *dparts
+        return None, None, dhidden, *of_feed_forward, *of_attention
 
 
 def attention_block(hidden: torch.Tensor, attention: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,12 +1,19 @@
-"""Second stage of the weight gradients: float32 partial rows summed in one launch, always in the same order."""
+"""Second stage of the weight gradients: float32 partial sums of up to three kernels, each a row of every program,
+summed in one launch, always in the same order."""
+
+from typing import Any, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 
-from .backend import cdiv, wrap_triton
+from .backend import cdiv, forbid_double_backward, register_op, wrap_triton
 from .numerics import cast
 from .tiles import LOAD_STAGES, PARTIAL_SUMS
+
+#: Of one kernel: its partial sums (rows, columns), float32, and the dtypes of the vectors that lie beside each other in
+#: a row, all equally wide. None is a vector that is not there, and has no columns.
+PartialSums: TypeAlias = tuple[torch.Tensor, tuple[torch.dtype | None, ...]]
 
 
 def partial_rows(blocks: int) -> int:
@@ -21,35 +28,101 @@ def partial_rows(blocks: int) -> int:
 
 @triton.jit
 def _column_sums(
-    partials_ptr,  # (sums, rows, features) float32
-    out_ptr,  # (sums, features)
-    rows,
-    features,
+    first_ptr,  # (first_rows, first_columns) float32
+    second_ptr,  # (second_rows, second_columns) float32
+    third_ptr,  # (third_rows, third_columns) float32
+    out_ptr,  # (first_columns + second_columns + third_columns,)
+    first_rows,
+    second_rows,
+    third_rows,
+    first_columns,
+    second_columns,
+    third_columns,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: BLOCK_N columns of one sum."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    which = tl.program_id(1).to(tl.int64)
-    partials_ptr += which * rows * features
+    """One program: BLOCK_N columns of one of the three."""
+    block = tl.program_id(0)
+    first_blocks, second_blocks = tl.cdiv(first_columns, BLOCK_N), tl.cdiv(second_columns, BLOCK_N)
+    partials_ptr, rows, columns = first_ptr, first_rows, first_columns
+    if block >= first_blocks + second_blocks:
+        block -= first_blocks + second_blocks
+        partials_ptr, rows, columns = third_ptr, third_rows, third_columns
+        out_ptr += first_columns + second_columns
+    elif block >= first_blocks:
+        block -= first_blocks
+        partials_ptr, rows, columns = second_ptr, second_rows, second_columns
+        out_ptr += first_columns
+    cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for row_start in tl.range(0, rows, BLOCK_M, num_stages=LOAD_STAGES):
-        block = row_start + tl.arange(0, BLOCK_M)
-        mask = (block[:, None] < rows) & (cols[None, :] < features)
-        total += tl.load(partials_ptr + block[:, None].to(tl.int64) * features + cols[None, :], mask=mask, other=0.0)
+        row = row_start + tl.arange(0, BLOCK_M)
+        mask = (row[:, None] < rows) & (cols[None, :] < columns)
+        total += tl.load(partials_ptr + row[:, None].to(tl.int64) * columns + cols[None, :], mask=mask, other=0.0)
     out = tl.sum(total, axis=0)
-    tl.store(out_ptr + which * features + cols, cast(out, out_ptr.dtype.element_ty), mask=cols < features)
+    tl.store(out_ptr + cols, cast(out, out_ptr.dtype.element_ty), mask=cols < columns)
 
 
 #: One warp reads 128 bytes of each of 32 rows at a time.
 TILES = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
 
-def column_sums(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum float32 (sums, rows, features) over the rows: (sums, features) in `dtype`."""
-    sums, rows, features = partials.shape
-    out = partials.new_empty(sums, features, dtype=dtype)
-    wrap_triton(_column_sums)[(cdiv(features, TILES["BLOCK_N"]), sums)](
-        partials_ptr=partials, out_ptr=out, rows=rows, features=features, **TILES
+def _sums_fake(
+    first: torch.Tensor, second: torch.Tensor | None, third: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    columns = [partials.shape[1] for partials in (first, second, third) if partials is not None]
+    return first.new_empty(sum(columns), dtype=dtype)
+
+
+@register_op("column_sums", _sums_fake)
+def _sums(
+    first: torch.Tensor, second: torch.Tensor | None, third: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Sums over the rows of float32 matrices (rows, columns), one after the other: (columns of all,)."""
+    (rows1, columns1), (rows2, columns2), (rows3, columns3) = (
+        (0, 0) if partials is None else partials.shape for partials in (first, second, third)
+    )
+    out = first.new_empty(columns1 + columns2 + columns3, dtype=dtype)
+    blocks = cdiv(columns1, TILES["BLOCK_N"]) + cdiv(columns2, TILES["BLOCK_N"]) + cdiv(columns3, TILES["BLOCK_N"])
+    wrap_triton(_column_sums)[(blocks,)](
+        first_ptr=first,
+        second_ptr=first if second is None else second,
+        third_ptr=first if third is None else third,
+        out_ptr=out,
+        first_rows=rows1,
+        second_rows=rows2,
+        third_rows=rows3,
+        first_columns=columns1,
+        second_columns=columns2,
+        third_columns=columns3,
+        **TILES,
     )
     return out
+
+
+forbid_double_backward(_sums, "weight gradient")
+
+
+def column_sums(*of: PartialSums) -> list[torch.Tensor | None]:
+    """Gradients of parameter vectors, from the partial sums of up to three kernels; None for None."""
+    partials: list[torch.Tensor | None] = []
+    dtypes: list[torch.dtype | None] = []
+    widths: list[int] = []
+    for rows, kinds in of:
+        dtypes += kinds
+        if count := len(kinds) - kinds.count(None):
+            partials.append(rows)
+            widths += [rows.shape[1] // count] * count
+    if not partials:
+        return [None] * len(dtypes)
+    first, second, third = (*partials, None, None)[:3]
+    assert first is not None
+    wanted = {*dtypes} - {None}
+    dtype = wanted.pop() if len(wanted) == 1 else torch.float32
+    vectors: Any = _sums(first, second, third, dtype).split_with_sizes(widths)
+    if None in dtypes:
+        present = iter(vectors)
+        vectors = [None if dtype is None else next(present) for dtype in dtypes]
+    if wanted:  # more than one
+        vectors = [None if x is None else x.to(dtype) for x, dtype in zip(vectors, dtypes, strict=True)]
+    return [*vectors]

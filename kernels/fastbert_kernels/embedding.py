@@ -110,7 +110,7 @@ def _embed_backward(
     mean_ptr,
     rstd_ptr,
     dz_ptr,  # (count, features), gradient of the sum of the three embeddings
-    partials_ptr,  # (2, programs, features) float32: sums of dweight, dnorm_bias
+    partials_ptr,  # (programs, 2, features) float32: sums of dweight, dnorm_bias
     count,
     vocab_rows,
     position_rows,
@@ -148,9 +148,9 @@ def _embed_backward(
         store_rows(dz_ptr, dz, rows, cols, count, features)
         dweight += tl.sum(dy * normed, axis=0)
         dnorm_bias += tl.sum(dy, axis=0)
-    partials_ptr += program.to(tl.int64) * features + cols
+    partials_ptr += program.to(tl.int64) * 2 * features + cols
     tl.store(partials_ptr, dweight, mask=cols < features)
-    tl.store(partials_ptr + programs.to(tl.int64) * features, dnorm_bias, mask=cols < features)
+    tl.store(partials_ptr + features, dnorm_bias, mask=cols < features)
 
 
 def _common_arguments(
@@ -241,6 +241,11 @@ def _forward(
     return y, mean, rstd
 
 
+def _backward_tiles(dy: torch.Tensor) -> dict[str, Any]:
+    features = int(dy.shape[-1])  # of a graph's symbol, the number
+    return tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), BACKWARD_BYTES))
+
+
 def _backward_fake(
     dy: torch.Tensor,
     words: torch.Tensor,
@@ -256,7 +261,8 @@ def _backward_fake(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(dy), weight.new_empty(2, weight.shape[0])
+    rows = partial_rows(cdiv(dy.shape[0], _backward_tiles(dy)["BLOCK_M"]))
+    return torch.empty_like(dy), mean.new_empty(rows, 2 * dy.shape[1])
 
 
 @register_op("embed_backward", _backward_fake)
@@ -275,13 +281,13 @@ def _backward(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the sum of the three embeddings (count, features), and the rows dweight, dnorm_bias."""
+    """Gradients of the sum of the embeddings (count, features), and rows of partial sums of dweight, dnorm_bias."""
     count, features = dy.shape
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
-    tiles = tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), BACKWARD_BYTES))
+    tiles = _backward_tiles(dy)
     programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
-    partials = dy.new_empty(2, programs, features, dtype=torch.float32)
+    partials = mean.new_empty(programs, 2 * features)
     wrap_triton(_embed_backward)[(programs,)](
         dy_ptr=dy,
         mean_ptr=mean,
@@ -292,7 +298,7 @@ def _backward(
         **dropout_arguments(dy, dropout_p, seed, stream),
         **tiles,
     )
-    return dz, column_sums(partials, weight.dtype)
+    return dz, partials
 
 
 forbid_double_backward(_backward, "embed")
@@ -314,7 +320,8 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor 
         return (None,) * 13
     *tensors, seed = ctx.saved_tensors
     words, positions, token_types, word_table, position_table, token_type_table = tensors[:6]
-    dz, sums = _backward(dy, *tensors, ctx.dropout_p, seed, ctx.stream)
+    dz, partials = _backward(dy, *tensors, ctx.dropout_p, seed, ctx.stream)
+    dweight, dnorm_bias = column_sums((partials, (tensors[6].dtype,) * 2))
 
     def scatter(ids: torch.Tensor, table: torch.Tensor, padding_idx: int) -> torch.Tensor:
         rows = table.shape[0]
@@ -326,7 +333,8 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor 
     dword_table = scatter(words, word_table, ctx.padding_idx) if word_table is not None and need[3] else None
     dposition_table = scatter(positions, position_table, -1) if need[4] else None
     dtoken_type_table = scatter(token_types, token_type_table, -1) if need[5] else None
-    return dwords, None, None, dword_table, dposition_table, dtoken_type_table, *sums.unbind(0), *[None] * 5
+    of_tables = dword_table, dposition_table, dtoken_type_table
+    return dwords, None, None, *of_tables, dweight, dnorm_bias, *[None] * 5
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -24,10 +24,10 @@ from .backend import (
     wrap_triton,
 )
 from .bias_gelu import ACTIVATIONS, bias_activation
-from .bias_gelu import _backward as activation_backward
 from .bias_gelu import _forward as activation_forward
+from .bias_gelu import backward_in_place as activation_backward
 from .bias_gelu import check as check_activation
-from .column_sums import column_sums
+from .column_sums import PartialSums, column_sums
 from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
 from .tiles import PRODUCT_PROGRAMS, Tiles, feed_forward_fits, feed_forward_tiles
 
@@ -86,41 +86,41 @@ def _forward(
 
 
 def _backward_fake(
-    dout: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, bias: torch.Tensor, activation: str
+    dout: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(pre), torch.empty_like(pre), torch.empty_like(bias)
+    rows = cdiv(pre.shape[0], feed_forward_tiles("backward", dout, weight)["BLOCK_M"])
+    return torch.empty_like(pre), torch.empty_like(pre), pre.new_empty(rows, pre.shape[1], dtype=torch.float32)
 
 
 @register_op("feed_forward_backward", _backward_fake)
 def _backward(
-    dout: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, bias: torch.Tensor, activation: str
+    dout: torch.Tensor, weight: torch.Tensor, pre: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dpre = (dout @ weight) * f'(pre), f(pre), and the gradient of the bias, the sum of dpre over the rows.
+    """dpre = (dout @ weight) * f'(pre), f(pre), and rows of partial sums of dpre.
 
-    dout (count, inner), weight (inner, features), pre (count, features), bias (features,).
+    dout (count, inner), weight (inner, features), pre (count, features).
     """
     (count, features), inner = pre.shape, weight.shape[0]
     dpre, y = torch.empty_like(pre), torch.empty_like(pre)
-    if count == 0:
-        return dpre, y, torch.zeros_like(bias)
     tiles = feed_forward_tiles("backward", dout, weight)
-    partials = pre.new_empty(1, cdiv(count, tiles["BLOCK_M"]), features, dtype=torch.float32)
-    _launch(
-        feed_forward_backward,
-        tiles,
-        count,
-        features,
-        pre,
-        dout_ptr=dout,
-        weight_ptr=weight,
-        pre_ptr=pre,
-        dpre_ptr=dpre,
-        y_ptr=y,
-        partials_ptr=partials,
-        inner=inner,
-        ACTIVATION=activation,
-    )
-    return dpre, y, column_sums(partials, bias.dtype)[0]
+    partials = pre.new_empty(cdiv(count, tiles["BLOCK_M"]), features, dtype=torch.float32)
+    if count > 0:
+        _launch(
+            feed_forward_backward,
+            tiles,
+            count,
+            features,
+            pre,
+            dout_ptr=dout,
+            weight_ptr=weight,
+            pre_ptr=pre,
+            dpre_ptr=dpre,
+            y_ptr=y,
+            partials_ptr=partials,
+            inner=inner,
+            ACTIVATION=activation,
+        )
+    return dpre, y, partials
 
 
 forbid_double_backward(_backward, "feed_forward")
@@ -148,14 +148,13 @@ def products(
 def products_backward(
     dout: torch.Tensor, weight2: torch.Tensor, bias1: torch.Tensor | None, pre: torch.Tensor, activation: str,
     fused: bool, needs2: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """Gradients of the first product, of bias1 and, if needed, of weight2."""
+) -> tuple[torch.Tensor, torch.Tensor | None, PartialSums]:  # fmt: skip
+    """Gradients of the first product and, if needed, of weight2; and for `column_sums` that of bias1."""
     if fused:
-        assert bias1 is not None
-        dpre, y, dbias1 = _backward(dout, weight2, pre, bias1, activation)
+        dpre, y, partials = _backward(dout, weight2, pre, activation)
     else:
-        dpre, dbias1, y = activation_backward(dout @ weight2, pre, bias1, activation, needs2)
-    return dpre, None if bias1 is None else dbias1, dout.t() @ y if needs2 else None
+        dpre, y, partials = activation_backward(dout @ weight2, pre, bias1, activation, needs2)
+    return dpre, dout.t() @ y if needs2 else None, (partials, (None if bias1 is None else bias1.dtype,))
 
 
 class _FeedForward(torch.autograd.Function):
@@ -180,9 +179,10 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight1, bias1, weight2, pre = ctx.saved_tensors
         needs_x, needs1, _, needs2, *_ = ctx.needs_input_grad
-        dpre, dbias1, dweight2 = products_backward(
+        dpre, dweight2, partials = products_backward(
             dout.contiguous(), weight2, bias1, pre, ctx.activation, ctx.fused, needs2
         )
+        (dbias1,) = column_sums(partials)
         dweight1 = dpre.t() @ x if needs1 else None
         return dpre @ weight1 if needs_x else None, dweight1, dbias1, dweight2, None, None
 

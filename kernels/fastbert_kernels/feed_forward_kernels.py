@@ -108,7 +108,7 @@ def feed_forward_backward(
     pre_ptr,  # (count, features), dtype of dout
     dpre_ptr,  # (count, features), dtype of dout
     y_ptr,  # (count, features), dtype of dout
-    partials_ptr,  # (1, cdiv(count, BLOCK_M), features) float32
+    partials_ptr,  # (cdiv(count, BLOCK_M), features) float32
     count,
     inner,
     features,

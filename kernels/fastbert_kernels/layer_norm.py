@@ -20,7 +20,7 @@ from .backend import (
     uses_triton,
     wrap_triton,
 )
-from .column_sums import column_sums, partial_rows
+from .column_sums import PartialSums, column_sums, partial_rows
 from .numerics import cast, dropout_keep
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
@@ -125,7 +125,7 @@ def _add_layer_norm_backward(
     dz_ptr,  # (count, features), gradient of the sum: of the residual, and of x where nothing was dropped
     dx_ptr,  # (count, features), gradient of x; unused without HAS_DROPOUT
     y_ptr,  # (count, features), the forward pass's result again; unused without HAS_Y
-    partials_ptr,  # (3, programs, features) float32: sums of dweight, dnorm_bias, dbias
+    partials_ptr,  # (programs, 2 or with HAS_BIAS 3, features) float32: sums of dweight, dnorm_bias, dbias
     count,
     features,
     site,
@@ -165,11 +165,11 @@ def _add_layer_norm_backward(
             store_rows(dx_ptr, dx, rows, cols, count, features)
         if HAS_BIAS:
             dbias += tl.sum(dx, axis=0)
-    partials_ptr += program.to(tl.int64) * features + cols
+    partials_ptr += program.to(tl.int64) * (3 if HAS_BIAS else 2) * features + cols
     tl.store(partials_ptr, dweight, mask=cols < features)
-    tl.store(partials_ptr + programs.to(tl.int64) * features, dnorm_bias, mask=cols < features)
+    tl.store(partials_ptr + features, dnorm_bias, mask=cols < features)
     if HAS_BIAS:
-        tl.store(partials_ptr + 2 * programs.to(tl.int64) * features, dbias, mask=cols < features)
+        tl.store(partials_ptr + 2 * features, dbias, mask=cols < features)
 
 
 def _forward_fake(
@@ -270,6 +270,12 @@ def forward_in_place(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, to
     return y, x, rstd
 
 
+def _backward_tiles(dy: torch.Tensor) -> dict[str, Any]:
+    features = int(dy.shape[-1])  # of a graph's symbol, the number
+    shipped = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
+    return tuned_tiles("add_layer_norm_backward", dy, features, shipped)
+
+
 def _backward_fake(
     dy: torch.Tensor,
     normed: torch.Tensor,
@@ -282,7 +288,9 @@ def _backward_fake(
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, y = (torch.empty_like(normed) if it else normed.new_empty(0) for it in (dropout_p > 0.0, norm_bias is not None))
-    return torch.empty_like(dy), dx, y, weight.new_empty(3 if has_bias else 2, weight.shape[0])
+    rows = partial_rows(cdiv(rstd.shape[0], _backward_tiles(dy)["BLOCK_M"]))
+    partials = rstd.new_empty(rows, (3 if has_bias else 2) * dy.shape[-1])
+    return torch.empty_like(dy), dx, y, partials
 
 
 @register_op("add_layer_norm_backward", _backward_fake)
@@ -298,7 +306,7 @@ def _backward(
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the sum (..., features), and of x where dropout ran; given the norm's bias, its result again, in x's
-    dtype; and the rows dweight, dnorm_bias, dbias.
+    dtype; and rows of partial sums of dweight, dnorm_bias and, of a bias that x has, dbias.
 
     With g = dy * weight and n the normalized sum: dz = rstd * (g - mean(g) - n * mean(g * n)).
     """
@@ -307,10 +315,9 @@ def _backward(
     dz = torch.empty_like(dy)
     dx = torch.empty_like(normed) if dropout_p > 0.0 else normed.new_empty(0)
     y = normed.new_empty(0) if norm_bias is None else torch.empty_like(normed)
-    shipped = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
-    tiles = tuned_tiles("add_layer_norm_backward", dy, features, shipped)
+    tiles = _backward_tiles(dy)
     programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
-    partials = normed.new_empty(3 if has_bias else 2, programs, features, dtype=torch.float32)
+    partials = rstd.new_empty(programs, (3 if has_bias else 2) * features)
     wrap_triton(_add_layer_norm_backward)[(programs,)](
         dy_ptr=dy,
         normed_ptr=normed,
@@ -328,7 +335,7 @@ def _backward(
         **dropout_arguments(normed, dropout_p, seed, stream),
         **tiles,
     )
-    return dz, dx, y, column_sums(partials, weight.dtype)
+    return dz, dx, y, partials
 
 
 forbid_double_backward(_backward, "add_layer_norm")
@@ -344,15 +351,15 @@ def gradients(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, bias, residual, weight and norm_bias, of which the first may be the third where nothing was
-    dropped; and, given norm_bias, the result again, in the dtype of x."""
-    dz, dx, y, sums = _backward(dy, normed, weight, norm_bias, rstd, bias_dtype is not None, dropout_p, seed, stream)
-    dweight, dnorm_bias, *dbiases = sums.unbind()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PartialSums]:
+    """Gradients of x and of the residual, the same tensor where nothing was dropped; given norm_bias, the result again,
+    in the dtype of x; and for `column_sums` those of weight, norm_bias and bias."""
+    dz, dx, y, partials = _backward(
+        dy, normed, weight, norm_bias, rstd, bias_dtype is not None, dropout_p, seed, stream
+    )
     if dropout_p == 0.0:
         dx = reference.in_dtype(dz, normed.dtype)
-    dbias = None if bias_dtype is None else reference.in_dtype(dbiases[0], bias_dtype)
-    return dx, dbias, dz, dweight, dnorm_bias, y
+    return dx, dz, y, (partials, (weight.dtype, weight.dtype, bias_dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -372,8 +379,9 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *nothing: Any) -> tuple[torch.T
         return (None,) * 10
     normed, weight, rstd, seed = ctx.saved_tensors
     bias_dtype, dropout_p, stream = ctx.constants
-    dx, dbias, dz, *dnorm, _ = gradients(dy, normed, weight, None, rstd, bias_dtype, dropout_p, seed, stream)
-    return dx, dbias, dz if ctx.has_residual else None, *dnorm, None, None, None, None, None
+    dx, dz, _, partials = gradients(dy, normed, weight, None, rstd, bias_dtype, dropout_p, seed, stream)
+    dweight, dnorm_bias, dbias = column_sums(partials)
+    return dx, dbias, dz if ctx.has_residual else None, dweight, dnorm_bias, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -309,7 +309,8 @@ def feed_forward_tiles(kernel: str, a: torch.Tensor, b: torch.Tensor) -> Tiles:
     aligned = all(x.shape[1] * itemsize % 16 == 0 and x.storage_offset() * itemsize % 16 == 0 for x in (a, b))
     shipped = feed_forward_table(arch(a.device), itemsize, aligned)
     # Measured where rows are aligned.
-    return shipped | tuned_tiles(f"feed_forward_{kernel}", a, a.shape[1], {}) if aligned else shipped
+    inner = int(a.shape[1])  # of a graph's symbol, the number
+    return shipped | tuned_tiles(f"feed_forward_{kernel}", a, inner, {}) if aligned else shipped
 
 
 def feed_forward_fusible(dtype: torch.dtype, inner: int, features: int, activation: str | None) -> bool:

@@ -344,9 +344,9 @@ def test_the_interpreter_is_an_error() -> None:
 def test_an_argument_that_no_table_knows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     case = static.Case("column_sums", "bfloat16", 768)
     tiles = static.launch_tiles(case, "sm_90")
-    assert set(static.arguments(case, tiles)) >= {"partials_ptr", "BLOCK_M"}
-    monkeypatch.delitem(static._POINTERS, "partials_ptr")
-    with pytest.raises(KeyError, match="does not know partials_ptr"):
+    assert set(static.arguments(case, tiles)) >= {"third_ptr", "BLOCK_M"}
+    monkeypatch.delitem(static._POINTERS, "third_ptr")
+    with pytest.raises(KeyError, match="does not know third_ptr"):
         static.arguments(case, tiles)
 
 

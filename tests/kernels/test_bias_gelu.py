@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from two_references import DTYPES, two_references
 
 from fastbert_kernels import ACTIVATIONS, backend, bias_activation, bias_gelu, reference
@@ -149,11 +150,26 @@ def test_the_backward_pass_makes_the_output_again(
     with backend("triton"):
         y = bias_activation(x, bias if with_bias else None, activation)
         dy = torch.randn_like(y)
-        *without, nothing = bias_gelu._backward(dy, x, bias if with_bias else None, activation, False)
-        *grads, again = bias_gelu._backward(dy, x, bias if with_bias else None, activation, True)
+        dx, nothing, partials = bias_gelu._backward(dy, x, bias if with_bias else None, activation, False)
+        same_dx, again, same_partials = bias_gelu._backward(dy, x, bias if with_bias else None, activation, True)
     assert nothing.numel() == 0
     assert torch.equal(again, y)
-    assert all(torch.equal(a, b) for a, b in zip(grads, without, strict=True))
+    assert torch.equal(dx, same_dx)
+    assert torch.equal(partials, same_partials)
+
+
+def test_the_gradient_takes_the_memory_of_the_incoming_one(device: torch.device) -> None:
+    x, bias = random_inputs((100,), 130, torch.float32, device).values()
+    dy = torch.randn_like(x)
+    with backend("triton"), torch.no_grad():
+        want, _, _ = bias_gelu._backward(dy, x, bias, "gelu", True)
+        with FlopCounterMode(display=False):
+            watched, _, _ = bias_gelu.backward_in_place(dy, x, bias, "gelu", True)
+        dx, _, _ = bias_gelu.backward_in_place(dy, x, bias, "gelu", True)
+    assert watched is not dy
+    assert dx is dy
+    assert torch.equal(watched, want)
+    assert torch.equal(dx, want)
 
 
 @pytest.mark.slow

@@ -276,7 +276,7 @@ def test_opcheck(device: torch.device, keep: bool) -> None:
     x, w1, b1, w2 = random_inputs((9,), 16, 24, torch.float32, device).values()
     torch.library.opcheck(torch.ops.fastbert.feed_forward, (x, w1, b1, "gelu", keep))
     pre = torch.randn(9, 24, device=device)
-    torch.library.opcheck(torch.ops.fastbert.feed_forward_backward, (x, w2, pre, b1, "gelu"))
+    torch.library.opcheck(torch.ops.fastbert.feed_forward_backward, (x, w2, pre, "gelu"))
 
 
 def test_second_derivative_is_refused(device: torch.device) -> None:
