@@ -33,7 +33,7 @@ from fastbert.benchmark.workloads import named as named_workloads
 from fastbert.loading import InputError
 from fastbert.parity import compare
 
-PEERS = ("fastbert", "eager", "sdpa", "flash", "compile", "compile-max")
+PEERS = ("fastbert", "fastbert-graphed", "eager", "sdpa", "flash", "compile", "compile-max")
 CHECKPOINT = Path(".cache/minilm")
 #: Rounds of a workload of models: fewest and most.
 ROUNDS = (10, 200)

@@ -15,10 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.fusing import fuse
+from fastbert.graphs.buckets import TOKENS
 from fastbert.graphs.inference import graphed
+
+from .workloads import Task
 
 #: A contender that runs: called as a Hugging Face model is.
 Model = Callable[..., Any]
+
+#: Buckets of CUDA graphs, and how many sequences the largest has room for: as who has large batches would set them.
+BUCKETS = (*TOKENS, 6144, 8192, 12288, 16384, 24576, 32768)
+MAX_SEQUENCES = 256
 
 #: What each name stands for.
 CONTENDERS = {
@@ -41,12 +48,12 @@ def named(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def missing(name: str, *, training: bool, attentions: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+def missing(name: str, *, task: Task, attentions: bool, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a contender cannot take part, for people; None when it can.
 
     Args:
         name: a key of `CONTENDERS`.
-        training: whether gradients are wanted.
+        task: what it would do.
         attentions: whether attention maps are wanted.
         dtype: the working dtype.
         device: where it would run.
@@ -56,8 +63,10 @@ def missing(name: str, *, training: bool, attentions: bool, dtype: torch.dtype, 
     if name == "fastbert-graphed":
         if device.type != "cuda":
             return "needs a GPU"
-        if training or attentions:
-            return "replays neither training nor attention maps"
+        if attentions:
+            return "replays no attention maps"
+        if task == "backward":
+            return "replays whole training steps only"
     if name == "flash":
         if device.type != "cuda":
             return "needs a GPU"
@@ -71,7 +80,7 @@ def missing(name: str, *, training: bool, attentions: bool, dtype: torch.dtype, 
             return f"{', '.join(absent)} not installed: pip install 'fastbert[bench]'"
         if device.type != "cpu":
             return "compared on a CPU only"
-        if training:
+        if task != "forward":
             return "does not train"
         if dtype != torch.float32:
             return "compared in float32 only"
@@ -99,7 +108,7 @@ def build(
     if name == "fastbert":
         return fuse(module), module
     if name == "fastbert-graphed":
-        return graphed(fuse(module)), module
+        return graphed(fuse(module), BUCKETS, MAX_SEQUENCES), module
     if name != "eager" and not attentions:  # only eager attention returns its maps
         module.set_attn_implementation("flash_attention_2" if name == "flash" else "sdpa")
     if name == "compile":

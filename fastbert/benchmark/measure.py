@@ -11,6 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastbert.graphs.recording import Replayed
+from fastbert.graphs.training import GraphedStep, graphed_step
+
 from . import contenders
 from .timing import Run, Times, interleaved, peak_memory
 from .workloads import Task, Workload
@@ -31,7 +34,8 @@ class Row:
         batch, seq, tokens, fill: the batch's shape, its tokens, and tokens over positions.
         contender: a key of `contenders.CONTENDERS`.
         times: how long it took; None when it was not timed.
-        peak_bytes: allocated at the peak of one run beyond weights, gradients and optimizer state; None on a CPU.
+        peak_bytes: allocated at the peak of one run beyond weights, gradients and optimizer state; None on a CPU, and
+            of replays, whose memory was allocated when they were recorded.
         floor: the least time that the work can take, in seconds, where it is known.
         error: largest difference of an output from float32 eager's at a token, or, when training, of a gradient
             relative to the largest gradient (in the 2-norm), whichever is larger.
@@ -108,8 +112,15 @@ class _Job:
         """Compile and allocate what a run needs."""
         if self.workload.task != "forward":
             self.module.train()
-        for _ in range(2):
+        self.run()
+        if isinstance(self.model, Replayed):
+            _replay(self.model, self.run)
+        else:
             self.run()
+
+    def peak(self, device: torch.device) -> int | None:
+        """The `peak_bytes` of a row."""
+        return None if isinstance(self.model, Replayed) else peak_memory(self.run, device)
 
     def results(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Outputs at tokens and, when training, gradients, both with dropout off: float32."""
@@ -117,6 +128,8 @@ class _Job:
         gradients = {}
         if self.workload.task == "forward":
             with torch.inference_mode():
+                if isinstance(self.model, Replayed):
+                    self.call()  # records it, if it has to be: what is compared is a replay
                 output = self.call()
         else:
             loss, output = self.loss()
@@ -131,6 +144,67 @@ class _Job:
         outputs = [main[mask] if main.dim() == 3 else main]
         outputs += [probs.transpose(1, 2)[mask] for probs in maps]
         return [o.detach().float() for o in outputs], gradients
+
+
+@dataclass
+class _GraphedJob(_Job):
+    """A fine-tuning step in CUDA graphs."""
+
+    step: GraphedStep | None = None
+
+    def _record(self, max_grad_norm: float | None) -> GraphedStep:
+        assert self.optimizer is not None
+        return graphed_step(
+            self.module, self.optimizer, contenders.BUCKETS, contenders.MAX_SEQUENCES, max_grad_norm=max_grad_norm
+        )
+
+    def _call(self, step: GraphedStep) -> None:
+        with torch.autocast(self.batch["input_ids"].device.type, self.autocast, enabled=self.autocast is not None):
+            step(**self.batch)
+
+    def run(self) -> None:
+        assert self.step is not None
+        self._call(self.step)
+
+    def warm_up(self) -> None:
+        self.step = self._record(1.0)
+        self.module.train()
+        self.run()
+        _replay(self.step, self.run)
+
+    def peak(self, device: torch.device) -> int | None:
+        return None
+
+    def results(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Outputs of the model itself; gradients of a replay, as the optimizer's first moment got them."""
+        outputs, _ = super().results()
+        optimizer: Any = self.optimizer
+        dropouts = [module for module in self.module.modules() if isinstance(module, nn.Dropout)]
+        rates = [dropout.p for dropout in dropouts]
+        try:
+            for dropout in dropouts:
+                dropout.p = 0.0
+            self.module.train()
+            step = self._record(None)
+            self._call(step)
+            for state in optimizer.state.values():
+                state["exp_avg"].zero_()
+            _replay(step, lambda: self._call(step))
+        finally:
+            self.module.eval()
+            for dropout, p in zip(dropouts, rates, strict=True):
+                dropout.p = p
+        share = 1 - optimizer.defaults["betas"][0]
+        moments = {name: optimizer.state[p]["exp_avg"] for name, p in self.module.named_parameters()}
+        return outputs, {name: moment / share for name, moment in moments.items()}
+
+
+def _replay(replayed: Replayed, run: Run) -> None:
+    """Run; RuntimeError if that was no replay."""
+    before = replayed.replays
+    run()
+    if replayed.replays == before:
+        raise RuntimeError(f"not replayed: {', '.join(replayed.plain)}")
 
 
 Built = tuple[contenders.Model, nn.Module]
@@ -205,7 +279,7 @@ class Field:
                     rows[name] = dataclasses.replace(blank, error=error, bound=bound, problem=_wrong(error, bound))
                     continue
                 job.warm_up()
-                peak = peak_memory(job.run, self.device)
+                peak = job.peak(self.device)
             except Exception as failure:  # a peer that cannot do it is a row, not the end of the run
                 rows[name] = dataclasses.replace(blank, problem=f"failed: {type(failure).__name__}: {failure}"[:300])
                 continue
@@ -224,7 +298,7 @@ class Field:
         """Why a contender cannot take part, for people; None when it can."""
         return contenders.missing(
             name,
-            training=workload.task != "forward",
+            task=workload.task,
             attentions=workload.attentions,
             dtype=self.dtype,
             device=self.device,
@@ -281,9 +355,13 @@ class Field:
             )
         model, module = self._built[key]
         module.eval()
+        replays = step and name == "fastbert-graphed"
         # A step that goes nowhere is the same work, and the next workload finds the weights as they were built.
-        optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True) if step else None
-        return _Job(model, module, workload, batch, dtype if step and dtype != torch.float32 else None, optimizer)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True, capturable=replays) if step else None
+        autocast = dtype if step and dtype != torch.float32 else None
+        if replays:
+            return _GraphedJob(module, module, workload, batch, autocast, optimizer)
+        return _Job(model, module, workload, batch, autocast, optimizer)
 
     def _truth(self, workload: Workload, batch: dict[str, Tensor]) -> Any:
         return self._job("eager", workload, batch, torch.float32).results()

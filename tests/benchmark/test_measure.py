@@ -1,17 +1,30 @@
 """Contenders are compared before they are timed, and who cannot take part says why."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from models import tiny_config
 
-from fastbert.benchmark import contenders
+from fastbert.benchmark import contenders, measure
 from fastbert.benchmark.measure import Field, Row, random_source
 from fastbert.benchmark.workloads import Task, Workload
+from fastbert.graphs.inference import Graphed
+from fastbert.graphs.training import GraphedStep
 
-CPU = torch.device("cpu")
+Run = Callable[[], torch.Tensor]
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTHS = (7, 12, 3)
+
+
+def replay_with(recorder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the contender that replays do so on a CPU."""
+    monkeypatch.setattr(contenders, "missing", lambda *_, **__: None)
+    monkeypatch.setattr(contenders, "graphed", functools.partial(Graphed, recorder=recorder))
+    monkeypatch.setattr(measure, "graphed_step", functools.partial(GraphedStep, recorder=recorder))
 
 
 def rows(
@@ -42,6 +55,56 @@ def test_everyone_is_right_and_timed(task: Task, attentions: bool, dtype: torch.
         assert row.error <= row.bound
     assert found["eager"].error == 0 if dtype == torch.float32 else found["eager"].error > 0
     assert found["fastbert"].error > 0  # it was compared, not copied
+
+
+class Rerun:
+    """Stands in for CUDA graphs: does again what was recorded."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def record(self, run: Run) -> Run:
+        return run
+
+    def follow(self) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+class Forgetful(Rerun):
+    """Does nothing again, and returns what it returned."""
+
+    def record(self, run: Run) -> Run:
+        kept = torch.ones(1, sum(LENGTHS) + 1, 1)
+        return lambda: kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("task", ["forward", "finetune"])
+def test_replays_are_compared_and_timed(task: Task, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay_with(Rerun, monkeypatch)
+    row = rows(["fastbert-graphed", "eager"], task, dtype=dtype)["fastbert-graphed"]
+    assert row.problem is None
+    assert row.times is not None
+    assert row.peak_bytes is None
+    assert row.error is not None
+    assert row.error > 0
+
+
+def test_a_replay_that_does_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay_with(Forgetful, monkeypatch)
+    row = rows(["fastbert-graphed", "eager"], "finetune")["fastbert-graphed"]
+    assert row.times is None
+    assert str(row.problem).startswith("wrong: its error")
+
+
+@pytest.mark.parametrize("task", ["forward", "finetune"])
+def test_what_was_not_replayed_is_not_timed_as_a_replay(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay_with(Rerun, monkeypatch)
+    monkeypatch.setattr(contenders, "BUCKETS", (8,))
+    row = rows(["fastbert-graphed", "eager"], task)["fastbert-graphed"]
+    assert row.times is None
+    assert str(row.problem).startswith("failed: RuntimeError: not replayed: a batch is over the largest bucket")
 
 
 @pytest.mark.parametrize("task", ["forward", "finetune"])
@@ -96,21 +159,19 @@ def test_training_leaves_the_next_workload_the_same_weights() -> None:
         ("sdpa", {"attentions": True}, "returns no attention maps"),
         ("flash", {}, "needs a GPU"),
         ("fastbert-graphed", {}, "needs a GPU"),
-        (
-            "fastbert-graphed",
-            {"training": True, "device": torch.device("cuda")},
-            "replays neither training nor attention maps",
-        ),
-        ("onnxruntime", {"training": True}, "does not train"),
+        ("fastbert-graphed", {"task": "backward", "device": CUDA}, "replays whole training steps only"),
+        ("fastbert-graphed", {"attentions": True, "device": CUDA}, "replays no attention maps"),
+        ("fastbert-graphed", {"task": "finetune", "device": CUDA}, None),
+        ("onnxruntime", {"task": "finetune"}, "does not train"),
         ("onnxruntime", {"dtype": torch.bfloat16}, "compared in float32 only"),
-        ("eager", {"training": True, "attentions": True, "dtype": torch.bfloat16}, None),
+        ("eager", {"task": "backward", "attentions": True, "dtype": torch.bfloat16}, None),
     ],
 )
 def test_who_cannot_take_part(
     name: str, what: dict[str, Any], why: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda package: object())
-    given = {"training": False, "attentions": False, "dtype": torch.float32, "device": CPU} | what
+    given = {"task": "forward", "attentions": False, "dtype": torch.float32, "device": CPU} | what
     assert contenders.missing(name, **given) == why
 
 
