@@ -11,6 +11,7 @@ import copy
 import math
 import os
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,6 +53,8 @@ class Check:
         hf_error: the same of Hugging Face's eager model in the working dtype.
         bound: the largest `error` that passes.
         problem: what no number can say (missing, wrong shape, not finite, ...), or None.
+        rms, hf_rms: the root mean squares of what `error` and `hf_error` are the largest of. In few elements the
+            largest is chance.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Check:
     hf_error: float
     bound: float
     problem: str | None = None
+    rms: float = math.nan
+    hf_rms: float = math.nan
 
     @property
     def ratio(self) -> float | None:
@@ -78,6 +83,8 @@ class Check:
             "shape": list(self.shape),
             "error": _finite(self.error),
             "hf_error": _finite(self.hf_error),
+            "rms": _finite(self.rms),
+            "hf_rms": _finite(self.hf_rms),
             "ratio": self.ratio,
             "bound": _finite(self.bound),
             "ok": self.ok,
@@ -144,10 +151,18 @@ class Report:
         """Whether every output and every gradient is within its bound."""
         return all(check.ok for check in [*self.outputs, *self.gradients])
 
+    @property
+    def typical_ratio(self) -> float | None:
+        """The median over all tensors of `rms / hf_rms`: how far fastbert is from the truth, of how far HF is."""
+        ratios = [check.rms / check.hf_rms for check in [*self.outputs, *self.gradients] if check.hf_rms > 0]
+        finite = [ratio for ratio in ratios if math.isfinite(ratio)]
+        return statistics.median(finite) if finite else None
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON."""
         return {
             "ok": self.ok,
+            "typical_ratio": self.typical_ratio,
             "provenance": self.provenance,
             "outputs": [check.to_dict() for check in self.outputs],
             "gradients": [check.to_dict() for check in self.gradients],
@@ -269,10 +284,10 @@ def _check_outputs(
     for name, want in expected.items():
         visible = _visible(name, batch.mask if packing else torch.ones_like(batch.mask))
         problem = _problem(got.get(name), want, visible)
-        error = math.nan if problem else _largest(got[name], exact[name], visible)
-        hf_error = _largest(want, exact[name], visible)
+        error, rms = (math.nan, math.nan) if problem else _errors(got[name], exact[name], visible)
+        hf_error, hf_rms = _errors(want, exact[name], visible)
         bound = OUTPUT_BOUND if want.dtype == torch.float32 else HALF_RATIO * hf_error + HALF_SLACK
-        report.outputs.append(Check(name, tuple(want.shape), error, hf_error, bound, problem))
+        report.outputs.append(Check(name, tuple(want.shape), error, hf_error, bound, problem, rms, hf_rms))
     for name in got.keys() - expected.keys():
         report.outputs.append(Check(name, (), math.nan, 0.0, 0.0, "Hugging Face returns no such output"))
 
@@ -301,21 +316,24 @@ def _check_gradients(
     for name, want in true.items():
         group = of_group[gradient_group(name)]
         scale = (largest[name] if largest[name] > VANISHING * group else group) or 1.0
-        hf_error = float((theirs[name] - want).abs().max()) / scale
+        everywhere = torch.ones((), dtype=torch.bool)
+        hf_error, hf_rms = (error / scale for error in _errors(theirs[name], want, everywhere))
         got = ours.get(name)
         problem = "no gradient" if got is None else None
         if got is not None and got.shape != want.shape:
             problem = f"has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
         elif got is not None and not got.isfinite().all():
             problem = "not finite"
-        error = math.nan if got is None or problem else float((got - want).abs().max()) / scale
+        error, rms = math.nan, math.nan
+        if got is not None and problem is None:
+            error, rms = (error / scale for error in _errors(got, want, everywhere))
         # A vanishing gradient is rounding noise in both. How Hugging Face's fell in this one tensor is no bound for
         # ours; its largest error in the group, on the same scale, is.
         vanishes = largest[name] <= VANISHING * group
         peers = [n for n in true if gradient_group(n) == gradient_group(name)] if vanishes else [name]
         allowed = max(float((theirs[n] - true[n]).abs().max()) / scale for n in peers)
         bound = GRADIENT_BOUND if dtype == torch.float32 else HALF_RATIO * allowed + HALF_SLACK
-        report.gradients.append(Check(name, tuple(want.shape), error, hf_error, bound, problem))
+        report.gradients.append(Check(name, tuple(want.shape), error, hf_error, bound, problem, rms, hf_rms))
 
 
 def _run(model: BertModel, batch: Batch, everything: bool = True) -> Any:
@@ -354,9 +372,10 @@ def _problem(got: Any, want: Tensor, visible: Tensor) -> str | None:
     return None
 
 
-def _largest(got: Tensor, exact: Tensor, visible: Tensor) -> float:
-    difference = (got.double().cpu() - exact).abs()
-    return float(difference.masked_fill(~visible, 0.0).max())
+def _errors(got: Tensor, exact: Tensor, visible: Tensor) -> tuple[float, float]:
+    """The largest error where an output is visible, and the root mean square there."""
+    error = (got.double().cpu() - exact)[visible.expand_as(exact)]
+    return float(error.abs().max()), float(error.square().mean().sqrt())
 
 
 def _cotangents(output: Any, mask: Tensor, dtype: torch.dtype, everything: bool = True) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
 """`fastbert verify` as a user meets it: what it prints, what it writes, and how it ends."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,28 @@ def test_broken_model_ends_with_1_and_names_the_tensor(tiny: Path, monkeypatch: 
     assert "✗" in row
     assert "tensors are out of bounds" in result.stdout
     assert "Not timed: a result is out of bounds" in result.stdout
+
+
+@pytest.mark.parametrize(("rms", "chance"), [(0.5, True), (1.5, False)])
+def test_a_bound_broken_by_chance_is_told_from_one_broken_by_error(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, rms: float, chance: bool
+) -> None:
+    from fastbert import parity
+
+    right = parity.compare
+
+    def compare(*args: Any, **kwargs: Any) -> parity.Report:
+        report = right(*args, **kwargs)
+        check = report.outputs[3]
+        report.outputs[3] = dataclasses.replace(check, error=1.1 * check.bound, rms=rms * check.hf_rms)
+        return report
+
+    monkeypatch.setattr(parity, "compare", compare)
+    result = run("verify", tiny, *TEXT, "--dtype", "bf16", "--repeats", "0")
+    assert result.exit_code == 1
+    assert "1 of 7 tensors are out of bounds" in result.stdout
+    assert "Root mean square errors are " in result.stdout
+    assert ("the largest error of few elements is chance" in result.stdout) == chance
 
 
 def test_json_on_stdout_is_nothing_but_json(tiny: Path) -> None:

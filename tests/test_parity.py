@@ -1,5 +1,6 @@
 """The comparison passes what is right, and fails what is broken in any of the ways it claims to see."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from transformers import BertModel
 
 from fastbert.loading import SENTENCES, InputError, encode, load, parse_device, parse_dtype
-from fastbert.parity import Check, Report, compare, gradient_group
+from fastbert.parity import Check, Report, _errors, compare, gradient_group
 
 TEXT = ["Rain is falling.", "Who left the kitchen window open last night?"]
 
@@ -70,11 +71,27 @@ def test_hugging_face_in_float32_has_an_error_of_its_own(report: Report) -> None
     assert all(math.isfinite(check.hf_error) for check in report.gradients)
 
 
+def test_errors_are_told_by_their_largest_and_their_root_mean_square(report: Report) -> None:
+    for check in [*report.outputs, *report.gradients]:
+        assert 0 < check.rms <= check.error
+        assert 0 < check.hf_rms <= check.hf_error
+    got, exact = torch.tensor([[3.0, 9.0], [1.0, 5.0]]), torch.tensor([[0.0, 0.0], [-3.0, 0.0]]).double()
+    assert _errors(got, exact, torch.tensor([[True, False]])) == (4.0, 12.5**0.5)
+
+
+def test_the_typical_ratio_is_of_all_tensors(report: Report) -> None:
+    checks = [Check("x", (1,), 0.0, 0.0, 0.0, rms=rms, hf_rms=2.0) for rms in (1.0, 8.0, 3.0, math.nan)]
+    checks.append(Check("x", (1,), 0.0, 0.0, 0.0, rms=1.0, hf_rms=0.0))
+    assert dataclasses.replace(report, outputs=checks[:2], gradients=checks[2:]).typical_ratio == 1.5
+    assert dataclasses.replace(report, outputs=checks[3:], gradients=[]).typical_ratio is None
+
+
 def test_report_is_json_with_its_provenance(report: Report) -> None:
     result = json.loads(json.dumps(report.to_dict()))
     assert result["ok"] is True
-    assert set(result) == {"ok", "provenance", "outputs", "gradients", "timings", "timing_skipped"}
-    assert set(result["outputs"][0]) == {"name", "shape", "error", "hf_error", "ratio", "bound", "ok", "problem"}
+    assert set(result) == {"ok", "typical_ratio", "provenance", "outputs", "gradients", "timings", "timing_skipped"}
+    numbers = {"error", "hf_error", "rms", "hf_rms", "ratio", "bound"}
+    assert set(result["outputs"][0]) == {"name", "shape", "ok", "problem"} | numbers
     about = result["provenance"]
     assert about["versions"]["torch"] == torch.__version__
     assert about["dtype"] == "float32"
