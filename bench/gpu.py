@@ -35,6 +35,8 @@ from fastbert.parity import compare
 
 PEERS = ("fastbert", "fastbert-graphed", "eager", "sdpa", "flash", "compile", "compile-max")
 CHECKPOINT = Path(".cache/minilm")
+#: Columns of what is not printed on a terminal.
+WIDTH = 140
 #: Rounds of a workload of models: fewest and most.
 ROUNDS = (10, 200)
 
@@ -167,7 +169,7 @@ def main(
         raise typer.Exit(2) from error
     machine = Machine(torch.device("cuda", torch.cuda.current_device()))
     plan = Plan(out, list(workload or ()), peers, models, time.perf_counter() + 60 * minutes, machine)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     ok = True
     for name in sections:
         path = out / f"{name}.json"
@@ -225,7 +227,7 @@ def _kernel_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         cells = [row["kernel"], row["case"], row["contender"]]
         if row["times"] is None:
-            table.add_row(*cells, row["problem"][:60])
+            table.add_row(*cells[:2], f"{row['contender']}: {row['problem'][:60]}")
             continue
         times, mine = row["times"], ours.get((row["kernel"], row["case"]))
         table.add_row(
