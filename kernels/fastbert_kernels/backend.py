@@ -16,16 +16,31 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import triton
+from packaging.version import Version
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from triton.compiler import CompiledKernel
 
 #: True when Triton kernels run in Triton's interpreter. Triton reads the variable when a kernel is defined, so it must
 #: be set before the first import.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def check_interpreter(triton_version: str, numpy_version: str) -> None:
+    """Raise ImportError for a Triton whose interpreter fails in every loop with that NumPy."""
+    if Version(triton_version) < Version("3.7") and Version(numpy_version) >= Version("2.4"):
+        raise ImportError(
+            f"the interpreter of Triton {triton_version} does not work with NumPy {numpy_version}: install triton>=3.7 "
+            "or numpy<2.4, or unset TRITON_INTERPRET"
+        )
+
+
+if INTERPRETED:
+    check_interpreter(triton.__version__, version("numpy"))
 
 #: Dtypes the kernels have. Everything else is an error on the Triton path.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert_kernels
 from fastbert_kernels import bias_activation, bias_gelu, get_backend, reference, set_backend, uses_triton
-from fastbert_kernels.backend import arch, check_mode, check_same_device
+from fastbert_kernels.backend import arch, check_interpreter, check_mode, check_same_device
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -172,3 +172,15 @@ def test_fake_tensors_take_the_fake_op(device: torch.device) -> None:
         fake = mode.from_tensor(torch.empty(3, 8, device=device))
     with fastbert_kernels.backend("triton"):
         assert bias_activation(fake, None).shape == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version"), [("3.6.0", "2.3.5"), ("3.7.0", "2.4.0"), ("3.9.0", "2.5.2")]
+)
+def test_an_interpreter_that_works(triton_version: str, numpy_version: str) -> None:
+    check_interpreter(triton_version, numpy_version)
+
+
+def test_an_interpreter_that_fails_says_what_to_install() -> None:
+    with pytest.raises(ImportError, match=r"Triton 3\.6\.0 does not work with NumPy 2\.5\.2: install triton>=3\.7 or"):
+        check_interpreter("3.6.0", "2.5.2")
