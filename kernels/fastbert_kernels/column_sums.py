@@ -26,7 +26,11 @@ def partial_rows(blocks: int) -> int:
     return torch.sym_max(1, torch.sym_min(blocks, PARTIAL_SUMS))
 
 
-@triton.jit
+#: Numbers of rows differ with the batch, and tell the compiler nothing.
+_ROWS = ["first_rows", "second_rows", "third_rows"]
+
+
+@triton.jit(do_not_specialize=_ROWS)
 def _column_sums(
     first_ptr,  # (first_rows, first_columns) float32
     second_ptr,  # (second_rows, second_columns) float32
