@@ -1,7 +1,7 @@
 """Every kernel through Triton's own launch, on a GPU that is not there.
 
-Prints how often each was launched, and pairs of keys of arguments, ours and Triton's, as JSON. Run by
-`test_launched.py` in a process whose Triton is not the interpreter.
+Prints as JSON how often each was launched; pairs of keys of arguments, ours and Triton's; and how many kernels were
+compiled for a first batch, and for others. Run by `test_launched.py` in a process whose Triton is not the interpreter.
 """
 
 import itertools
@@ -17,7 +17,8 @@ from triton.runtime.jit import compute_cache_key
 import fastbert
 from bench.stand_in import as_on_a_gpu
 from fastbert.distill import attention_loss, capture
-from fastbert_kernels import layer_norm
+from fastbert.tuning.problems import COMPILED
+from fastbert_kernels import column_sums, layer_norm
 from fastbert_kernels.backend import wrap_triton
 
 
@@ -59,10 +60,46 @@ def keys() -> list[tuple[str, str]]:
     return found
 
 
+def distill(student: fastbert.BertModel, teacher: fastbert.BertModel, lengths: list[int]) -> None:
+    """A step of training, with a loss of every kind, and inference, on sequences of these lengths."""
+    ids = torch.ones(len(lengths), max(lengths), dtype=torch.long)
+    mask = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
+    with capture(teacher) as theirs, torch.no_grad():
+        teacher(ids, mask)
+    with capture(student) as ours:
+        last = student(ids, mask).last_hidden_state
+    (last.sum() + attention_loss(ours[0], theirs[0])).backward()
+
+
+def compiled() -> int:
+    """How many kernels Triton has compiled for the stand-in."""
+    device = driver.active.get_current_device()
+    kernels: list[Any] = [*COMPILED.values(), column_sums._column_sums]
+    return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
+
+
+def batches() -> tuple[int, int]:
+    """How many kernels are compiled for the first of several ragged batches, and for all."""
+    models = model(), model()
+    before = compiled()
+    found = []
+    for fused in (False, True):
+        with mock.patch("fastbert.modules.feed_forward_is_fused", return_value=fused):
+            distill(*models, [24, 9])
+    found.append(compiled() - before)
+    for lengths in ([17, 5, 1], [32, 16], [2, 1], [48, 3, 7, 11, 11], [16, 15, 1]):
+        for fused in (False, True):
+            with mock.patch("fastbert.modules.feed_forward_is_fused", return_value=fused):
+                distill(*models, lengths)
+    found.append(compiled() - before)
+    return found[0], found[1]
+
+
 def main() -> None:
     ids, mask = torch.ones(2, 24, dtype=torch.long), torch.ones(2, 24, dtype=torch.long)
     mask[1, 9:] = 0
     with as_on_a_gpu() as launched:
+        of_batches = batches()
         output = model()(ids, mask, output_attentions=True)
         (output.last_hidden_state.sum() + output.attentions[0].sum()).backward()
         square = torch.zeros(1, 1, 24, 24)
@@ -75,13 +112,7 @@ def main() -> None:
             model()(ids).last_hidden_state.sum().backward()
         with torch.no_grad():
             model().eval()(ids, mask)
-        student, teacher = model(), model()
-        with capture(teacher) as theirs, torch.no_grad():
-            teacher(ids, mask)
-        with capture(student) as ours:
-            student(ids, mask)
-        attention_loss(ours[0], theirs[0]).backward()
-        print(json.dumps([launched, keys()]))
+        print(json.dumps([launched, keys(), of_batches]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from fastbert.tuning.problems import COMPILED
 
 @pytest.fixture(scope="module")
 def found() -> list[Any]:
-    """How often each kernel was launched, and pairs of keys of arguments."""
+    """How often each kernel was launched, pairs of keys of arguments, and kernels compiled for batches."""
     return json.loads(run_uninterpreted("-m", "tests.launched").splitlines()[-1])
 
 
@@ -29,3 +29,9 @@ def test_what_triton_compiles_apart_is_looked_up_apart(found: list[Any]) -> None
     # Not finer by more than how far a tensor is from where it would be aligned.
     assert len(theirs) < 2 * len({key for _, key in found[1]})
     assert len(theirs) < len(found[1]) / 2
+
+
+def test_nothing_is_compiled_for_the_sizes_of_a_batch(found: list[Any]) -> None:
+    first, all_of_them = found[2]
+    assert first > 12
+    assert all_of_them == first

@@ -297,6 +297,8 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
     known |= dict(zip(("first_columns", "second_columns", "third_columns"), case.summed(), strict=True))
     known |= {"inner": case.width, "features": features, "ACTIVATION": case.activation}
     known |= _SCALARS | _SIZES[case.aligned] | tiles
+    if "CU_SEQLENS" in case.flags:
+        known["max_seqlen"] = 512  # as the host says it
     for name, fixed in _POINTERS.items():
         known[name] = torch.empty(1, dtype=fixed or dtype, device="meta")
     if case.attends:

@@ -15,7 +15,7 @@ from fastbert_kernels.tuned import measured
 
 #: What to ask of a GPU's driver.
 _DRIVER_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
-_PACKAGES = ("torch", "triton", "transformers", "onnxruntime", "flash-attn", "liger-kernel")
+_PACKAGES = ("triton", "transformers", "onnxruntime", "flash-attn", "liger-kernel")
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of fastbert, Python, CUDA and the packages that a figure depends on, as far as they are installed."""
-    found = {"python": platform.python_version(), "fastbert": fastbert.__version__}
+    # Of torch the build too, which its package does not always tell.
+    found = {"python": platform.python_version(), "fastbert": fastbert.__version__, "torch": torch.__version__}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -29,6 +29,7 @@ from fastbert_kernels import (
 )
 from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
 from fastbert_kernels.bias_gelu import _bias_activation_backward, _bias_activation_forward
+from fastbert_kernels.column_sums import column_sums
 from fastbert_kernels.embedding import _embed_backward, _embed_forward
 from fastbert_kernels.feed_forward import _backward as feed_forward_backward_op
 from fastbert_kernels.feed_forward import _forward as feed_forward_forward_op
@@ -353,7 +354,10 @@ def _feed_forward(call: _Call) -> Problem:
         return Problem(forward, forward_definition, (x, weight1, bias), differentiable=False)
 
     def backward(dout: Tensor, weight: Tensor, pre: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        return feed_forward_backward_op(dout, weight, pre, bias, activation)
+        dpre, y, partials = feed_forward_backward_op(dout, weight, pre, activation)
+        (dbias,) = column_sums((partials, (bias.dtype,)))
+        assert dbias is not None
+        return dpre, y, dbias
 
     def backward_definition(dout: Tensor, weight: Tensor, pre: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         y, gradient = torch.func.vjp(lambda z: reference.bias_activation(z, None, activation), pre)[:2]

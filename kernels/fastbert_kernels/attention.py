@@ -24,6 +24,12 @@ from .tiles import attention_tiles, block_width
 MAX_HEAD_DIM = 128
 
 
+def blocked_length(cu_seqlens: torch.Tensor | None, max_seqlen: int) -> int:
+    """What kernels are told of max_seqlen. Where they read lengths, it only counts blocks: a multiple of 16, for which
+    they are compiled once and not for every other length again."""
+    return max_seqlen if cu_seqlens is None else cdiv(max_seqlen, 16) * 16
+
+
 def _common_arguments(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
@@ -48,7 +54,7 @@ def _common_arguments(
         "head_mask_ptr": qkv if head_mask is None else head_mask,
         "tokens": qkv.shape[0],
         "heads": qkv.shape[2],
-        "max_seqlen": max_seqlen,
+        "max_seqlen": blocked_length(cu_seqlens, max_seqlen),
         "probs_seq": probs_seq,
         "bias_batch_stride": strides[0],
         "bias_head_stride": strides[1],

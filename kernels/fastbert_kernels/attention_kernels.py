@@ -80,7 +80,7 @@ def _softmax_tile(s, row_max, log_sum, valid):
     return tl.where(valid, tl.exp2(s - row_max - log_sum), 0.0)
 
 
-@triton.jit(do_not_specialize=["site", "keep_threshold"])
+@triton.jit(do_not_specialize=["tokens", "site", "keep_threshold"])
 def attention_forward(
     qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
     out_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
@@ -213,7 +213,7 @@ def attention_forward(
     tl.store(stats_ptr + tl.cast(heads, tl.int64) * tokens + rows, tl.log2(row_sum), mask=rows < length)
 
 
-@triton.jit(do_not_specialize=["site", "keep_threshold"])
+@triton.jit(do_not_specialize=["tokens", "site", "keep_threshold"])
 def attention_backward_dq(
     dout_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
     dprobs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_DPROBS
@@ -341,7 +341,7 @@ def attention_backward_dq(
         tl.store(partial, tl.sum(dhead_mask, axis=0))
 
 
-@triton.jit(do_not_specialize=["site", "keep_threshold"])
+@triton.jit(do_not_specialize=["tokens", "site", "keep_threshold"])
 def attention_backward_dkv(
     dout_ptr,  # (tokens, heads, HEAD_DIM), dtype of qkv
     dprobs_ptr,  # (batch, heads, probs_seq, probs_seq), dtype of qkv; unused without HAS_DPROBS

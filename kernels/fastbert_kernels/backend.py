@@ -183,13 +183,14 @@ class _Launcher:
 
 def _varies(parameter: Any) -> str:
     """An expression of what Triton compiles a kernel for in an argument: of a tensor its dtype and whether it starts at
-    a multiple of 16 bytes; of an integer whether it is 1, a multiple of 16, or wider than 32 bits."""
+    a multiple of 16 bytes; of an integer whether it is wider than 32 bits, and if told to, 1 or a multiple of 16."""
     name = parameter.name
     if parameter.is_constexpr:
         return name
     if name.endswith("_ptr"):
         return f"{name}.dtype, {name}.data_ptr() & 15"
-    return f"({name} == 1, {name} & 15 == 0, {name} >> 31) if type({name}) is int else type({name})"
+    of_number = f"{name} >> 31" if parameter.do_not_specialize else f"({name} == 1, {name} & 15 == 0, {name} >> 31)"
+    return f"{of_number} if type({name}) is int else type({name})"
 
 
 #: By the kernel's id: its hash is that of its source. No kernel is ever freed.

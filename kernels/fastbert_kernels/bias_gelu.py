@@ -30,7 +30,7 @@ from .tuned import tuned_tiles
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _bias_activation_forward(
     x_ptr,  # (count, features)
     bias_ptr,  # (features,); unused without HAS_BIAS
@@ -52,7 +52,7 @@ def _bias_activation_forward(
     store_rows(y_ptr, apply_activation(x, ACTIVATION), rows, cols, count, features)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _bias_activation_backward(
     dy_ptr,  # (count, features)
     x_ptr,  # (count, features)

@@ -51,7 +51,7 @@ def _embedding_sum(
     return z
 
 
-@triton.jit(do_not_specialize=["site", "keep_threshold"])
+@triton.jit(do_not_specialize=["count", "site", "keep_threshold"])
 def _embed_forward(
     words_ptr,  # (count,) int ids, or without HAS_WORD_TABLE the vectors (count, features)
     positions_ptr,  # (count,) int
@@ -96,7 +96,7 @@ def _embed_forward(
     tl.store(rstd_ptr + rows, rstd, mask=rows < count)
 
 
-@triton.jit(do_not_specialize=["site", "keep_threshold"])
+@triton.jit(do_not_specialize=["count", "site", "keep_threshold"])
 def _embed_backward(
     dy_ptr,  # (count, features)
     words_ptr,  # as in _embed_forward, and so on

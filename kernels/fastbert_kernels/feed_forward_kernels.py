@@ -61,7 +61,7 @@ def _quarters(x):
     return first, second, third, fourth
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def feed_forward_forward(
     x_ptr,  # (count, inner)
     weight_ptr,  # (features, inner), dtype of x
@@ -101,7 +101,7 @@ def feed_forward_forward(
             store_rows(y_ptr, activation(z, ACTIVATION), rows, cols, count, features)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def feed_forward_backward(
     dout_ptr,  # (count, inner)
     weight_ptr,  # (inner, features), dtype of dout

@@ -71,7 +71,7 @@ def normalize_backward(dnormed, normed, rstd, cols, features):
     return tl.where(cols[None, :] < features, dz, 0.0)
 
 
-@triton.jit(do_not_specialize=["site", "keep_threshold"])
+@triton.jit(do_not_specialize=["count", "site", "keep_threshold"])
 def _add_layer_norm_forward(
     x_ptr,  # (count, features)
     bias_ptr,  # (features,); unused without HAS_BIAS
@@ -114,7 +114,7 @@ def _add_layer_norm_forward(
         tl.store(rstd_ptr + rows, rstd, mask=rows < count)
 
 
-@triton.jit(do_not_specialize=["site", "keep_threshold"])
+@triton.jit(do_not_specialize=["count", "site", "keep_threshold"])
 def _add_layer_norm_backward(
     dy_ptr,  # (count, features)
     normed_ptr,  # (count, features)

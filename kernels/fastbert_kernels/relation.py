@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .attention import check_lengths
+from .attention import blocked_length, check_lengths
 from .backend import cdiv, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
 from .relation_blocks import INSTEAD_OF_SECOND_DERIVATIVE, relation_loss_by_blocks
 from .relation_kernels import relation_backward_a, relation_backward_b, relation_forward
@@ -42,7 +42,7 @@ def _arguments(
         "cu_seqlens_ptr": operands[0] if cu_seqlens is None else cu_seqlens,
         "tokens": tokens,
         "heads": heads,
-        "max_seqlen": max_seqlen,
+        "max_seqlen": blocked_length(cu_seqlens, max_seqlen),
         "student_scale": scales[0],
         "teacher_scale": scales[1],
         "STUDENT_DIM": student_dim,

@@ -10,7 +10,7 @@ from .attention_kernels import _load_heads, _sequence, _store_heads
 from .numerics import LOG2E, cast, dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def relation_forward(
     student_a_ptr,  # (tokens, heads, STUDENT_DIM) by its row stride
     student_b_ptr,  # (tokens, heads, STUDENT_DIM) by its row stride
@@ -112,7 +112,7 @@ def _score_gradient(s, t, student_lse, teacher_lse, student_scale, teacher_scale
     return gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def relation_backward_a(
     student_a_ptr,  # as in relation_forward, and so on
     student_b_ptr,
@@ -183,7 +183,7 @@ def relation_backward_a(
     _store_heads(da_ptr, da, rows, heads * STUDENT_DIM, length, STUDENT_DIM, BLOCK_STUDENT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def relation_backward_b(
     student_a_ptr,  # as in relation_forward, and so on
     student_b_ptr,
