@@ -34,7 +34,8 @@ from fastbert.loading import InputError
 from fastbert.parity import compare
 
 PEERS = ("fastbert", "fastbert-graphed", "eager", "sdpa", "flash", "compile", "compile-max")
-CHECKPOINT = Path(".cache/minilm")
+#: Of the section parity.
+CHECKPOINT = Path(os.environ.get("FASTBERT_CHECKPOINT", ".cache/minilm"))
 #: Columns of what is not printed on a terminal.
 WIDTH = 140
 #: Rounds of a workload of models: fewest and most.
@@ -103,7 +104,9 @@ def tests_section(plan: Plan) -> dict[str, Any]:
 def parity_section(plan: Plan) -> dict[str, Any]:
     """A real checkpoint against Hugging Face, outputs and gradients, in three dtypes."""
     if not (CHECKPOINT / "config.json").is_file():
-        raise InputError(f"no checkpoint in {str(CHECKPOINT)!r}: `make demo` fetches it")
+        raise InputError(
+            f"no checkpoint in {str(CHECKPOINT)!r}: `make demo` fetches one, FASTBERT_CHECKPOINT names another"
+        )
     reports = [
         compare(str(CHECKPOINT), dtype=dtype, device=str(plan.device), train=True, repeats=0)
         for dtype in ("float32", "bfloat16", "float16")
