@@ -207,7 +207,7 @@ def test_sections_of_the_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_parity_needs_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "CHECKPOINT", tmp_path)
     made = gpu.Plan(tmp_path, [], [], [], time.perf_counter(), Made(CPU))
-    with pytest.raises(ValueError, match=r"no checkpoint in .*: `make demo` fetches it"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .*: `make demo` fetches one, FASTBERT_CHECKPOINT names"):
         gpu.SECTIONS["parity"](made)
 
 
