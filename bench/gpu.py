@@ -30,12 +30,13 @@ from fastbert.benchmark.provenance import facts
 from fastbert.benchmark.results import Results, save_json, show
 from fastbert.benchmark.workloads import GPU_WORKLOADS
 from fastbert.benchmark.workloads import named as named_workloads
+from fastbert.cli.common import CHECKPOINT_VARIABLE, LOCAL_CHECKPOINT
 from fastbert.loading import InputError
 from fastbert.parity import compare
 
 PEERS = ("fastbert", "fastbert-graphed", "eager", "sdpa", "flash", "compile", "compile-max")
 #: Of the section parity.
-CHECKPOINT = Path(os.environ.get("FASTBERT_CHECKPOINT", ".cache/minilm"))
+CHECKPOINT = Path(os.environ.get(CHECKPOINT_VARIABLE, LOCAL_CHECKPOINT))
 #: Columns of what is not printed on a terminal.
 WIDTH = 140
 #: Rounds of a workload of models: fewest and most.
@@ -105,7 +106,7 @@ def parity_section(plan: Plan) -> dict[str, Any]:
     """A real checkpoint against Hugging Face, outputs and gradients, in three dtypes."""
     if not (CHECKPOINT / "config.json").is_file():
         raise InputError(
-            f"no checkpoint in {str(CHECKPOINT)!r}: `make demo` fetches one, FASTBERT_CHECKPOINT names another"
+            f"no checkpoint in {str(CHECKPOINT)!r}: `make demo` fetches one, {CHECKPOINT_VARIABLE} names another"
         )
     reports = [
         compare(str(CHECKPOINT), dtype=dtype, device=str(plan.device), train=True, repeats=0)

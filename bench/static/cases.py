@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from fastbert.tuning.neighbours import shipped_tiles
 from fastbert.tuning.problems import COMPILED
 from fastbert_kernels import column_sums
+from fastbert_kernels.attention import blocked_length
 from fastbert_kernels.bias_gelu import ACTIVATIONS
 from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, PARTIAL_SUMS, Tiles
 from fastbert_kernels.tuned import Launch
@@ -297,10 +298,10 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
     known |= dict(zip(("first_columns", "second_columns", "third_columns"), case.summed(), strict=True))
     known |= {"inner": case.width, "features": features, "ACTIVATION": case.activation}
     known |= _SCALARS | _SIZES[case.aligned] | tiles
-    if "CU_SEQLENS" in case.flags:
-        known["max_seqlen"] = 512  # as the host says it
     for name, fixed in _POINTERS.items():
         known[name] = torch.empty(1, dtype=fixed or dtype, device="meta")
+    packed = known["cu_seqlens_ptr"] if known["HAS_CU_SEQLENS"] else None
+    known["max_seqlen"] = blocked_length(packed, known["max_seqlen"])
     if case.attends:
         known["bias_ptr"] = torch.empty(1, dtype=torch.float32, device="meta")  # an additive mask, not a parameter
     unknown = [name for name in kernel.arg_names if name not in known]

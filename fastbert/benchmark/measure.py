@@ -113,14 +113,19 @@ class _Job:
         if self.workload.task != "forward":
             self.module.train()
         self.run()
-        if isinstance(self.model, Replayed):
-            _replay(self.model, self.run)
-        else:
+        if self.replayed is None:
             self.run()
+        else:
+            _replay(self.replayed, self.run)
 
     def peak(self, device: torch.device) -> int | None:
         """The `peak_bytes` of a row."""
-        return None if isinstance(self.model, Replayed) else peak_memory(self.run, device)
+        return peak_memory(self.run, device) if self.replayed is None else None
+
+    @property
+    def replayed(self) -> Replayed | None:
+        """What a run replays, if it is a replay."""
+        return self.model if isinstance(self.model, Replayed) else None
 
     def results(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Outputs at tokens and, when training, gradients, both with dropout off: float32."""
@@ -128,7 +133,7 @@ class _Job:
         gradients = {}
         if self.workload.task == "forward":
             with torch.inference_mode():
-                if isinstance(self.model, Replayed):
+                if self.replayed is not None:
                     self.call()  # records it, if it has to be: what is compared is a replay
                 output = self.call()
         else:
@@ -168,12 +173,11 @@ class _GraphedJob(_Job):
 
     def warm_up(self) -> None:
         self.step = self._record(1.0)
-        self.module.train()
-        self.run()
-        _replay(self.step, self.run)
+        super().warm_up()
 
-    def peak(self, device: torch.device) -> int | None:
-        return None
+    @property
+    def replayed(self) -> Replayed | None:
+        return self.step
 
     def results(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Outputs of the model itself; gradients of a replay, as the optimizer's first moment got them."""

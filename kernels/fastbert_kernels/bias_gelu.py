@@ -20,7 +20,7 @@ from .backend import (
     uses_triton,
     wrap_triton,
 )
-from .column_sums import column_sums, partial_rows
+from .column_sums import column_sums, empty_partials
 from .layer_norm import load_rows, load_vector, store_rows
 from .numerics import activation as apply_activation
 from .numerics import activation_grad
@@ -114,19 +114,18 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> tor
     return y
 
 
-def _empty_partials(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[dict[str, Any], torch.Tensor]:
-    """Tiles of the backward pass, and the memory of its partial sums: a row of each program."""
+def _backward_plan(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int, dict[str, Any], torch.Tensor]:
+    """Of the backward pass: rows, features, tiles, and the memory of its partial sums."""
     features = int(x.shape[-1])  # of a graph's symbol, the number
     count = x.numel() // features if features > 0 else 0
     tiles = tuned_tiles("bias_activation_backward", x, features, column_tiles(features))
-    programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
-    return tiles, x.new_empty(programs, 0 if bias is None else features, dtype=torch.float32)
+    return count, features, tiles, empty_partials(x, count, tiles["BLOCK_M"], 0 if bias is None else features)
 
 
 def _backward_fake(
     dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _, partials = _empty_partials(x, bias)
+    *_, partials = _backward_plan(x, bias)
     return torch.empty_like(x), torch.empty_like(x) if again else x.new_empty(0), partials
 
 
@@ -134,10 +133,8 @@ def _launch_backward(
     dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool, *, dx: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `_backward` returns, the gradient of x in the memory of `dx`, which may be dy."""
-    features = x.shape[-1]
-    count = x.numel() // features if features > 0 else 0
+    count, features, tiles, partials = _backward_plan(x, bias)
     y = torch.empty_like(x) if again else x.new_empty(0)
-    tiles, partials = _empty_partials(x, bias)
     wrap_triton(_bias_activation_backward)[(cdiv(features, tiles["BLOCK_N"]), partials.shape[0])](
         dy_ptr=dy,
         x_ptr=x,

@@ -26,6 +26,11 @@ def partial_rows(blocks: int) -> int:
     return torch.sym_max(1, torch.sym_min(blocks, PARTIAL_SUMS))
 
 
+def empty_partials(like: torch.Tensor, count: int, block_m: int, columns: int) -> torch.Tensor:
+    """Memory of the partial sums of a backward pass over `count` rows, block_m at a time: a row for each program."""
+    return like.new_empty(partial_rows(cdiv(count, block_m)), columns, dtype=torch.float32)
+
+
 #: Numbers of rows differ with the batch, and tell the compiler nothing.
 _ROWS = ["first_rows", "second_rows", "third_rows"]
 

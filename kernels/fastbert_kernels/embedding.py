@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import reference
 from .backend import cdiv, check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
-from .column_sums import column_sums, partial_rows
+from .column_sums import column_sums, empty_partials
 from .layer_norm import (
     MAX_FEATURES,
     dropout_arguments,
@@ -241,9 +241,11 @@ def _forward(
     return y, mean, rstd
 
 
-def _backward_tiles(dy: torch.Tensor) -> dict[str, Any]:
+def _backward_plan(dy: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    """Tiles of the backward pass, and the memory of its partial sums."""
     features = int(dy.shape[-1])  # of a graph's symbol, the number
-    return tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), BACKWARD_BYTES))
+    tiles = tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), BACKWARD_BYTES))
+    return tiles, empty_partials(dy, dy.shape[0], tiles["BLOCK_M"], 2 * features)
 
 
 def _backward_fake(
@@ -261,8 +263,8 @@ def _backward_fake(
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = partial_rows(cdiv(dy.shape[0], _backward_tiles(dy)["BLOCK_M"]))
-    return torch.empty_like(dy), mean.new_empty(rows, 2 * dy.shape[1])
+    _, partials = _backward_plan(dy)
+    return torch.empty_like(dy), partials
 
 
 @register_op("embed_backward", _backward_fake)
@@ -282,13 +284,10 @@ def _backward(
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the sum of the embeddings (count, features), and rows of partial sums of dweight, dnorm_bias."""
-    count, features = dy.shape
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
-    tiles = _backward_tiles(dy)
-    programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
-    partials = mean.new_empty(programs, 2 * features)
-    wrap_triton(_embed_backward)[(programs,)](
+    tiles, partials = _backward_plan(dy)
+    wrap_triton(_embed_backward)[(partials.shape[0],)](
         dy_ptr=dy,
         mean_ptr=mean,
         rstd_ptr=rstd,

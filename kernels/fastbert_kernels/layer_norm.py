@@ -20,7 +20,7 @@ from .backend import (
     uses_triton,
     wrap_triton,
 )
-from .column_sums import PartialSums, column_sums, partial_rows
+from .column_sums import PartialSums, column_sums, empty_partials
 from .numerics import cast, dropout_keep
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
@@ -270,10 +270,12 @@ def forward_in_place(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, to
     return y, x, rstd
 
 
-def _backward_tiles(dy: torch.Tensor) -> dict[str, Any]:
+def _backward_plan(dy: torch.Tensor, count: int, has_bias: bool) -> tuple[dict[str, Any], torch.Tensor]:
+    """Tiles of the backward pass, and the memory of its partial sums."""
     features = int(dy.shape[-1])  # of a graph's symbol, the number
     shipped = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
-    return tuned_tiles("add_layer_norm_backward", dy, features, shipped)
+    tiles = tuned_tiles("add_layer_norm_backward", dy, features, shipped)
+    return tiles, empty_partials(dy, count, tiles["BLOCK_M"], (3 if has_bias else 2) * features)
 
 
 def _backward_fake(
@@ -288,8 +290,7 @@ def _backward_fake(
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, y = (torch.empty_like(normed) if it else normed.new_empty(0) for it in (dropout_p > 0.0, norm_bias is not None))
-    rows = partial_rows(cdiv(rstd.shape[0], _backward_tiles(dy)["BLOCK_M"]))
-    partials = rstd.new_empty(rows, (3 if has_bias else 2) * dy.shape[-1])
+    _, partials = _backward_plan(dy, rstd.shape[0], has_bias)
     return torch.empty_like(dy), dx, y, partials
 
 
@@ -315,10 +316,8 @@ def _backward(
     dz = torch.empty_like(dy)
     dx = torch.empty_like(normed) if dropout_p > 0.0 else normed.new_empty(0)
     y = normed.new_empty(0) if norm_bias is None else torch.empty_like(normed)
-    tiles = _backward_tiles(dy)
-    programs = partial_rows(cdiv(count, tiles["BLOCK_M"]))
-    partials = rstd.new_empty(programs, (3 if has_bias else 2) * features)
-    wrap_triton(_add_layer_norm_backward)[(programs,)](
+    tiles, partials = _backward_plan(dy, count, has_bias)
+    wrap_triton(_add_layer_norm_backward)[(partials.shape[0],)](
         dy_ptr=dy,
         normed_ptr=normed,
         weight_ptr=weight,
