@@ -14,7 +14,7 @@ from transformers import BertModel
 
 from .fusing import fuse
 from .loading import InputError, load, parse_device, parse_dtype
-from .modeling import BertModel as FusedBertModel
+from .modules.model import EncoderModel
 
 #: Tokens of a batch: enough to keep the products of a GPU busy, few enough for the memory of any.
 TOKENS = 8192
@@ -98,7 +98,7 @@ class Encoder:
         if not 3 <= length <= limit:  # [CLS], one token, [SEP]
             raise InputError(f"max length {length} is out of range: this model takes 3 to {limit}")
         self.bert = fuse(bert).to(self.device, self.dtype).eval()
-        if not isinstance(self.bert, FusedBertModel) or bert.config.is_decoder:
+        if not isinstance(self.bert, EncoderModel) or bert.config.is_decoder:
             raise InputError(
                 f"{type(bert).__name__} is a decoder or overrides BertModel: only BERT encoders take packed text"
             )

@@ -13,7 +13,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import notices
-from fastbert.plain import foreign_hooks
+from fastbert.modules.readable import foreign_hooks
 
 
 def plain_model(**changes: object) -> transformers.BertModel:

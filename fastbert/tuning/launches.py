@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from fastbert.modules import KERNEL_ACTIVATIONS
+from fastbert.modules.feed_forward import KERNEL_ACTIVATIONS
 from fastbert_kernels.tiles import feed_forward_fusible
 from fastbert_kernels.tuned import FUSED, KERNELS, Launch, Product
 

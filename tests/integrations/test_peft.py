@@ -17,7 +17,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import notices
-from fastbert.projection import adjacent
+from fastbert.modules.qkv import adjacent
 
 LINEAR = "peft.tuners.lora.layer.Linear"
 CLS = "SEQ_CLS"  # with it PEFT trains the classifier too

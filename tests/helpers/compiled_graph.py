@@ -18,7 +18,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from triton.backends.compiler import GPUTarget
 
 import fastbert
-import fastbert.modeling
+import fastbert.families.bert
 
 
 class TracedError(Exception):

@@ -10,7 +10,7 @@ def run_uninterpreted(*arguments: str) -> str:
     """What `python *arguments`, in the project's root, prints."""
     done = subprocess.run(
         [sys.executable, *arguments],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,

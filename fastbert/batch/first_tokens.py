@@ -11,14 +11,15 @@ import torch.nn.functional as F
 
 from fastbert_kernels.reference import upcast
 
-from .packing import Layout
+from .layout import Layout
+from .records import Movable
 
-#: What `BertModel.read_rows` may be.
-ROWS = ("all", "first")
+#: What a model's `read_rows` may be.
+READ_ROWS = ("all", "first")
 
 
 @dataclass(frozen=True)
-class FirstRows:
+class FirstTokens(Movable):
     """The first token of each sequence among the tokens of a batch.
 
     Attributes:
@@ -77,10 +78,10 @@ class FirstRows:
         return (probs.to(value.dtype) @ value)[:, :, 0]
 
 
-def first_rows(layout: Layout, tokens: int) -> FirstRows:
+def first_tokens(layout: Layout, tokens: int) -> FirstTokens:
     """The first tokens of a batch that lies as `layout` says, with `tokens` of them, at least one."""
     if layout.cu_seqlens is None:
-        return FirstRows(layout.batch, layout.max_seqlen)
+        return FirstTokens(layout.batch, layout.max_seqlen)
     cu_seqlens = layout.cu_seqlens.long()
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     sequences = torch.arange(layout.batch, device=cu_seqlens.device)
@@ -91,4 +92,4 @@ def first_rows(layout: Layout, tokens: int) -> FirstRows:
     absent = lengths == 0
     if layout.columns is not None:
         absent |= layout.columns[starts] != 0
-    return FirstRows(layout.batch, layout.max_seqlen, starts, places, beyond[:, None, None], absent)
+    return FirstTokens(layout.batch, layout.max_seqlen, starts, places, beyond[:, None, None], absent)

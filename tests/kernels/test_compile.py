@@ -6,7 +6,7 @@ from uninterpreted import run_uninterpreted
 
 
 def test_every_kernel_is_visible_in_the_compiled_graphs() -> None:
-    forward, backward = json.loads(run_uninterpreted("tests/compiled_graph.py").splitlines()[-1])
+    forward, backward = json.loads(run_uninterpreted("tests/helpers/compiled_graph.py").splitlines()[-1])
     assert forward == {
         "embed_forward": 1,
         "attention_forward": 1,

@@ -1,4 +1,4 @@
-"""Hugging Face's heads on the fused `BertModel`."""
+"""Hugging Face's heads on a fused encoder model."""
 
 import functools
 import inspect
@@ -6,27 +6,36 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import CrossEntropyLoss
-from transformers import BertConfig
-from transformers.models.bert import modeling_bert as hf
 
-from .modeling import BertModel, eager_semantics, own_config
-from .modules import fuse_modules
-from .notices import say_once
+from fastbert.notices import say_once
+
+from .model import Plan
+from .swap import FUSED, eager_semantics, fuse_modules, hugging_face_class, own_config
 
 #: What `read_rows` of a head for masked language modelling may be.
 MASKED_LM_ROWS = ("all", "labelled")
 
 
-class FusedHead:
-    """A Hugging Face head whose `bert` is fused."""
+class FusedHead(nn.Module):
+    """A Hugging Face head whose encoder model is fused."""
 
-    bert: hf.BertModel
+    #: What of the encoder's output the head reads: "all", or "pooled", the pooled output only.
+    reads = "all"
+    #: The labels of each token, and of each sequence, of heads whose loss is a mean over labels other than -100.
+    token_labels: tuple[str, ...] = ()
+    sequence_labels: tuple[str, ...] = ()
+    #: Whether `config.problem_type` chooses the loss.
+    loss_by_problem_type = False
 
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__(own_config(config))  # type: ignore[call-arg]
-        self.bert.__class__ = BertModel
-        fuse_modules(self.bert)
+    base_model: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(own_config(config))
+        encoder = self.base_model
+        encoder.__class__ = FUSED[type(encoder)]
+        fuse_modules(encoder)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         return eager_semantics(attn_implementation)
@@ -55,7 +64,7 @@ def _of_labelled_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
                 f"labels must be (batch, seq) = {tuple(words.shape[:2])} like the input, got {tuple(labels.shape)}"
             )
         labelled = labels != CrossEntropyLoss().ignore_index
-        more = {**given.pop("kwargs", {}), "labels": labels[labelled], "labelled": labelled}
+        more = {**given.pop("kwargs", {}), "labels": labels[labelled], "plan": Plan(labelled=labelled)}
         return forward(**given | more)
 
     return wrapped
@@ -73,38 +82,8 @@ class FusedMaskedLM(FusedHead):
     #: then (labelled rows, vocabulary), in the order of the batch. `fastbert.skip_unread` sets it.
     read_rows: str = "all"
 
-
-class BertForPreTraining(FusedMaskedLM, hf.BertForPreTraining):
-    """Hugging Face's `BertForPreTraining` on the fused `BertModel`."""
-
-    forward = _of_labelled_rows(hf.BertForPreTraining.forward)
-
-
-class BertLMHeadModel(FusedHead, hf.BertLMHeadModel):
-    """Hugging Face's `BertLMHeadModel` on the fused `BertModel`; as a decoder, Hugging Face's own path."""
-
-
-class BertForMaskedLM(FusedMaskedLM, hf.BertForMaskedLM):
-    """Hugging Face's `BertForMaskedLM` on the fused `BertModel`."""
-
-    forward = _of_labelled_rows(hf.BertForMaskedLM.forward)
-
-
-class BertForNextSentencePrediction(FusedHead, hf.BertForNextSentencePrediction):
-    """Hugging Face's `BertForNextSentencePrediction` on the fused `BertModel`."""
-
-
-class BertForSequenceClassification(FusedHead, hf.BertForSequenceClassification):
-    """Hugging Face's `BertForSequenceClassification` on the fused `BertModel`."""
-
-
-class BertForMultipleChoice(FusedHead, hf.BertForMultipleChoice):
-    """Hugging Face's `BertForMultipleChoice` on the fused `BertModel`."""
-
-
-class BertForTokenClassification(FusedHead, hf.BertForTokenClassification):
-    """Hugging Face's `BertForTokenClassification` on the fused `BertModel`."""
-
-
-class BertForQuestionAnswering(FusedHead, hf.BertForQuestionAnswering):
-    """Hugging Face's `BertForQuestionAnswering` on the fused `BertModel`."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        theirs = hugging_face_class(cls)
+        if theirs in cls.__bases__:
+            cls.forward = _of_labelled_rows(theirs.forward)  # type: ignore[attr-defined]

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .packing import Layout
+from .layout import Layout
+from .records import Movable
 
 
 def prefix_length(past_key_values: Any, layers: int) -> int | None:
@@ -26,7 +27,7 @@ def prefix_length(past_key_values: Any, layers: int) -> int | None:
 
 
 @dataclass(frozen=True)
-class Prefix:
+class Prefix(Movable):
     """The prefixes of all layers and their place among the tokens of a batch.
 
     Attributes:
@@ -76,8 +77,7 @@ def place_prefix(past_key_values: DynamicCache, layout: Layout, heads: int, head
         cu_seqlens = None
     else:
         ends = layout.cu_seqlens
-        tokens = layout.batch * layout.seq if layout.indices is None else len(layout.indices)
-        starts, of_token = ends[:-1], sequences.repeat_interleave(ends.diff(), output_size=tokens)
+        starts, of_token = ends[:-1], sequences.repeat_interleave(ends.diff(), output_size=layout.tokens)
         cu_seqlens = ends + length * torch.arange(len(ends), device=device, dtype=ends.dtype)
     rows = starts.repeat_interleave(length) + torch.arange(layout.batch * length, device=device)
     token_rows = torch.arange(len(of_token), device=device) + length * (of_token + 1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-from fastbert.packing import dense_layout, packed_layout
+from fastbert.batch.layout import dense_layout, packed_layout
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.randoms(use_true_random=False))

@@ -85,7 +85,7 @@ def batches() -> tuple[int, int]:
     found = []
     for lengths in ([24, 9], [17, 5, 1], [32, 16], [2, 1], [48, 3, 7, 11, 11], [16, 15, 1]):
         for fused in (False, True):
-            with mock.patch("fastbert.modules.feed_forward_is_fused", return_value=fused):
+            with mock.patch("fastbert.modules.layer.feed_forward_is_fused", return_value=fused):
                 distill(*models, lengths)
         found.append(compiled() - before)
     return found[0], found[-1]
@@ -104,7 +104,7 @@ def main() -> None:
         for part in (apart.encoder.layer[0].attention.output, apart.encoder.layer[0].intermediate):
             part.register_forward_hook(lambda *_: None)
         apart(ids).last_hidden_state.sum().backward()
-        with mock.patch("fastbert.modules.feed_forward_is_fused", return_value=True):
+        with mock.patch("fastbert.modules.layer.feed_forward_is_fused", return_value=True):
             model()(ids).last_hidden_state.sum().backward()
         with torch.no_grad():
             model().eval()(ids, mask)

@@ -9,8 +9,8 @@ import transformers
 from models import assert_close, ids, mask_of, pair
 
 import fastbert
-from fastbert.packing import packed_layout
-from fastbert.prefix import place_prefix
+from fastbert.batch.layout import packed_layout
+from fastbert.batch.prefix import place_prefix
 from fastbert_kernels import backend
 
 LENGTH = 5

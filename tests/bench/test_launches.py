@@ -17,7 +17,7 @@ def test_launches_per_layer() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted through the interpreter")
 def test_launches_per_layer_with_the_activation_inside_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastbert.modules.feed_forward_is_fused", lambda x, weight, activation: True)
+    monkeypatch.setattr("fastbert.modules.layer.feed_forward_is_fused", lambda x, weight, activation: True)
     forward, backward = count("fastbert")
     assert forward.total() == 7, forward
     assert backward.total() == 14, backward

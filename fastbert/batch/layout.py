@@ -1,6 +1,6 @@
-"""The padded door in and the padded door out.
+"""How the tokens of a batch lie: packed on the way in, unpacked on the way out.
 
-Inside the house a batch is one flat row of real tokens with `cu_seqlens`; batch and sequence exist only here. A batch
+Between the two a batch is one flat row of real tokens with `cu_seqlens`; batch and sequence exist only here. A batch
 in which nothing can be dropped keeps its (batch, seq) shape, which is the same row of tokens seen in two dimensions.
 """
 
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .records import Movable
+
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Movable):
     """How the tokens of a batch lie in the arrays the encoder works on.
 
     Attributes:
@@ -30,6 +32,11 @@ class Layout:
     max_seqlen: int
     columns: torch.Tensor | None
     order: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are, dropped padding not counted; of a batch that its caller packed, nobody knows."""
+        return self.batch * self.seq if self.indices is None else self.indices.shape[0]
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, seq, ...) to (1, tokens, ...)."""

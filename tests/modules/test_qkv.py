@@ -11,7 +11,7 @@ from models import ids, tiny_config
 from torch import nn
 
 import fastbert
-from fastbert.projection import adjacent, project_qkv, qkv_parameters, rehome, separate, stack_parameters
+from fastbert.modules.qkv import adjacent, project_qkv, qkv_parameters, rehome, separate, stack_parameters
 
 NAMES = ("query", "key", "value")
 

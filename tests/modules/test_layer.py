@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastbert
-from fastbert import modeling, modules
+from fastbert.batch import batch as batches
+from fastbert.batch.layout import packed_layout
 from fastbert.distill import capture
-from fastbert.packing import packed_layout
+from fastbert.modules import layer
 from fastbert_kernels import FeedForwardArguments, backend, feed_forward_block
 
 #: The attention block, and the feed-forward block. A layer that is one step is both.
@@ -31,13 +32,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     seen: Counter[str] = Counter()
 
     def count(name: str, *blocks: str) -> None:
-        block = getattr(modules, name)
+        block = getattr(layer, name)
 
         def counted(*args: Any) -> Any:
             seen.update(blocks)
             return block(*args)
 
-        monkeypatch.setattr(modules, name, counted)
+        monkeypatch.setattr(layer, name, counted)
 
     for name in BLOCKS:
         count(name, name)
@@ -48,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of autograd for each half of a layer."""
-    monkeypatch.setattr(modules.FusedAttention, "block_arguments", lambda self: None)
+    monkeypatch.setattr(layer.FusedAttention, "block_arguments", lambda self: None)
 
 
 @pytest.fixture(params=["cublas", "fused", "halves"])
@@ -56,7 +57,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Whether the feed-forward block's first product has the activation inside."""
     if request.param == "halves":
         request.getfixturevalue("halves")
-    monkeypatch.setattr(modules, "feed_forward_is_fused", lambda x, weight, activation: request.param == "fused")
+    monkeypatch.setattr(layer, "feed_forward_is_fused", lambda x, weight, activation: request.param == "fused")
     return request.param == "fused"
 
 
@@ -64,7 +65,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def one_by_one() -> Iterator[None]:
     """Run the ops of blocks one by one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modules, "runs_as_block", lambda x: False)
+        patch.setattr(layer, "runs_as_block", lambda x: False)
         yield
 
 
@@ -160,7 +161,7 @@ def test_the_longest_sequences_start_first_and_nothing_changes(
         got, grads = run(fused, device, "triton", maps=True)
         launches = 6 if how == "checkpointed" else 4
         assert orders == [[0, 2, 1]] * launches
-        monkeypatch.setattr(modeling, "packed_layout", lambda mask: replace(packed_layout(mask), order=None))
+        monkeypatch.setattr(batches, "packed_layout", lambda mask: replace(packed_layout(mask), order=None))
         want, want_grads = run(fused, device, "triton", maps=True)
     assert orders[launches:] == [None] * launches
     assert torch.equal(got, want)
@@ -588,7 +589,7 @@ def test_a_layer_that_is_there_twice_drops_anew(device: torch.device, monkeypatc
         seeds.append(feed_forward.seed.item())
         return feed_forward_block(hidden, feed_forward)
 
-    monkeypatch.setattr(modules, "feed_forward_block", noted)
+    monkeypatch.setattr(layer, "feed_forward_block", noted)
     with backend("triton"), torch.no_grad():
         fused.train()(ids(device=device))
     assert len(set(seeds)) == 2

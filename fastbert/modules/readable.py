@@ -12,6 +12,10 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 
+from fastbert.notices import warn_once
+
+from .swap import hugging_face_class
+
 #: Where hooks come from that belong to the machinery around a model, not to someone who looks inside it.
 _INFRASTRUCTURE = ("torch.distributed", "transformers.", "peft.", "deepspeed.")
 
@@ -139,3 +143,27 @@ def foreign_hooks(root: nn.Module) -> list[str]:
     if not any(_has_foreign_hook(module) for module in root.modules() if module is not root):
         return []
     return [name for name, module in root.named_modules() if name and _has_foreign_hook(module)]
+
+
+def leave(module: nn.Module, reason: str) -> None:
+    """Say once that a module runs as Hugging Face's."""
+    name = hugging_face_class(type(module)).__name__
+    warn_once(f"fastbert: {name} runs unfused: {reason}; fastbert.explain(model) says in which layers")
+
+
+def called(**modules: nn.Module) -> str | None:
+    """A note on linear layers that are called as modules while the rest around them stays fused."""
+    names = [f"{name} ({describe(m, nn.Linear)})" for name, m in modules.items() if not is_plain_linear(m)]
+    return f"{', '.join(names)} called as a module" if names else None
+
+
+def not_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> str:
+    """The reason that a module cannot be read."""
+    return f"{name} is not a plain nn.{expected.__name__} but {describe(module, expected)}"
+
+
+def norm_reason(norm: nn.Module, dropout: nn.Module) -> str | None:
+    """Why a LayerNorm and the dropout beside it cannot be one kernel's."""
+    if not is_plain_layer_norm(norm):
+        return not_plain("LayerNorm", norm, nn.LayerNorm)
+    return None if is_plain_dropout(dropout) else not_plain("dropout", dropout, nn.Dropout)

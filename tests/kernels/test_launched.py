@@ -12,7 +12,7 @@ from fastbert.tuning.problems import COMPILED
 @pytest.fixture(scope="module")
 def found() -> list[Any]:
     """How often each kernel was launched, pairs of keys of arguments, and kernels compiled for batches."""
-    return json.loads(run_uninterpreted("-m", "tests.launched").splitlines()[-1])
+    return json.loads(run_uninterpreted("-m", "tests.helpers.launched").splitlines()[-1])
 
 
 def test_triton_takes_the_launch_of_every_kernel(found: list[Any]) -> None:

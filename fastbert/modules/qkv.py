@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastbert.notices import warn_once
 from fastbert_kernels import uses_triton
 
-from .notices import warn_once
-from .plain import describe, is_plain_linear
+from .readable import describe, is_plain_linear
 
 #: Why the three projections may be three products although each is plain.
 APART = "query, key and value are three products: something else holds their parameters (FSDP, a flat buffer)"

@@ -1,0 +1,194 @@
+"""One encoder layer: a single step of autograd where every module in it can be read, else its blocks and modules."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbert.batch.attend import Attend
+from fastbert_kernels import (
+    AttentionArguments,
+    FeedForwardArguments,
+    attention_block,
+    feed_forward_block,
+    feed_forward_is_fused,
+    layer_block,
+    runs_as_block,
+)
+
+from .attention import FusedSelfAttention, MapSlot, attend_from, leave_map, mask_like, wants_map
+from .dropout import seed_for
+from .readable import is_called
+from .swap import hugging_face_class, is_ours
+
+
+def _block_arguments(*modules: Any) -> dict[str, Any] | None:
+    """What the block of these modules needs of them; None where one has to be called itself."""
+    arguments: dict[str, Any] = {}
+    for module in modules:
+        found = module.block_arguments() if hasattr(module, "block_arguments") else None
+        if found is None:
+            return None
+        arguments |= found
+    return arguments
+
+
+def _attends_as_block(hidden: torch.Tensor, attend: Attend) -> bool:
+    """Whether a block with the attention in it may run on these hidden states: no block knows a prefix."""
+    return runs_as_block(hidden) and attend.prefix is None and attend.first is None
+
+
+def _attention_arguments(
+    block: dict[str, Any],
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    attend: Attend,
+    head_mask: torch.Tensor | None,
+    wants_map: bool,
+) -> AttentionArguments:
+    """The attention block's arguments from its modules' and from those of `FusedSelfAttention.forward`."""
+    seq = hidden.shape[1]
+    return AttentionArguments(
+        **block,
+        cu_seqlens=attend.cu_seqlens,
+        max_seqlen=seq if attend.max_seqlen is None else attend.max_seqlen,
+        mask=mask,
+        head_mask=head_mask,
+        probs_seq=attend.map_side(seq) if wants_map else None,
+        columns=attend.map_columns if wants_map else None,
+        order=attend.order,
+        seed=seed_for(attend.seed, max(block["dropout_p"], block["hidden_dropout_p"]), hidden),
+    )
+
+
+def _feed_forward_arguments(
+    block: dict[str, Any], hidden: torch.Tensor, seed: torch.Tensor | None
+) -> FeedForwardArguments:
+    fused = block["up_bias"] is not None and feed_forward_is_fused(hidden, block["up_weight"], block["activation"])
+    return FeedForwardArguments(**block, fused=fused, seed=seed_for(seed, block["hidden_dropout_p"], hidden))
+
+
+class FusedAttention(nn.Module):
+    """Self-attention and its output, sharing the forward pass's seed."""
+
+    self: Any
+    output: Any
+    is_cross_attention: bool
+
+    def block_arguments(self) -> dict[str, Any] | None:
+        """What a block needs of this module; None where the module has to be called itself."""
+        if not is_ours(self) or is_called(self) or self.is_cross_attention:
+            return None
+        return _block_arguments(self.self, self.output)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        attend: Attend | None = None,
+        head_mask: torch.Tensor | None = None,
+        map_slot: MapSlot | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The block's hidden states and its map or None; the arguments are those of `FusedSelfAttention.forward`."""
+        if self.is_cross_attention or args:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        attend = attend_from(attend, kwargs)
+        if not isinstance(self.self, FusedSelfAttention):
+            if attend.cu_seqlens is not None or head_mask is not None:
+                raise ValueError(
+                    f"{type(self.self).__name__} is not fastbert's and knows neither packed sequences nor head_mask: "
+                    "pass a padded batch, and leave head_mask out"
+                )
+            context, probs = self.self(hidden_states, mask_like(attention_mask, hidden_states), **kwargs)
+            leave_map(map_slot, probs)
+            return self.output(context, hidden_states), probs
+        if _attends_as_block(hidden_states, attend) and kwargs.get("past_key_values") is None:
+            block = _block_arguments(self.self, self.output)
+            if block is not None:
+                wanted = wants_map(map_slot, kwargs)
+                hidden, probs = attention_block(
+                    hidden_states,
+                    _attention_arguments(block, hidden_states, attention_mask, attend, head_mask, wanted),
+                )
+                leave_map(map_slot, probs)
+                return hidden, probs
+        context, probs = self.self(
+            hidden_states, attention_mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
+        )
+        residual = hidden_states if attend.first is None else attend.first.take(hidden_states)
+        return self.output(context, residual, attend.seed), probs
+
+
+class FusedLayer(nn.Module):
+    """One encoder layer. Returns the hidden states alone, as Hugging Face's does."""
+
+    attention: Any
+    intermediate: Any
+    output: Any
+    is_decoder: bool
+    chunk_size_feed_forward: int
+    seq_len_dim: int
+    feed_forward_chunk: Any
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        attend: Attend | None = None,
+        head_mask: torch.Tensor | None = None,
+        map_slot: MapSlot | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One layer on (batch, seq, hidden), or packed (1, tokens, hidden). The other arguments are those of
+        `FusedSelfAttention.forward`; a decoder's go to Hugging Face's own."""
+        if self.is_decoder or past_key_values is not None:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        attend = attend_from(attend, kwargs)
+        replaced = self._chunk_is_replaced()
+        if self.chunk_size_feed_forward == 0 and not replaced and _attends_as_block(hidden_states, attend):
+            attention, feed_forward = _block_arguments(self.attention), None
+            if attention is not None:
+                feed_forward = _block_arguments(self.intermediate, self.output)
+            if attention is not None and feed_forward is not None:
+                wanted = wants_map(map_slot, kwargs)
+                hidden, probs = layer_block(
+                    hidden_states,
+                    _attention_arguments(attention, hidden_states, attention_mask, attend, head_mask, wanted),
+                    _feed_forward_arguments(feed_forward, hidden_states, attend.seed),
+                )
+                leave_map(map_slot, probs)
+                return hidden
+        attended, _ = self.attention(
+            hidden_states, attention_mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
+        )
+        return self._feed_forward(attended, attend.seed, replaced)
+
+    def _chunk_is_replaced(self) -> bool:
+        """Whether someone put a function of their own in the place of Hugging Face's `feed_forward_chunk`."""
+        ours = hugging_face_class(type(self)).feed_forward_chunk  # type: ignore[attr-defined]
+        return getattr(self.feed_forward_chunk, "__func__", None) is not ours
+
+    def _feed_forward(self, attended: torch.Tensor, seed: torch.Tensor | None, replaced: bool) -> torch.Tensor:
+        if self.chunk_size_feed_forward > 0:
+            # Every chunk draws a seed of its own, or all would drop the same elements.
+            chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
+            return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
+        if replaced:
+            return self.feed_forward_chunk(attended)
+        block = _block_arguments(self.intermediate, self.output) if runs_as_block(attended) else None
+        if block is None:
+            return self.output(self.intermediate(attended), attended, seed)
+        return feed_forward_block(attended, _feed_forward_arguments(block, attended, seed))
