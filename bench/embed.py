@@ -24,7 +24,7 @@ from fastbert.benchmark.provenance import facts
 from fastbert.benchmark.results import save_json
 from fastbert.benchmark.timing import Times, interleaved
 from fastbert.encode import TOKENS, Encoder
-from fastbert.loading import parse_device
+from fastbert.inputs import parse_device
 
 CHECKPOINT = Path(__file__).parents[1] / ".cache" / "minilm"
 COSINE = 0.99999

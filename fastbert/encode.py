@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BertModel
 
 from .fusing import fuse
-from .loading import InputError, load, parse_device, parse_dtype
+from .inputs import InputError, check_max_length, load, parse_device, parse_dtype
 from .modeling import BertModel as FusedBertModel
 
 #: Tokens of a batch: enough to keep the products of a GPU busy, few enough for the memory of any.
@@ -94,9 +94,7 @@ class Encoder:
             bert, tokenizer = load(model)
             bert.pooler = None
         limit = min(bert.config.max_position_embeddings, tokenizer.model_max_length)
-        length = limit if max_length is None else max_length
-        if not 3 <= length <= limit:  # [CLS], one token, [SEP]
-            raise InputError(f"max length {length} is out of range: this model takes 3 to {limit}")
+        length = check_max_length(max_length, limit)
         self.bert = fuse(bert).to(self.device, self.dtype).eval()
         if not isinstance(self.bert, FusedBertModel) or bert.config.is_decoder:
             raise InputError(

@@ -27,7 +27,7 @@ from fastbert_kernels.backend import INTERPRETED
 
 from .benchmark.provenance import device_name, versions
 from .benchmark.timing import interleaved
-from .loading import SENTENCES, Batch, InputError, encode, load, parse_device, parse_dtype
+from .inputs import SENTENCES, InputError, Tokenized, load, parse_device, parse_dtype, tokenize
 
 #: float32: the absolute error allowed of an output, and the relative one of a gradient.
 OUTPUT_BOUND = 1e-5
@@ -219,7 +219,7 @@ def compare(
     progress("loading the model")
     hf: Any  # transformers wraps `to` in a way that type checkers misread
     hf, tokenizer = load(model)
-    batch = encode(tokenizer, sentences, max_length, hf.config.max_position_embeddings)
+    batch = tokenize(tokenizer, sentences, max_length, hf.config.max_position_embeddings)
     hf = hf.to(dtype).eval()
     truth = copy.deepcopy(hf).double()
     hf = hf.to(device)
@@ -262,7 +262,7 @@ def _check_outputs(
     truth: BertModel,
     hf: BertModel,
     fused: BertModel,
-    batch: Batch,
+    batch: Tokenized,
     packing: bool,
     progress: Callable[[str], None],
 ) -> None:
@@ -297,7 +297,7 @@ def _check_gradients(
     truth: BertModel,
     hf: BertModel,
     fused: BertModel,
-    batch: Batch,
+    batch: Tokenized,
     packing: bool,
     progress: Callable[[str], None],
 ) -> None:
@@ -337,7 +337,7 @@ def _check_gradients(
         report.gradients.append(Check(name, tuple(want.shape), error, hf_error, bound, problem, rms, hf_rms))
 
 
-def _run(model: BertModel, batch: Batch, everything: bool = True) -> Any:
+def _run(model: BertModel, batch: Tokenized, everything: bool = True) -> Any:
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
     return model(**inputs, output_hidden_states=everything, output_attentions=everything)
 
@@ -399,7 +399,7 @@ def _backward(output: Any, cotangents: dict[str, Tensor]) -> None:
     torch.autograd.backward([out for _, out in roots], [cotangents[name] for name, _ in roots])
 
 
-def _gradients(model: BertModel, batch: Batch, dtype: torch.dtype, packing: bool) -> dict[str, Tensor]:
+def _gradients(model: BertModel, batch: Tokenized, dtype: torch.dtype, packing: bool) -> dict[str, Tensor]:
     """Every parameter's gradient, float64 on the CPU. The model is in train mode only meanwhile."""
     mask = batch.mask if packing else torch.ones_like(batch.mask)
     model.train()
@@ -412,12 +412,12 @@ def _gradients(model: BertModel, batch: Batch, dtype: torch.dtype, packing: bool
     return gradients
 
 
-def _time(hf: BertModel, fused: BertModel, batch: Batch, train: bool, repeats: int) -> list[Timing]:
+def _time(hf: BertModel, fused: BertModel, batch: Tokenized, train: bool, repeats: int) -> list[Timing]:
     """Forward, and with `train` forward and backward, each without and with hidden states and attentions."""
     sdpa = copy.deepcopy(hf)
     sdpa.set_attn_implementation("sdpa")
     mask = batch.mask
-    batch = Batch({name: t.to(hf.device) for name, t in batch.inputs.items()}, batch.tokens, batch.truncated)
+    batch = Tokenized({name: t.to(hf.device) for name, t in batch.inputs.items()}, batch.tokens, batch.truncated)
 
     def forward(model: BertModel, everything: bool) -> None:
         with torch.no_grad():
@@ -464,7 +464,7 @@ def _medians(
 
 
 def _provenance(
-    model: str, hf: BertModel, batch: Batch, dtype: torch.dtype, device: torch.device, life: str
+    model: str, hf: BertModel, batch: Tokenized, dtype: torch.dtype, device: torch.device, life: str
 ) -> dict[str, Any]:
     rows, seq = batch.mask.shape
     tokens = int(batch.mask.sum())

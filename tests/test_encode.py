@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from fastbert.cli import app
 from fastbert.encode import Batch, Encoder
-from fastbert.loading import SENTENCES, InputError
+from fastbert.inputs import SENTENCES, InputError
 
 pytest.importorskip("pyarrow", reason="pip install 'fastbert[encode]'")
 

@@ -51,7 +51,7 @@ def bench(
     console = Console(stderr=json_file == "-", highlight=False)
     from fastbert.benchmark.results import show
     from fastbert.benchmark.users import measure
-    from fastbert.loading import InputError
+    from fastbert.inputs import InputError
 
     with quiet(), Console(stderr=True).status("starting") as status:
         try:

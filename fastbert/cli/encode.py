@@ -49,7 +49,7 @@ def encode(
 
     from fastbert.bulk import encode_file
     from fastbert.encode import Encoder
-    from fastbert.loading import InputError
+    from fastbert.inputs import InputError
     from fastbert.rows import Texts
 
     console = Console(stderr=True, highlight=False)

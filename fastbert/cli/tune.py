@@ -68,7 +68,7 @@ def tune(
 
     from rich.console import Console
 
-    from fastbert.loading import InputError, load_config, parse_dtype
+    from fastbert.inputs import InputError, load_config, parse_dtype
     from fastbert.tuning.launches import COMMON, Widths, launches, products
     from fastbert_kernels.tuned import kind, path_of
 
@@ -115,7 +115,7 @@ def _gpu(device: str | None) -> "torch.device":
     """The GPU to measure on, with its index; from here on the current one."""
     import torch
 
-    from fastbert.loading import parse_device
+    from fastbert.inputs import parse_device
 
     if not torch.cuda.is_available():
         fail("tune measures on a GPU, and torch sees none here: the shipped tiles stay in force")

@@ -58,7 +58,7 @@ def verify(
 
     # With JSON on stdout, people read on stderr.
     console = Console(stderr=json_file == "-", highlight=False)
-    from fastbert.loading import SENTENCES, InputError
+    from fastbert.inputs import SENTENCES, InputError
     from fastbert.parity import compare
     from fastbert_kernels import backend as use_backend
 

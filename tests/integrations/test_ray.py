@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from fastbert.bulk import encode_file
 from fastbert.encode import Encoder
-from fastbert.loading import SENTENCES
+from fastbert.inputs import SENTENCES
 from fastbert.rows import Texts
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "encode_ray.py"
