@@ -47,10 +47,10 @@ def encode(
 
     from rich.console import Console
 
-    from fastbert.bulk import encode_file
     from fastbert.encode import Encoder
+    from fastbert.encode.files import encode_file
+    from fastbert.encode.rows import Texts
     from fastbert.inputs import InputError
-    from fastbert.rows import Texts
 
     console = Console(stderr=True, highlight=False)
     try:
