@@ -38,8 +38,8 @@ def attend(
 
     from fastbert.fusing import fuse
     from fastbert.inputs import InputError, load, parse_device, tokenize
-    from fastbert.plots import attention_heatmap
-    from fastbert.views import VIEWS, attention_page
+    from fastbert.maps.heatmap import attention_heatmap
+    from fastbert.maps.page import VIEWS, attention_page
 
     if view not in VIEWS:
         fail(f"unknown view {view!r}: choose from {', '.join(VIEWS)}")

@@ -237,7 +237,7 @@ def _times(console: "Console", timings: Sequence["Timing"]) -> None:
 
 def _draw(report: "Report", path: Path) -> None:
     """The longest sentence whose tokens can be named, or the shortest of all."""
-    from fastbert.plots import attention_heatmap
+    from fastbert.maps.heatmap import attention_heatmap
 
     if not report.attentions:
         fail("--heatmap: the model returned no attentions to draw")
