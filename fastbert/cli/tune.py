@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fastbert.tuning.choice import Choice
+    from fastbert.tuning.launches import Widths
     from fastbert.tuning.tuner import Outcome
     from fastbert_kernels.tuned import Launch, Product
 
@@ -69,7 +70,7 @@ def tune(
     from rich.console import Console
 
     from fastbert.inputs import InputError, load_config, parse_dtype
-    from fastbert.tuning.launches import COMMON, Widths, launches, products
+    from fastbert.tuning.launches import COMMON, Widths
     from fastbert_kernels.tuned import kind, path_of
 
     try:
@@ -79,13 +80,7 @@ def tune(
             models = COMMON if model is None else (Widths.of(load_config(model)),)
     except InputError as error:
         fail(str(error))
-    named = tuple(kernel or ())
-    todo = launches(models, working, full, named), products(models, working, named)
-    if not any(todo):
-        there = [x.kernel for x in launches(models, working, full)] + [x.kernel for x in products(models, working)]
-        more = "" if full else ", more with --full"
-        names = ", ".join(dict.fromkeys(there))
-        fail(f"no kernel has {' or '.join(named)!r} in its name: there are {names} in {dtype}{more}")
+    todo = _choose(models, working, tuple(kernel or ()), full, dtype)
     check_writable("FASTBERT_CACHE", path_of(kind(gpu)))
     console = Console(highlight=False)
     outcomes: list[Outcome | Choice] = []
@@ -98,6 +93,21 @@ def tune(
         _report(console, outcomes, gpu)
         raise typer.Exit(_INTERRUPTED) from None
     _report(console, outcomes, gpu)
+
+
+def _choose(
+    models: "tuple[Widths, ...]", working: "torch.dtype", named: tuple[str, ...], full: bool, dtype: str
+) -> "tuple[list[Launch], list[Product]]":
+    """What to measure: launches and products of these models, whose names contain one of those named if there are."""
+    from fastbert.tuning.launches import launches, products
+
+    todo = launches(models, working, full, named), products(models, working, named)
+    if not any(todo):
+        there = [x.kernel for x in launches(models, working, full)] + [x.kernel for x in products(models, working)]
+        more = "" if full else ", more with --full"
+        names = ", ".join(dict.fromkeys(there))
+        fail(f"no kernel has {' or '.join(named)!r} in its name: there are {names} in {dtype}{more}")
+    return todo
 
 
 def _parse_lengths(text: str, tokens: int) -> tuple[int, ...]:

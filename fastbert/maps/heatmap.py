@@ -72,14 +72,8 @@ def attention_heatmap(
 
     colours = ScalarMappable(Normalize(0.0, 1.0), cmap="BuPu")
     length = len(tokens)
-    for row, (layer, probabilities) in zip(axes, maps.items(), strict=True):
-        values = probabilities[sentence, :, :length, :length].detach().float().cpu().numpy()
-        for head, axis in enumerate(row):
-            if head >= len(values):
-                axis.set_axis_off()
-                continue
-            axis.imshow(values[head], norm=colours.norm, cmap=colours.cmap, interpolation="nearest")
-            _frame(axis)
+    for row, (layer, heads) in zip(axes, maps.items(), strict=True):
+        _draw_layer(row, heads[sentence, :, :length, :length], colours)
         _name_layer(figure, row[0], layer, grid)
     for head, axis in enumerate(axes[0][: next(iter(maps.values())).shape[1]]):
         axis.set_title(f"head {head}", fontsize=11, color="#333333", pad=5)
@@ -139,6 +133,16 @@ def _checked(attentions: Sequence[Tensor | None], tokens: Sequence[str], sentenc
                 "tokens needs (batch, heads, seq, seq) that holds it"
             )
     return maps
+
+
+def _draw_layer(axes: "np.ndarray", heads: Tensor, colours: "ScalarMappable") -> None:
+    """A layer's heads (heads, length, length) in a row of panels, of which more may be there."""
+    values = heads.detach().float().cpu().numpy()
+    for axis in axes[len(values) :]:
+        axis.set_axis_off()
+    for axis, probabilities in zip(axes, values, strict=False):
+        axis.imshow(probabilities, norm=colours.norm, cmap=colours.cmap, interpolation="nearest")
+        _frame(axis)
 
 
 def _frame(axis: "Axes") -> None:

@@ -12,7 +12,8 @@ import torch
 from transformers import BertModel
 
 from fastbert.inputs import SENTENCES, InputError, load, parse_device, parse_dtype, tokenize
-from fastbert.parity import Check, Report, _errors, compare, gradient_group
+from fastbert.verify.compare import _errors, compare, gradient_group
+from fastbert.verify.report import Check, Report
 
 TEXT = ["Rain is falling.", "Who left the kitchen window open last night?"]
 
