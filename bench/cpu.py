@@ -17,7 +17,7 @@ from fastbert.benchmark.provenance import facts
 from fastbert.benchmark.results import Results, show
 from fastbert.benchmark.workloads import CPU_WORKLOADS
 from fastbert.benchmark.workloads import named as named_workloads
-from fastbert.loading import InputError, parse_dtype
+from fastbert.inputs import InputError, parse_dtype
 
 PEERS = ("fastbert", "eager", "sdpa", "compile", "onnxruntime")
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastbert.benchmark.contenders import CONTENDERS
 from fastbert.benchmark.measure import Row
-from fastbert.benchmark.plots import COLOURS, FAINT, INK, new_figure, save_png, tidy, write_heading
+from fastbert.benchmark.plots import COLOURS, FAINT, INK, tidy, write_heading
 from fastbert.benchmark.results import Group
+from fastbert.figures import new_figure, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

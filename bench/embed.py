@@ -23,8 +23,8 @@ from fastbert import fuse
 from fastbert.benchmark.provenance import facts
 from fastbert.benchmark.results import save_json
 from fastbert.benchmark.timing import Times, interleaved
-from fastbert.encode import TOKENS, Encoder
-from fastbert.loading import parse_device
+from fastbert.encode.encoder import TOKENS, Encoder
+from fastbert.inputs import parse_device
 
 CHECKPOINT = Path(__file__).parents[1] / ".cache" / "minilm"
 COSINE = 0.99999

@@ -31,8 +31,8 @@ from fastbert.benchmark.results import Results, save_json, show
 from fastbert.benchmark.workloads import GPU_WORKLOADS
 from fastbert.benchmark.workloads import named as named_workloads
 from fastbert.cli.common import CHECKPOINT_VARIABLE, LOCAL_CHECKPOINT
-from fastbert.loading import InputError
-from fastbert.parity import compare
+from fastbert.inputs import InputError
+from fastbert.verify.compare import compare
 
 PEERS = ("fastbert", "fastbert-graphed", "eager", "sdpa", "flash", "compile", "compile-max")
 #: Of the section parity.

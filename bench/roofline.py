@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.collect import KernelGroup, Kernels, median
 from bench.kernels import Row
-from fastbert.benchmark.plots import FAINT, INK, cut, new_figure, save_png, tidy, write_heading
+from fastbert.benchmark.plots import FAINT, INK, cut, tidy, write_heading
+from fastbert.figures import new_figure, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -31,7 +31,7 @@ class Embed:
         self.column = column
 
     def __call__(self, table: Any) -> Any:
-        from fastbert.bulk import embed_column
+        from fastbert.encode.files import embed_column
 
         for name, values in embed_column(self.encoder, table[self.column], self.column).items():
             table = table.append_column(name, values)

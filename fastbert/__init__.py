@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import distill as distill
+    from . import encode as encode
     from .families.bert import BertForMaskedLM as BertForMaskedLM
     from .families.bert import BertForMultipleChoice as BertForMultipleChoice
     from .families.bert import BertForNextSentencePrediction as BertForNextSentencePrediction
@@ -49,12 +50,15 @@ _HOMES = {
     "unfuse": "fusing",
 }
 
-__all__ = sorted([*_HOMES, "distill"])
+#: Packages and modules of public names, loaded likewise.
+_MODULES = ("distill", "encode")
+
+__all__ = sorted([*_HOMES, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    if name == "distill":
-        return importlib.import_module(".distill", __name__)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

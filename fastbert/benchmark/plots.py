@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastbert.figures import new_figure, save_png
+
 from .contenders import CONTENDERS
 from .results import Group
 
@@ -32,27 +34,6 @@ _LABEL = 0.55
 #: Characters of what is said in place of a bar.
 _REASON = 52
 _COLUMNS = 2
-
-
-def new_figure(width: float, height: float, dpi: int) -> "Figure":
-    """A figure in inches of its own, not pyplot's: nothing global changes, and no display is needed.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'fastbert[plot]'") from error
-    return Figure(figsize=(width, height), dpi=dpi, facecolor="white")
-
-
-def save_png(figure: "Figure", path: str | os.PathLike[str]) -> Path:
-    """Write a figure; folders on the way are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
 
 
 def write_heading(figure: "Figure", title: str, note: str) -> None:

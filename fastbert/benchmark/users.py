@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from fastbert.loading import InputError, encode, load, parse_device, parse_dtype
+from fastbert.inputs import InputError, load, parse_device, parse_dtype, tokenize
 
 from .contenders import named as named_contenders
 from .measure import Field
@@ -121,7 +121,7 @@ def _text_batch(
     """A batch of texts as ragged as all of them, and its lengths."""
     by_length = sorted(texts, key=len)
     picked = [by_length[i] for i in _steps(len(by_length), batch)]
-    encoded = encode(tokenizer, picked, None, longest)
+    encoded = tokenize(tokenizer, picked, None, longest)
     return encoded.inputs, tuple(encoded.mask.sum(1).tolist())
 
 

@@ -37,9 +37,9 @@ def attend(
     import torch
 
     from fastbert.fusing import fuse
-    from fastbert.loading import InputError, encode, load, parse_device
-    from fastbert.plots import attention_heatmap
-    from fastbert.views import VIEWS, attention_page
+    from fastbert.inputs import InputError, load, parse_device, tokenize
+    from fastbert.maps.heatmap import attention_heatmap
+    from fastbert.maps.page import VIEWS, attention_page
 
     if view not in VIEWS:
         fail(f"unknown view {view!r}: choose from {', '.join(VIEWS)}")
@@ -52,7 +52,7 @@ def attend(
         unknown = sorted({i for i in layer or () if not 0 <= i < count})
         if unknown:
             fail(f"no layer {', '.join(map(str, unknown))}: this model has 0 to {count - 1}")
-        batch = encode(tokenizer, [text], None, bert.config.max_position_embeddings)
+        batch = tokenize(tokenizer, [text], None, bert.config.max_position_embeddings)
         inputs = {name: ids.to(on) for name, ids in batch.inputs.items()}
         with torch.inference_mode():
             attentions = fuse(bert).to(on)(**inputs, output_attentions=layer or True).attentions

@@ -1,14 +1,15 @@
 """`fastbert bench`: how fast is it, here, on this model and these lengths?"""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import MODEL_HELP, check_targets, default_model, fail, quiet, read_sentences
+from .common import MODEL_HELP, check_targets, default_model, fail, quiet, read_sentences, write_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fastbert.benchmark.results import Results
 
 
@@ -49,9 +50,8 @@ def bench(
     from rich.console import Console
 
     console = Console(stderr=json_file == "-", highlight=False)
-    from fastbert.benchmark.results import show
     from fastbert.benchmark.users import measure
-    from fastbert.loading import InputError
+    from fastbert.inputs import InputError
 
     with quiet(), Console(stderr=True).status("starting") as status:
         try:
@@ -69,19 +69,22 @@ def bench(
             )
         except InputError as error:
             fail(str(error))
-    show(console, results.groups())
-    about = results.facts
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    console.print(f"{about['device']}; {versions}", markup=False, soft_wrap=True)
-    if json_file == "-":
-        sys.stdout.write(results.to_json())
-    elif json_file is not None:
-        results.save(json_file)
+    _show(console, results)
+    write_json(json_file, results.to_json())
     if plot is not None:
         _draw(results, plot)
         console.print(f"plot: {plot}", markup=False)
     if any(group.ours is None for group in results.groups()):
         raise typer.Exit(1)
+
+
+def _show(console: "Console", results: "Results") -> None:
+    from fastbert.benchmark.results import show
+
+    show(console, results.groups())
+    about = results.facts
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    console.print(f"{about['device']}; {versions}", markup=False, soft_wrap=True)
 
 
 def _draw(results: "Results", path: Path) -> None:

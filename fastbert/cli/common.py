@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,21 @@ def check_writable(option: str, path: Path) -> None:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
         fail(f"{option} {str(path)!r} cannot be written: choose another place")
+
+
+def write_json(target: str | None, content: str) -> None:
+    """Write JSON text where --json says: a file, whose folders are made, or stdout for -. None: nowhere.
+
+    A reader, or an interruption, never sees half a file.
+    """
+    if target == "-":
+        sys.stdout.write(content)
+    elif target is not None:
+        path = Path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.part")
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(path)
 
 
 def choose_interpreter(backend: str, device: str | None) -> None:

@@ -1,5 +1,6 @@
 """`fastbert encode`: embeddings of a file of text."""
 
+import contextlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,8 +10,11 @@ import typer
 from .common import check_writable, fail, quiet
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from rich.console import Console
-    from rich.progress import Progress
+
+    from fastbert.encode.files import Summary
 
 
 def encode(
@@ -47,10 +51,10 @@ def encode(
 
     from rich.console import Console
 
-    from fastbert.bulk import encode_file
     from fastbert.encode import Encoder
-    from fastbert.loading import InputError
-    from fastbert.rows import Texts
+    from fastbert.encode.files import encode_file
+    from fastbert.encode.rows import Texts
+    from fastbert.inputs import InputError
 
     console = Console(stderr=True, highlight=False)
     try:
@@ -65,26 +69,24 @@ def encode(
                 dtype=dtype,
                 device=device,
             )
-        with _progress(console) as progress:
-            bar = progress.add_task("embedding", total=None)
-            summary = encode_file(
-                encoder,
-                texts,
-                out,
-                keep_text=keep_text,
-                tell=lambda done, rows: progress.update(bar, completed=done, total=rows),
-            )
+        with _progress(console) as tell:
+            summary = encode_file(encoder, texts, out, keep_text=keep_text, tell=tell)
     except InputError as error:
         fail(str(error))
     except OSError as error:
         fail(f"stopped: {error.strerror or error}; what is finished is kept, the same command goes on from there")
 
+    _show(console, summary, f"embeddings of {encoder.hidden} numbers: {out}")
+
+
+def _show(console: "Console", summary: "Summary", written: str) -> None:
+    """What was done, and every bad row as far as they are known by number; exit code 1 where there are some."""
     for row, reason in summary.bad:
         console.print(f"row {row}: {reason}", markup=False)
     count = summary.reasons.total()
     if count > len(summary.bad):
         console.print(f"... and {count - len(summary.bad):,} more, all named in the column problem")
-    done = f"{summary.rows - count:,} embeddings of {encoder.hidden} numbers: {out}"
+    done = f"{summary.rows - count:,} {written}"
     if summary.resumed:
         done += f"; {summary.resumed:,} rows were finished before"
     console.print(done, markup=False, soft_wrap=True)
@@ -105,8 +107,12 @@ def _check_paths(input_file: Path, out: Path) -> None:
     check_writable("--out", out)
 
 
-def _progress(console: "Console") -> "Progress":
+@contextlib.contextmanager
+def _progress(console: "Console") -> "Iterator[Callable[[int, int], None]]":
+    """A bar, while it lasts, that is told how many rows are done, and how many there are."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("embedding", total=None)
+        yield lambda done, rows: progress.update(bar, completed=done, total=rows)

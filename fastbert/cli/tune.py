@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fastbert.tuning.choice import Choice
+    from fastbert.tuning.launches import Widths
     from fastbert.tuning.tuner import Outcome
     from fastbert_kernels.tuned import Launch, Product
 
@@ -68,8 +69,8 @@ def tune(
 
     from rich.console import Console
 
-    from fastbert.loading import InputError, load_config, parse_dtype
-    from fastbert.tuning.launches import COMMON, Widths, launches, products
+    from fastbert.inputs import InputError, load_config, parse_dtype
+    from fastbert.tuning.launches import COMMON, Widths
     from fastbert_kernels.tuned import kind, path_of
 
     try:
@@ -79,13 +80,7 @@ def tune(
             models = COMMON if model is None else (Widths.of(load_config(model)),)
     except InputError as error:
         fail(str(error))
-    named = tuple(kernel or ())
-    todo = launches(models, working, full, named), products(models, working, named)
-    if not any(todo):
-        there = [x.kernel for x in launches(models, working, full)] + [x.kernel for x in products(models, working)]
-        more = "" if full else ", more with --full"
-        names = ", ".join(dict.fromkeys(there))
-        fail(f"no kernel has {' or '.join(named)!r} in its name: there are {names} in {dtype}{more}")
+    todo = _choose(models, working, tuple(kernel or ()), full, dtype)
     check_writable("FASTBERT_CACHE", path_of(kind(gpu)))
     console = Console(highlight=False)
     outcomes: list[Outcome | Choice] = []
@@ -98,6 +93,21 @@ def tune(
         _report(console, outcomes, gpu)
         raise typer.Exit(_INTERRUPTED) from None
     _report(console, outcomes, gpu)
+
+
+def _choose(
+    models: "tuple[Widths, ...]", working: "torch.dtype", named: tuple[str, ...], full: bool, dtype: str
+) -> "tuple[list[Launch], list[Product]]":
+    """What to measure: launches and products of these models, whose names contain one of those named if there are."""
+    from fastbert.tuning.launches import launches, products
+
+    todo = launches(models, working, full, named), products(models, working, named)
+    if not any(todo):
+        there = [x.kernel for x in launches(models, working, full)] + [x.kernel for x in products(models, working)]
+        more = "" if full else ", more with --full"
+        names = ", ".join(dict.fromkeys(there))
+        fail(f"no kernel has {' or '.join(named)!r} in its name: there are {names} in {dtype}{more}")
+    return todo
 
 
 def _parse_lengths(text: str, tokens: int) -> tuple[int, ...]:
@@ -115,7 +125,7 @@ def _gpu(device: str | None) -> "torch.device":
     """The GPU to measure on, with its index; from here on the current one."""
     import torch
 
-    from fastbert.loading import parse_device
+    from fastbert.inputs import parse_device
 
     if not torch.cuda.is_available():
         fail("tune measures on a GPU, and torch sees none here: the shipped tiles stay in force")

@@ -1,7 +1,6 @@
 """`fastbert verify`: is it right, here, on this model?"""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,12 +15,13 @@ from .common import (
     fail,
     quiet,
     read_sentences,
+    write_json,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastbert.parity import Check, Report, Timing
+    from fastbert.verify.report import Check, Report, Timing
 
 #: The longest sentence whose tokens can all be named in the heatmap.
 HEATMAP_TOKENS = 22
@@ -58,8 +58,8 @@ def verify(
 
     # With JSON on stdout, people read on stderr.
     console = Console(stderr=json_file == "-", highlight=False)
-    from fastbert.loading import SENTENCES, InputError
-    from fastbert.parity import compare
+    from fastbert.inputs import SENTENCES, InputError
+    from fastbert.verify.compare import compare
     from fastbert_kernels import backend as use_backend
 
     with quiet(), Console(stderr=True).status("starting") as status:
@@ -86,20 +86,30 @@ def verify(
     if heatmap is not None:
         _draw(report, heatmap)
         console.print(f"\nheatmap: {heatmap}", markup=False)
-    if json_file is not None:
-        content = json.dumps(report.to_dict(), indent=2) + "\n"
-        if json_file == "-":
-            sys.stdout.write(content)
-        else:
-            Path(json_file).parent.mkdir(parents=True, exist_ok=True)
-            Path(json_file).write_text(content, encoding="utf-8")
+    write_json(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
     if not report.ok:
         raise typer.Exit(1)
 
 
 def _show(console: "Console", report: "Report", explanation: Any) -> None:
-    from fastbert.parity import GRADIENT_BOUND, HALF_RATIO, OUTPUT_BOUND
+    _show_setting(console, report)
+    console.print()
+    _show_checks(console, report)
+    console.print()
+    _show_verdict(console, report)
+    console.print()
+    if report.timings:
+        _show_times(console, report.timings)
+    else:
+        console.print(f"Not timed: {report.timing_skipped}.", markup=False)
+    console.print()
+    console.print(str(explanation), markup=False, soft_wrap=True)
+    console.print()
+    _show_outputs(console, report)
 
+
+def _show_setting(console: "Console", report: "Report") -> None:
+    """What ran, on what, where."""
     about = report.provenance
     heads, size = about["heads"], about["hidden_size"] // about["heads"]
     fill = f"{about['tokens']} tokens in {about['sentences']} x {about['seq']} positions (fill {about['fill']:.0%})"
@@ -113,9 +123,13 @@ def _show(console: "Console", report: "Report", explanation: Any) -> None:
     for name, value in lines.items():
         console.print(f"{name:<9}{value}", markup=False, soft_wrap=True)
 
-    half = about["dtype"] != "float32"
+
+def _show_checks(console: "Console", report: "Report") -> None:
+    """The error of every output, and the worst of each part's gradients, beside their bounds."""
+    from fastbert.verify.compare import GRADIENT_BOUND, HALF_RATIO, OUTPUT_BOUND
+
+    half = report.provenance["dtype"] != "float32"
     limit = f"{HALF_RATIO:g} x HF's own error" if half else f"{OUTPUT_BOUND:.0e}"
-    console.print()
     _table(
         console,
         f"Largest error against float64 (bound: {limit})",
@@ -132,9 +146,12 @@ def _show(console: "Console", report: "Report", explanation: Any) -> None:
             _worst(report.gradients),
         )
 
+
+def _show_verdict(console: "Console", report: "Report") -> None:
+    """Whether all is within bounds, and what a broken bound may mean in half precision."""
+    half = report.provenance["dtype"] != "float32"
     broken = [check for check in [*report.outputs, *report.gradients] if not check.ok]
     count = len(report.outputs) + len(report.gradients)
-    console.print()
     if broken:
         console.print(f"[bold red]✗ {len(broken)} of {count} tensors are out of bounds[/]")
     else:
@@ -148,16 +165,8 @@ def _show(console: "Console", report: "Report", explanation: Any) -> None:
             soft_wrap=True,
         )
 
-    console.print()
-    if report.timings:
-        _times(console, report.timings)
-    else:
-        console.print(f"Not timed: {report.timing_skipped}.", markup=False)
 
-    console.print()
-    console.print(str(explanation), markup=False, soft_wrap=True)
-
-    console.print()
+def _show_outputs(console: "Console", report: "Report") -> None:
     shapes = {check.name: check.shape for check in report.outputs}
     console.print("The four outputs")
     for name in ("last_hidden_state", "pooler_output", "hidden_states", "attentions"):
@@ -190,7 +199,7 @@ def _table(
 
 def _worst(gradients: Sequence["Check"]) -> list[tuple[tuple[str, str], "Check"]]:
     """Per part of the model, the gradient closest to its bound or furthest over it."""
-    from fastbert.parity import gradient_group
+    from fastbert.verify.compare import gradient_group
 
     def badness(check: "Check") -> tuple[bool, float]:
         return not check.ok, check.error / (check.bound or 1.0)
@@ -213,7 +222,7 @@ def _short(parameter: str) -> str:
     return ".".join(part for part in parts if part != "dense")
 
 
-def _times(console: "Console", timings: Sequence["Timing"]) -> None:
+def _show_times(console: "Console", timings: Sequence["Timing"]) -> None:
     from rich.table import Table
 
     table = Table(
@@ -237,7 +246,7 @@ def _times(console: "Console", timings: Sequence["Timing"]) -> None:
 
 def _draw(report: "Report", path: Path) -> None:
     """The longest sentence whose tokens can be named, or the shortest of all."""
-    from fastbert.plots import attention_heatmap
+    from fastbert.maps.heatmap import attention_heatmap
 
     if not report.attentions:
         fail("--heatmap: the model returned no attentions to draw")

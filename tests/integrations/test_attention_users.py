@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import fastbert
 from fastbert.cli import app
-from fastbert.views import attention_page
+from fastbert.maps.page import attention_page
 
 TEXT = "The keeper of the clocks would not be paid."
 

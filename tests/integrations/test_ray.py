@@ -14,10 +14,10 @@ pytest.importorskip("ray", reason="pip install 'fastbert[integrations]'")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastbert.bulk import encode_file
 from fastbert.encode import Encoder
-from fastbert.loading import SENTENCES
-from fastbert.rows import Texts
+from fastbert.encode.files import encode_file
+from fastbert.encode.rows import Texts
+from fastbert.inputs import SENTENCES
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "encode_ray.py"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert.loading import SENTENCES
+from fastbert.inputs import SENTENCES
 
 pytest.importorskip("sentence_transformers", reason="pip install 'fastbert[integrations]'")
 

@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .encode import Encoder
-from .loading import InputError
+from fastbert.inputs import InputError
+
+from .encoder import Encoder
 from .rows import Problem, Row, Texts, check_column
 
 #: A chunk is what is sorted by length together, and a row group of the output. It ends at the first of the two.

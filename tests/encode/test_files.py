@@ -1,4 +1,4 @@
-"""Embeddings in bulk: right, in order, whatever the lengths, and wherever a run was stopped."""
+"""Files of text to files of embeddings: whole, in order, and wherever a run was stopped."""
 
 import errno
 import fcntl
@@ -13,130 +13,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
-from transformers import AutoTokenizer
+from embedded import TEXTS, plain_embeddings
 from typer.testing import CliRunner, Result
 
 from fastbert.cli import app
-from fastbert.encode import Batch, Encoder
-from fastbert.loading import SENTENCES, InputError
+from fastbert.encode import Encoder
+from fastbert.encode.encoder import PackedTexts
+from fastbert.inputs import InputError
 
 pytest.importorskip("pyarrow", reason="pip install 'fastbert[encode]'")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastbert import bulk
-from fastbert.rows import Problem, Texts, check
-
-TEXTS = [" ".join(SENTENCES)[i * 13 : i * 13 + 5 + 29 * i % 310] + " end" for i in range(40)]
-
-
-def plain_embeddings(folder: Path, texts: list[str], pooling: str = "mean", max_length: int = 128) -> np.ndarray:
-    """By Hugging Face's model, a text at a time."""
-    model = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = []
-    for text in texts:
-        encoded = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
-        with torch.no_grad():
-            hidden = model(**encoded).last_hidden_state[0]
-        rows.append((hidden.mean(0) if pooling == "mean" else hidden[0]).numpy())
-    return np.stack(rows)
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("tokens", [1, 150, 100_000])
-def test_embeddings_are_hugging_faces(tiny: Path, pooling: str, tokens: int) -> None:
-    encoder = Encoder(tiny, pooling=pooling, tokens=tokens, device="cpu")
-    ours = encoder(TEXTS)
-    assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, plain_embeddings(tiny, TEXTS, pooling), atol=2e-6)
-    unit = Encoder(tiny, pooling=pooling, normalize=True, device="cpu")(TEXTS)
-    np.testing.assert_allclose(unit, ours / np.linalg.norm(ours, axis=1, keepdims=True), atol=2e-6)
-
-
-def test_batches_keep_to_the_tokens_and_hold_each_text_once(tiny: Path) -> None:
-    encoder = Encoder(tiny, tokens=100, device="cpu")
-    batches = encoder.batches(TEXTS)
-    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(TEXTS)))
-    lengths = [len(ids) for batch in batches for ids in batch.ids]
-    assert lengths == sorted(lengths, reverse=True)
-    assert all(sum(map(len, batch.ids)) <= 100 or len(batch.ids) == 1 for batch in batches)
-    assert len(batches) < 0.6 * len(TEXTS)
-    assert encoder([]).shape == (0, 32)
-    assert encoder.batches([]) == []
-
-
-def test_a_model_at_hand_and_half_precision(tiny: Path) -> None:
-    model, tokenizer = transformers.BertModel.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
-    half = Encoder(model, tokenizer, dtype="bf16", max_length=9, device="cpu")(TEXTS)
-    assert half.dtype == np.float32
-    np.testing.assert_allclose(half, plain_embeddings(tiny, TEXTS, max_length=9), atol=0.05)
-
-
-def test_what_no_encoder_is_made_of(tiny: Path) -> None:
-    for wrong, message in (
-        ({"pooling": "max"}, "unknown pooling 'max': choose from mean, cls"),
-        ({"dtype": "int8"}, "unknown dtype"),
-        ({"device": "tpu"}, "unknown device"),
-        ({"max_length": 500}, "takes 3 to 128"),
-        ({"tokens": 0}, "at least 1"),
-        ({"tokenizer": object()}, "its own tokenizer"),
-    ):
-        with pytest.raises(InputError, match=message):
-            Encoder(tiny, **wrong)  # type: ignore[arg-type]
-    model = transformers.BertModel.from_pretrained(tiny)
-    with pytest.raises(InputError, match="without a tokenizer"):
-        Encoder(model)
-    with pytest.raises(InputError, match="decoder"):
-        Encoder(transformers.BertModel(transformers.BertConfig(is_decoder=True)), AutoTokenizer.from_pretrained(tiny))
-    with pytest.raises(TypeError, match=r"texts\[1\] is NoneType"):
-        Encoder(tiny, device="cpu")(["a", None])  # type: ignore[list-item]
-
-
-def test_rows_of_every_kind_of_file(tmp_path: Path) -> None:
-    rows = ["one", Problem("empty"), "drei, vier", Problem("not UTF-8"), "fünf"]
-    lines = tmp_path / "a.txt"
-    lines.write_bytes(b"\xef\xbb\xbfone\r\n  \ndrei, vier\nsi\xffx\nf\xc3\xbcnf")
-    assert list(Texts(lines)) == rows
-    table = tmp_path / "a.csv"
-    table.write_bytes(b'id,text\n1,one\n2,""\n3,"drei, vier"\n\n4,si\xffx\n5,f\xc3\xbcnf\n')
-    assert list(Texts(table, "text")) == rows
-    assert list(Texts(table, "id")) == list("12345")
-    raw = pa.array([b"one", b"", b"drei, vier", b"si\xffx", "fünf".encode(), None])
-    unchecked = pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
-    for column in (raw, unchecked, raw.cast(pa.large_binary()), raw.dictionary_encode()):
-        path = tmp_path / "a.parquet"
-        pq.write_table(pa.table({"n": range(6), "text": column}), path)
-        assert list(Texts(path)) == [*rows, Problem("null")]
-        assert len(Texts(path)) == 6
-    assert check("\udcff") == Problem("not UTF-8")
-    table.write_text("text,more\nlong " + "x" * 200_000 + ",1\n")
-    assert [len(str(row)) for row in Texts(table, "text")] == [200_005]
-
-
-def test_files_and_columns_that_are_not_there(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("id,text\n1,one\n")
-    (tmp_path / "a.txt").write_text("one\n")
-    (tmp_path / "bad.parquet").write_text("no parquet")
-    pq.write_table(pa.table({"n": [1], "text": ["one"]}), tmp_path / "a.parquet")
-    for name, column, message in (
-        ("a.csv", "body", "no column 'body': choose from id, text"),
-        ("a.csv", None, "2 columns of text: name the column to embed"),
-        ("a.parquet", "body", "no column 'body': choose from n, text"),
-        ("a.parquet", "n", "column 'n' is int64, not text"),
-        ("a.txt", "body", "lines of text"),
-        ("bad.parquet", None, "cannot read .*bad.parquet"),
-        ("none.txt", None, "No such file"),
-    ):
-        with pytest.raises(InputError, match=message):
-            Texts(tmp_path / name, column)
+from fastbert.encode import files
+from fastbert.encode.rows import Texts
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "CHUNK_ROWS", 12)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 12)
 
 
 @pytest.fixture
@@ -188,8 +84,8 @@ def test_good_rows_end_with_0_and_bad_input_with_2(tiny: Path, lines: Path, tmp_
     assert out.read_bytes() == before
 
 
-def encode(tiny: Path, lines: Path, out: Path, **settings: Any) -> bulk.Summary:
-    return bulk.encode_file(Encoder(tiny, tokens=100, device="cpu", **settings), Texts(lines), out)
+def encode(tiny: Path, lines: Path, out: Path, **settings: Any) -> files.Summary:
+    return files.encode_file(Encoder(tiny, tokens=100, device="cpu", **settings), Texts(lines), out)
 
 
 def same(one: Path, other: Path) -> bool:
@@ -208,7 +104,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
     done = [0]
     right = Encoder.embed
 
-    def embed(self: Encoder, batch: Batch) -> np.ndarray:
+    def embed(self: Encoder, batch: PackedTexts) -> np.ndarray:
         if done[0] == count:
             raise Stop
         done[0] += 1
@@ -277,7 +173,7 @@ def test_another_run_does_not_mix_with_an_unfinished_one(
     with torch.no_grad():
         encoder.bert.encoder.layer[1].output.dense.bias[3] += 1
     with pytest.raises(InputError, match=r"unfinished run with another model: "):
-        bulk.encode_file(encoder, Texts(lines), out)
+        files.encode_file(encoder, Texts(lines), out)
     text = lines.read_text()
     lines.write_text(text + "\nmore")
     with pytest.raises(InputError, match="another input"):

@@ -73,7 +73,7 @@ def attention_page(
     body, loaders = re.subn(r"<script src=[^>]*require[^>]*></script>", "", made.data)
     if loaders != 1:
         raise ValueError(f"bertviz's page loads require.js {loaders} times, where once is known how to replace")
-    scripts = [resources.files("fastbert").joinpath("assets", name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    scripts = [resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8") for name in _SCRIPTS]
     head = "\n".join(f"<script>{script}</script>" for script in (*scripts, _LOADER))
     page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n{head}\n{body}\n'
     path = Path(path)

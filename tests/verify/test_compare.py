@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import BertModel
 
-from fastbert.loading import SENTENCES, InputError, encode, load, parse_device, parse_dtype
-from fastbert.parity import Check, Report, _errors, compare, gradient_group
+from fastbert.inputs import SENTENCES, InputError, load, parse_device, parse_dtype, tokenize
+from fastbert.verify.compare import _errors, compare, gradient_group
+from fastbert.verify.report import Check, Report
 
 TEXT = ["Rain is falling.", "Who left the kitchen window open last night?"]
 
@@ -232,12 +233,12 @@ def test_other_architecture_is_refused(tmp_path: Path) -> None:
 
 def test_long_sentences_are_cut_and_counted(tiny: Path) -> None:
     model, tokenizer = load(tiny)
-    batch = encode(tokenizer, SENTENCES, 20, model.config.max_position_embeddings)
+    batch = tokenize(tokenizer, SENTENCES, 20, model.config.max_position_embeddings)
     assert batch.mask.shape == (len(SENTENCES), 20)
     assert batch.truncated == sum(len(tokenizer(s)["input_ids"]) > 20 for s in SENTENCES) > 0
     assert [len(tokens) for tokens in batch.tokens] == batch.mask.sum(1).tolist()
     with pytest.raises(InputError, match="max length 999 is out of range"):
-        encode(tokenizer, SENTENCES, 999, model.config.max_position_embeddings)
+        tokenize(tokenizer, SENTENCES, 999, model.config.max_position_embeddings)
 
 
 def test_built_in_sentences_differ_in_length(tiny: Path) -> None:

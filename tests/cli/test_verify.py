@@ -62,17 +62,18 @@ def test_broken_model_ends_with_1_and_names_the_tensor(tiny: Path, monkeypatch: 
 def test_a_bound_broken_by_chance_is_told_from_one_broken_by_error(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, rms: float, chance: bool
 ) -> None:
-    from fastbert import parity
+    from fastbert.verify import compare as module
+    from fastbert.verify.report import Report
 
-    right = parity.compare
+    right = module.compare
 
-    def compare(*args: Any, **kwargs: Any) -> parity.Report:
+    def compare(*args: Any, **kwargs: Any) -> Report:
         report = right(*args, **kwargs)
         check = report.outputs[3]
         report.outputs[3] = dataclasses.replace(check, error=1.1 * check.bound, rms=rms * check.hf_rms)
         return report
 
-    monkeypatch.setattr(parity, "compare", compare)
+    monkeypatch.setattr(module, "compare", compare)
     result = run("verify", tiny, *TEXT, "--dtype", "bf16", "--repeats", "0")
     assert result.exit_code == 1
     assert "1 of 7 tensors are out of bounds" in result.stdout

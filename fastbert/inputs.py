@@ -1,4 +1,4 @@
-"""What a comparison starts from: a checkpoint, a batch of text, a dtype and a device, each checked before any work."""
+"""A user's words as objects: a checkpoint, a batch of text, a dtype and a device, each checked before any work."""
 
 import os
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class InputError(ValueError):
 
 
 @dataclass
-class Batch:
+class Tokenized:
     """Tokenized sentences, padded on the right.
 
     Attributes:
@@ -143,7 +143,19 @@ def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertMode
     return bert, tokenizer
 
 
-def encode(tokenizer: Any, sentences: Sequence[str], max_length: int | None, limit: int) -> Batch:
+def check_max_length(max_length: int | None, limit: int) -> int:
+    """The length to cut texts to: `limit`, the most that the model takes, unless a shorter one is asked for.
+
+    Raises:
+        InputError: for one outside 3 .. limit.
+    """
+    length = limit if max_length is None else max_length
+    if not 3 <= length <= limit:  # [CLS], one token, [SEP]
+        raise InputError(f"max length {length} is out of range: this model takes 3 to {limit}")
+    return length
+
+
+def tokenize(tokenizer: Any, sentences: Sequence[str], max_length: int | None, limit: int) -> Tokenized:
     """Tokenize sentences into one batch of at most `limit` positions, padded on the right to the longest.
 
     Raises:
@@ -154,9 +166,7 @@ def encode(tokenizer: Any, sentences: Sequence[str], max_length: int | None, lim
     for i, sentence in enumerate(sentences):
         if not sentence.strip():
             raise InputError(f"sentence {i + 1} is empty ({sentence!r}): give it some text")
-    length = limit if max_length is None else max_length
-    if not 3 <= length <= limit:  # [CLS], one token, [SEP]
-        raise InputError(f"max length {length} is out of range: this model takes 3 to {limit}")
+    length = check_max_length(max_length, limit)
     whole = [len(ids) for ids in tokenizer(list(sentences), verbose=False)["input_ids"]]
     encoded = tokenizer(
         list(sentences),
@@ -173,7 +183,7 @@ def encode(tokenizer: Any, sentences: Sequence[str], max_length: int | None, lim
         tokenizer.convert_ids_to_tokens(ids[mask.bool()].tolist())
         for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
     ]
-    return Batch({name: encoded[name] for name in names}, tokens, sum(count > length for count in whole))
+    return Tokenized({name: encoded[name] for name in names}, tokens, sum(count > length for count in whole))
 
 
 def _first_line(error: BaseException) -> str:

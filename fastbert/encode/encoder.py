@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertModel
 
-from .fusing import fuse
-from .loading import InputError, load, parse_device, parse_dtype
-from .modules.model import EncoderModel
+from fastbert.fusing import fuse
+from fastbert.inputs import InputError, check_max_length, load, parse_device, parse_dtype
+from fastbert.modules.model import EncoderModel
 
 #: Tokens of a batch: enough to keep the products of a GPU busy, few enough for the memory of any.
 TOKENS = 8192
@@ -34,7 +34,7 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _mean, "cls":
 
 
 @dataclass(frozen=True)
-class Batch:
+class PackedTexts:
     """Texts that go through the model together.
 
     Attributes:
@@ -94,9 +94,7 @@ class Encoder:
             bert, tokenizer = load(model)
             bert.pooler = None
         limit = min(bert.config.max_position_embeddings, tokenizer.model_max_length)
-        length = limit if max_length is None else max_length
-        if not 3 <= length <= limit:  # [CLS], one token, [SEP]
-            raise InputError(f"max length {length} is out of range: this model takes 3 to {limit}")
+        length = check_max_length(max_length, limit)
         self.bert = fuse(bert).to(self.device, self.dtype).eval()
         if not isinstance(self.bert, EncoderModel) or bert.config.is_decoder:
             raise InputError(
@@ -124,7 +122,7 @@ class Encoder:
             embeddings[batch.rows] = self.embed(batch)
         return embeddings
 
-    def batches(self, texts: Sequence[str]) -> list[Batch]:
+    def batches(self, texts: Sequence[str]) -> list[PackedTexts]:
         """Tokenize texts and divide them, sorted by length, into batches of at most `tokens` tokens."""
         if not len(texts):
             return []
@@ -135,11 +133,11 @@ class Encoder:
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
-        batches: list[Batch] = []
+        batches: list[PackedTexts] = []
         room = 0
         for row in sorted(range(len(ids)), key=lambda row: -len(ids[row])):
             if not batches or len(ids[row]) > room:
-                batches.append(Batch([], []))
+                batches.append(PackedTexts([], []))
                 room = self.tokens
             batches[-1].rows.append(row)
             batches[-1].ids.append(ids[row])
@@ -147,7 +145,7 @@ class Encoder:
         return batches
 
     @torch.inference_mode()
-    def embed(self, batch: Batch) -> np.ndarray:
+    def embed(self, batch: PackedTexts) -> np.ndarray:
         """The embeddings of one batch: float32 (texts, hidden), in the order of its rows."""
         lengths = torch.tensor([len(ids) for ids in batch.ids])
         words = torch.tensor([[token for ids in batch.ids for token in ids]])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib import image
 
-from fastbert.plots import attention_heatmap
+from fastbert.maps.heatmap import attention_heatmap
 
 
 def maps(layers: int = 2, heads: int = 3, seq: int = 6) -> list[torch.Tensor]:

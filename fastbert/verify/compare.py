@@ -11,9 +11,8 @@ import copy
 import math
 import os
 import re
-import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,13 +20,15 @@ import torch
 from torch import Tensor
 from transformers import BertModel
 
+from fastbert import fusing
+from fastbert.benchmark.provenance import device_name, versions
+from fastbert.benchmark.timing import interleaved
+from fastbert.inputs import SENTENCES, InputError, Tokenized, load, parse_device, parse_dtype, tokenize
 from fastbert_kernels import backend as use_backend
 from fastbert_kernels import uses_triton
 from fastbert_kernels.backend import INTERPRETED
 
-from .benchmark.provenance import device_name, versions
-from .benchmark.timing import interleaved
-from .loading import SENTENCES, Batch, InputError, encode, load, parse_device, parse_dtype
+from .report import Check, Report, Timing
 
 #: float32: the absolute error allowed of an output, and the relative one of a gradient.
 OUTPUT_BOUND = 1e-5
@@ -39,136 +40,10 @@ HALF_SLACK = 1e-5
 #: it moves all scores of a row alike, which softmax does not see.
 VANISHING = 1e-9
 
+#: What a report calls Triton's kernels in its interpreter.
+_INTERPRETED = "triton, interpreted"
+
 Fuse = Callable[..., BertModel]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One tensor of fastbert's against the float64 truth.
-
-    Attributes:
-        name: e.g. `hidden_states[3]`, `attentions[0]`, or a parameter's name.
-        shape: the shape Hugging Face gives it.
-        error: fastbert's largest error; absolute for outputs, relative to the largest true value for gradients.
-        hf_error: the same of Hugging Face's eager model in the working dtype.
-        bound: the largest `error` that passes.
-        problem: what no number can say (missing, wrong shape, not finite, ...), or None.
-        rms, hf_rms: the root mean squares of what `error` and `hf_error` are the largest of. In few elements the
-            largest is chance.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    error: float
-    hf_error: float
-    bound: float
-    problem: str | None = None
-    rms: float = math.nan
-    hf_rms: float = math.nan
-
-    @property
-    def ratio(self) -> float | None:
-        """`error / hf_error`; None where Hugging Face is exact or fastbert has no error to speak of."""
-        return self.error / self.hf_error if self.hf_error > 0 and math.isfinite(self.error) else None
-
-    @property
-    def ok(self) -> bool:
-        """Whether this tensor is within its bound and has no other problem."""
-        return self.problem is None and self.error <= self.bound
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON; what is not finite becomes null."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "error": _finite(self.error),
-            "hf_error": _finite(self.hf_error),
-            "rms": _finite(self.rms),
-            "hf_rms": _finite(self.hf_rms),
-            "ratio": self.ratio,
-            "bound": _finite(self.bound),
-            "ok": self.ok,
-            "problem": self.problem,
-        }
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median seconds of one piece of work; `hf_sdpa` is None where sdpa cannot do it."""
-
-    name: str
-    fastbert: float
-    hf_eager: float
-    hf_sdpa: float | None
-
-    @property
-    def eager_ratio(self) -> float:
-        """Hugging Face eager over fastbert: above 1, fastbert is faster."""
-        return self.hf_eager / self.fastbert
-
-    @property
-    def sdpa_ratio(self) -> float | None:
-        """Hugging Face sdpa over fastbert."""
-        return None if self.hf_sdpa is None else self.hf_sdpa / self.fastbert
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON, times in milliseconds."""
-        return {
-            "name": self.name,
-            "fastbert_ms": 1e3 * self.fastbert,
-            "hf_eager_ms": 1e3 * self.hf_eager,
-            "hf_sdpa_ms": None if self.hf_sdpa is None else 1e3 * self.hf_sdpa,
-            "eager_ratio": self.eager_ratio,
-            "sdpa_ratio": self.sdpa_ratio,
-        }
-
-
-@dataclass
-class Report:
-    """What `compare` found.
-
-    Attributes:
-        provenance: what ran where: versions, device, dtype, backend, model, batch. Plain JSON values.
-        outputs: a check per output, hidden state and attention map.
-        gradients: a check per parameter; empty unless asked for.
-        timings: empty when `timing_skipped` says why.
-        attentions: fastbert's maps on the CPU in float32, (batch, heads, seq, seq) a layer; missing ones left out.
-        tokens: each sentence's tokens.
-        model: the fused model that was checked.
-    """
-
-    provenance: dict[str, Any]
-    outputs: list[Check]
-    gradients: list[Check]
-    model: BertModel = field(repr=False)
-    attentions: list[Tensor] = field(repr=False)
-    tokens: list[list[str]] = field(repr=False)
-    timings: list[Timing] = field(default_factory=list)
-    timing_skipped: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether every output and every gradient is within its bound."""
-        return all(check.ok for check in [*self.outputs, *self.gradients])
-
-    @property
-    def typical_ratio(self) -> float | None:
-        """The median over all tensors of `rms / hf_rms`: how far fastbert is from the truth, of how far HF is."""
-        ratios = [check.rms / check.hf_rms for check in [*self.outputs, *self.gradients] if check.hf_rms > 0]
-        finite = [ratio for ratio in ratios if math.isfinite(ratio)]
-        return statistics.median(finite) if finite else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON."""
-        return {
-            "ok": self.ok,
-            "typical_ratio": self.typical_ratio,
-            "provenance": self.provenance,
-            "outputs": [check.to_dict() for check in self.outputs],
-            "gradients": [check.to_dict() for check in self.gradients],
-            "timings": [timing.to_dict() for timing in self.timings],
-            "timing_skipped": self.timing_skipped,
-        }
 
 
 def compare(
@@ -195,7 +70,7 @@ def compare(
         sentences: the batch, one sentence a row.
         dtype: the working dtype: float32, float16 or bfloat16 (fp32, fp16, bf16).
         device: where fastbert and Hugging Face run; None: the GPU if there is one.
-        backend: `"auto"`, `"torch"` or `"triton"`: which life of the kernels is checked.
+        backend: `"auto"`, `"torch"` or `"triton"`: what runs the ops that are checked.
         train: also compare every parameter's gradient, with all four outputs in the loss and dropout at 0.
         repeats: timed repetitions, of which the median counts; 0 for no timing.
         max_length: the length to cut sentences to; None: the model's own limit.
@@ -211,42 +86,71 @@ def compare(
         raise InputError(f"unknown backend {backend!r}: use auto, torch or triton")
     if repeats < 0:
         raise InputError(f"cannot repeat {repeats} times: repeats is 0 (no timing) or more")
-    if fuse is None:
-        from .fusing import fuse as fastbert_fuse
-
-        fuse = fastbert_fuse
-
     progress("loading the model")
     hf: Any  # transformers wraps `to` in a way that type checkers misread
     hf, tokenizer = load(model)
-    batch = encode(tokenizer, sentences, max_length, hf.config.max_position_embeddings)
+    batch = tokenize(tokenizer, sentences, max_length, hf.config.max_position_embeddings)
     hf = hf.to(dtype).eval()
     truth = copy.deepcopy(hf).double()
     hf = hf.to(device)
     with use_backend(backend):
-        try:
-            triton_runs = uses_triton(torch.empty(0, dtype=dtype, device=device))
-        except (RuntimeError, TypeError) as error:
-            raise InputError(str(error)) from error
-        fused = fuse(copy.deepcopy(hf), packing=packing)
-
-        life = ("triton, interpreted" if INTERPRETED else "triton, compiled") if triton_runs else "torch"
-        report = Report(_provenance(str(model), hf, batch, dtype, device, life), [], [], fused, [], batch.tokens)
-        _check_outputs(report, truth, hf, fused, batch, packing, progress)
+        ran = _backend_here(dtype, device)
+        fused = (fuse or fusing.fuse)(copy.deepcopy(hf), packing=packing)
+        trio = _Trio(truth, hf, fused, batch, packing)
+        report = Report(_provenance(str(model), trio, ran), [], [], fused, [], batch.tokens)
+        report.outputs, report.attentions = _check_outputs(trio, progress)
         if train:
-            _check_gradients(report, truth, hf, fused, batch, packing, progress)
-        del truth
-
-        if repeats == 0:
-            report.timing_skipped = "no repeats asked for"
-        elif not report.ok:
-            report.timing_skipped = "a result is out of bounds, and the speed of a wrong answer means nothing"
-        elif triton_runs and INTERPRETED:
-            report.timing_skipped = "Triton's interpreter runs the kernels, and its time says nothing about a GPU's"
-        else:
+            report.gradients = _check_gradients(trio, progress)
+        report.timing_skipped = _why_not_timed(report, repeats, ran)
+        if report.timing_skipped is None:
             progress("timing")
-            report.timings = _time(hf, fused, batch, train, repeats)
+            report.timings = _time(trio, train, repeats)
     return report
+
+
+@dataclass(frozen=True)
+class _Trio:
+    """Three models with the same weights, and the batch that all of them read.
+
+    Attributes:
+        truth: Hugging Face eager in float64 on the CPU.
+        hf: Hugging Face eager in the working dtype, on the device.
+        fused: fastbert, likewise.
+        batch: on the CPU.
+        packing: whether fastbert drops padding.
+    """
+
+    truth: BertModel
+    hf: BertModel
+    fused: BertModel
+    batch: Tokenized
+    packing: bool
+
+    @property
+    def compared(self) -> Tensor:
+        """bool (batch, seq), True where outputs are compared with the truth."""
+        return self.batch.mask if self.packing else torch.ones_like(self.batch.mask)
+
+
+def _backend_here(dtype: torch.dtype, device: torch.device) -> str:
+    """What runs the ops of such tensors, in words; InputError where nothing can."""
+    try:
+        triton_runs = uses_triton(torch.empty(0, dtype=dtype, device=device))
+    except (RuntimeError, TypeError) as error:
+        raise InputError(str(error)) from error
+    if not triton_runs:
+        return "torch"
+    return _INTERPRETED if INTERPRETED else "triton, compiled"
+
+
+def _why_not_timed(report: Report, repeats: int, ran: str) -> str | None:
+    if repeats == 0:
+        return "no repeats asked for"
+    if not report.ok:
+        return "a result is out of bounds, and the speed of a wrong answer means nothing"
+    if ran == _INTERPRETED:
+        return "Triton's interpreter runs the kernels, and its time says nothing about a GPU's"
+    return None
 
 
 def gradient_group(parameter: str) -> str:
@@ -257,63 +161,50 @@ def gradient_group(parameter: str) -> str:
     return f"layer {match[1]} {'attention' if match[2] else 'mlp'}"
 
 
-def _check_outputs(
-    report: Report,
-    truth: BertModel,
-    hf: BertModel,
-    fused: BertModel,
-    batch: Batch,
-    packing: bool,
-    progress: Callable[[str], None],
-) -> None:
+def _check_outputs(trio: _Trio, progress: Callable[[str], None]) -> tuple[list[Check], list[Tensor]]:
+    """A check for each output, and fastbert's maps."""
     with torch.no_grad():
         progress("Hugging Face eager in float64, the truth")
-        true = _run(truth, batch)
+        true = _run(trio.truth, trio.batch)
         progress("Hugging Face eager in the working dtype")
-        theirs = _run(hf, batch)
+        theirs = _run(trio.hf, trio.batch)
         progress("fastbert")
-        ours = _run(fused, batch)
-    maps = ours.attentions or ()
-    report.attentions = [layer.float().cpu() for layer in maps if isinstance(layer, Tensor)]
+        ours = _run(trio.fused, trio.batch)
+    maps = [layer.float().cpu() for layer in ours.attentions or () if isinstance(layer, Tensor)]
 
+    checks = []
     if not isinstance(ours, type(theirs)):
         wrong = f"is a {type(ours).__name__} instead of a {type(theirs).__name__}"
-        report.outputs.append(Check("the output", (), math.nan, 0.0, 0.0, wrong))
+        checks.append(Check("the output", (), math.nan, 0.0, 0.0, wrong))
     got, expected = dict(_named(ours)), dict(_named(theirs))
     exact = dict(_named(true))
     for name, want in expected.items():
-        visible = _visible(name, batch.mask if packing else torch.ones_like(batch.mask))
+        visible = _visible(name, trio.compared)
         problem = _problem(got.get(name), want, visible)
         error, rms = (math.nan, math.nan) if problem else _errors(got[name], exact[name], visible)
         hf_error, hf_rms = _errors(want, exact[name], visible)
         bound = OUTPUT_BOUND if want.dtype == torch.float32 else HALF_RATIO * hf_error + HALF_SLACK
-        report.outputs.append(Check(name, tuple(want.shape), error, hf_error, bound, problem, rms, hf_rms))
+        checks.append(Check(name, tuple(want.shape), error, hf_error, bound, problem, rms, hf_rms))
     for name in got.keys() - expected.keys():
-        report.outputs.append(Check(name, (), math.nan, 0.0, 0.0, "Hugging Face returns no such output"))
+        checks.append(Check(name, (), math.nan, 0.0, 0.0, "Hugging Face returns no such output"))
+    return checks, maps
 
 
-def _check_gradients(
-    report: Report,
-    truth: BertModel,
-    hf: BertModel,
-    fused: BertModel,
-    batch: Batch,
-    packing: bool,
-    progress: Callable[[str], None],
-) -> None:
-    dtype = hf.dtype
+def _check_gradients(trio: _Trio, progress: Callable[[str], None]) -> list[Check]:
+    dtype = trio.hf.dtype
     progress("gradients of the truth")
-    true = _gradients(truth, batch, dtype, packing)
+    true = _gradients(trio.truth, trio, dtype)
     progress("gradients of Hugging Face eager")
-    theirs = _gradients(hf, batch, dtype, packing)
+    theirs = _gradients(trio.hf, trio, dtype)
     progress("gradients of fastbert")
-    ours = _gradients(fused, batch, dtype, packing)
+    ours = _gradients(trio.fused, trio, dtype)
 
     largest = {name: float(grad.abs().max()) for name, grad in true.items()}
     of_group: dict[str, float] = {}
     for name, value in largest.items():
         of_group[gradient_group(name)] = max(of_group.get(gradient_group(name), 0.0), value)
     everywhere = torch.ones((), dtype=torch.bool)
+    checks = []
     hf_errors = {name: _errors(theirs[name], want, everywhere) for name, want in true.items()}
     for name, want in true.items():
         group = of_group[gradient_group(name)]
@@ -334,10 +225,11 @@ def _check_gradients(
         peers = [n for n in true if gradient_group(n) == gradient_group(name)] if vanishes else [name]
         allowed = max(hf_errors[n][0] / scale for n in peers)
         bound = GRADIENT_BOUND if dtype == torch.float32 else HALF_RATIO * allowed + HALF_SLACK
-        report.gradients.append(Check(name, tuple(want.shape), error, hf_error, bound, problem, rms, hf_rms))
+        checks.append(Check(name, tuple(want.shape), error, hf_error, bound, problem, rms, hf_rms))
+    return checks
 
 
-def _run(model: BertModel, batch: Batch, everything: bool = True) -> Any:
+def _run(model: BertModel, batch: Tokenized, everything: bool = True) -> Any:
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
     return model(**inputs, output_hidden_states=everything, output_attentions=everything)
 
@@ -399,25 +291,24 @@ def _backward(output: Any, cotangents: dict[str, Tensor]) -> None:
     torch.autograd.backward([out for _, out in roots], [cotangents[name] for name, _ in roots])
 
 
-def _gradients(model: BertModel, batch: Batch, dtype: torch.dtype, packing: bool) -> dict[str, Tensor]:
+def _gradients(model: BertModel, trio: _Trio, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every parameter's gradient, float64 on the CPU. The model is in train mode only meanwhile."""
-    mask = batch.mask if packing else torch.ones_like(batch.mask)
     model.train()
     model.zero_grad(set_to_none=True)
-    output = _run(model, batch)
-    _backward(output, _cotangents(output, mask, dtype))
+    output = _run(model, trio.batch)
+    _backward(output, _cotangents(output, trio.compared, dtype))
     gradients = {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     model.eval()
     return gradients
 
 
-def _time(hf: BertModel, fused: BertModel, batch: Batch, train: bool, repeats: int) -> list[Timing]:
+def _time(trio: _Trio, train: bool, repeats: int) -> list[Timing]:
     """Forward, and with `train` forward and backward, each without and with hidden states and attentions."""
+    hf, fused, mask = trio.hf, trio.fused, trio.batch.mask
     sdpa = copy.deepcopy(hf)
     sdpa.set_attn_implementation("sdpa")
-    mask = batch.mask
-    batch = Batch({name: t.to(hf.device) for name, t in batch.inputs.items()}, batch.tokens, batch.truncated)
+    batch = replace(trio.batch, inputs={name: t.to(hf.device) for name, t in trio.batch.inputs.items()})
 
     def forward(model: BertModel, everything: bool) -> None:
         with torch.no_grad():
@@ -463,9 +354,8 @@ def _medians(
     return Timing(what, medians["fastbert"], medians["hf_eager"], medians.get("hf_sdpa"))
 
 
-def _provenance(
-    model: str, hf: BertModel, batch: Batch, dtype: torch.dtype, device: torch.device, life: str
-) -> dict[str, Any]:
+def _provenance(model: str, trio: _Trio, ran: str) -> dict[str, Any]:
+    batch, hf = trio.batch, trio.hf
     rows, seq = batch.mask.shape
     tokens = int(batch.mask.sum())
     return {
@@ -473,11 +363,11 @@ def _provenance(
         "layers": hf.config.num_hidden_layers,
         "heads": hf.config.num_attention_heads,
         "hidden_size": hf.config.hidden_size,
-        "device": device_name(device),
-        "device_type": device.type,
+        "device": device_name(hf.device),
+        "device_type": hf.device.type,
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "backend": life,
+        "dtype": str(hf.dtype).removeprefix("torch."),
+        "backend": ran,
         "versions": versions(),
         "sentences": rows,
         "seq": seq,
@@ -485,7 +375,3 @@ def _provenance(
         "fill": tokens / (rows * seq),
         "truncated": batch.truncated,
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .loading import InputError
+from fastbert.inputs import InputError
 
 #: The longest cell of a CSV file, in characters; Python's own limit is 131,072.
 _LONGEST_CELL = 2**31 - 1
