@@ -22,7 +22,7 @@ from .notices import warn_once
 Model = TypeVar("Model", bound=nn.Module)
 
 #: What modules of ours keep on themselves while they are.
-_ATTRIBUTES = ("dropout_stream", "packing", "read_rows")
+_ATTRIBUTES = ("dropout_stream", "packing", "read_rows", "_look")
 
 
 def _refuse_sharded(model: nn.Module, verb: str) -> None:

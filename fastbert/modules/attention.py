@@ -25,6 +25,7 @@ from .qkv import (
     separate,
 )
 from .readable import called, is_called, is_plain_dropout, leave, not_plain
+from .swap import is_ours
 
 
 class MapSlot:
@@ -199,7 +200,7 @@ class FusedSelfAttention(nn.Module):
         """What a block needs of this module; None where the module has to be called itself."""
         find: Any = self._modules.get  # a module's attributes are looked up slowly
         query, key, value, dropout = find("query"), find("key"), find("value"), find("dropout")
-        if type(self) is not FusedSelfAttention or is_called(self) or self.watcher is not None or self.scaling <= 0.0:
+        if not is_ours(self) or is_called(self) or self.watcher is not None or self.scaling <= 0.0:
             return None
         if self.unfused_reason() is not None or not can_stack(query, key, value):
             return None

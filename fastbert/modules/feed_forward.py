@@ -10,6 +10,7 @@ from fastbert_kernels import bias_activation
 
 from .qkv import project
 from .readable import called, is_called, is_plain_linear, leave
+from .swap import is_ours
 
 #: Module class of an activation -> the kernels' name for its formula.
 KERNEL_ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -42,7 +43,7 @@ class FusedIntermediate(nn.Module):
     def block_arguments(self) -> dict[str, Any] | None:
         """What a block needs of this module; None where the module has to be called itself."""
         up: Any = self._modules.get("dense")
-        if type(self) is not FusedIntermediate or is_called(self) or not is_plain_linear(up):
+        if not is_ours(self) or is_called(self) or not is_plain_linear(up):
             return None
         if self.unfused_reason() is not None:
             return None

@@ -18,19 +18,9 @@ from fastbert_kernels import (
 
 from .attention import FusedSelfAttention, MapSlot, attend_from, leave_map, mask_like, wants_map
 from .dropout import seed_for
+from .look import block_arguments, chunk_is_replaced, look_at
 from .readable import is_called
-from .swap import hugging_face_class, is_ours
-
-
-def _block_arguments(*modules: Any) -> dict[str, Any] | None:
-    """What the block of these modules needs of them; None where one has to be called itself."""
-    arguments: dict[str, Any] = {}
-    for module in modules:
-        found = module.block_arguments() if hasattr(module, "block_arguments") else None
-        if found is None:
-            return None
-        arguments |= found
-    return arguments
+from .swap import is_ours
 
 
 def _attends_as_block(hidden: torch.Tensor, attend: Attend) -> bool:
@@ -79,7 +69,7 @@ class FusedAttention(nn.Module):
         """What a block needs of this module; None where the module has to be called itself."""
         if not is_ours(self) or is_called(self) or self.is_cross_attention:
             return None
-        return _block_arguments(self.self, self.output)
+        return block_arguments(self.self, self.output)
 
     def forward(
         self,
@@ -105,7 +95,7 @@ class FusedAttention(nn.Module):
             leave_map(map_slot, probs)
             return self.output(context, hidden_states), probs
         if _attends_as_block(hidden_states, attend) and kwargs.get("past_key_values") is None:
-            block = _block_arguments(self.self, self.output)
+            block = block_arguments(self.self, self.output)
             if block is not None:
                 wanted = wants_map(map_slot, kwargs)
                 hidden, probs = attention_block(
@@ -157,38 +147,29 @@ class FusedLayer(nn.Module):
                 **kwargs,
             )
         attend = attend_from(attend, kwargs)
-        replaced = self._chunk_is_replaced()
-        if self.chunk_size_feed_forward == 0 and not replaced and _attends_as_block(hidden_states, attend):
-            attention, feed_forward = _block_arguments(self.attention), None
-            if attention is not None:
-                feed_forward = _block_arguments(self.intermediate, self.output)
-            if attention is not None and feed_forward is not None:
-                wanted = wants_map(map_slot, kwargs)
-                hidden, probs = layer_block(
-                    hidden_states,
-                    _attention_arguments(attention, hidden_states, attention_mask, attend, head_mask, wanted),
-                    _feed_forward_arguments(feed_forward, hidden_states, attend.seed),
-                )
-                leave_map(map_slot, probs)
-                return hidden
+        look = look_at(self) if runs_as_block(hidden_states) else None
+        if look is not None and look.whole and attend.prefix is None and attend.first is None:
+            wanted = wants_map(map_slot, kwargs)
+            hidden, probs = layer_block(
+                hidden_states,
+                _attention_arguments(look.attention, hidden_states, attention_mask, attend, head_mask, wanted),
+                _feed_forward_arguments(look.feed_forward, hidden_states, attend.seed),
+            )
+            leave_map(map_slot, probs)
+            return hidden
         attended, _ = self.attention(
             hidden_states, attention_mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
         )
-        return self._feed_forward(attended, attend.seed, replaced)
+        return self._feed_forward(attended, attend.seed)
 
-    def _chunk_is_replaced(self) -> bool:
-        """Whether someone put a function of their own in the place of Hugging Face's `feed_forward_chunk`."""
-        ours = hugging_face_class(type(self)).feed_forward_chunk  # type: ignore[attr-defined]
-        return getattr(self.feed_forward_chunk, "__func__", None) is not ours
-
-    def _feed_forward(self, attended: torch.Tensor, seed: torch.Tensor | None, replaced: bool) -> torch.Tensor:
+    def _feed_forward(self, attended: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
         if self.chunk_size_feed_forward > 0:
             # Every chunk draws a seed of its own, or all would drop the same elements.
             chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
             return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
-        if replaced:
+        if chunk_is_replaced(self):
             return self.feed_forward_chunk(attended)
-        block = _block_arguments(self.intermediate, self.output) if runs_as_block(attended) else None
+        block = block_arguments(self.intermediate, self.output) if runs_as_block(attended) else None
         if block is None:
             return self.output(self.intermediate(attended), attended, seed)
         return feed_forward_block(attended, _feed_forward_arguments(block, attended, seed))

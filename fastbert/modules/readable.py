@@ -33,7 +33,7 @@ _PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
 
 _MISSING: Any = object()
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_called(module: nn.Module) -> bool:
@@ -41,12 +41,12 @@ def is_called(module: nn.Module) -> bool:
     state = module.__dict__  # a module's attributes are looked up slowly
     if "forward" in state:
         return True
-    for hooks in _HOOKS:
+    for hooks in HOOKS:
         if state[hooks]:
             break
     else:
         return False
-    every = [hook for hooks in _HOOKS for hook in state[hooks].values()]
+    every = [hook for hooks in HOOKS for hook in state[hooks].values()]
     return any(getattr(hook, "__name__", "") != _REQUIRE_GRADS and not _has_no_work(hook, module) for hook in every)
 
 
