@@ -325,3 +325,13 @@ def test_left_padding_warns_of_the_pooler(caplog: pytest.LogCaptureFixture) -> N
         assert "pooler_output" not in caplog.text
         fused(ids(), mask_of([11, 3, 7], 11).flip(1))
     assert "pooler_output is made of padding" in caplog.text
+
+
+def test_print_shows_what_is_fused() -> None:
+    _, fused = pair()
+    fused.encoder.layer[1].output.LayerNorm = nn.Identity()
+    shown = str(fused)
+    assert "fused by fastbert, packing=True" in shown
+    assert shown.count("  fused\n") == 1 + 4 * 2 - 1  # embeddings, and the parts of two layers but one
+    assert "unfused: LayerNorm is not a plain nn.LayerNorm but Identity" in shown
+    assert "fused" not in str(fastbert.unfuse(fused))

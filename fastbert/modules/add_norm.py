@@ -9,7 +9,7 @@ from fastbert_kernels import add_layer_norm
 
 from .dropout import seed_for
 from .qkv import project
-from .readable import called, is_called, is_plain_linear, leave, norm_reason
+from .readable import called, fused_repr, is_called, is_plain_linear, leave, norm_reason
 from .swap import is_ours
 
 
@@ -23,6 +23,9 @@ class FusedAddNorm(nn.Module):
 
     def unfused_reason(self) -> str | None:
         return norm_reason(self.LayerNorm, self.dropout)
+
+    def extra_repr(self) -> str:
+        return fused_repr(self)
 
     def note(self) -> str | None:
         return called(dense=self.dense)

@@ -24,7 +24,7 @@ from .qkv import (
     rehome,
     separate,
 )
-from .readable import called, is_called, is_plain_dropout, leave, not_plain
+from .readable import called, fused_repr, is_called, is_plain_dropout, leave, not_plain
 from .swap import is_ours
 
 
@@ -79,6 +79,9 @@ class FusedSelfAttention(nn.Module):
         if self.attention_head_size > MAX_HEAD_DIM:
             return f"head_dim {self.attention_head_size} is over the kernels' {MAX_HEAD_DIM}"
         return None if is_plain_dropout(self.dropout) else not_plain("dropout", self.dropout, nn.Dropout)
+
+    def extra_repr(self) -> str:
+        return fused_repr(self)
 
     def note(self) -> str | None:
         if can_stack(self.query, self.key, self.value):

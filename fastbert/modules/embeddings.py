@@ -9,7 +9,7 @@ from fastbert.notices import warn_once
 from fastbert_kernels import embed
 
 from .dropout import seed_for
-from .readable import is_plain_embedding, leave, norm_reason, not_plain, wants_grad_output
+from .readable import fused_repr, is_plain_embedding, leave, norm_reason, not_plain, wants_grad_output
 
 
 class FusedEmbeddings(nn.Module):
@@ -44,6 +44,9 @@ class FusedEmbeddings(nn.Module):
             if not is_plain_embedding(getattr(self, name)):
                 return not_plain(name, getattr(self, name), nn.Embedding)
         return norm_reason(self.LayerNorm, self.dropout)
+
+    def extra_repr(self) -> str:
+        return fused_repr(self)
 
     def note(self) -> str | None:
         if is_plain_embedding(self.word_embeddings):

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from fastbert_kernels import bias_activation
 
 from .qkv import project
-from .readable import called, is_called, is_plain_linear, leave
+from .readable import called, fused_repr, is_called, is_plain_linear, leave
 from .swap import is_ours
 
 #: Module class of an activation -> the kernels' name for its formula.
@@ -36,6 +36,9 @@ class FusedIntermediate(nn.Module):
         if type(activation) in KERNEL_ACTIVATIONS:
             return "the activation is hooked" if is_called(activation) else None
         return f"no kernel has the activation {getattr(activation, '__name__', activation)}"
+
+    def extra_repr(self) -> str:
+        return fused_repr(self)
 
     def note(self) -> str | None:
         return called(dense=self.dense)

@@ -72,13 +72,15 @@ class Look:
 
     def _now(self, layer: Any) -> tuple[Any, ...]:
         """All that was looked at, to be compared."""
+        parameters = [*itertools.chain.from_iterable(map(dict.values, self._parameters))]
         return (
             type(layer),
             torch.is_inference_mode_enabled(),  # a view made there could not be kept for a backward pass
             [state.get(name) for state, name in self._attributes],
             [*map(type, self._modules)],
             [*map(id, itertools.chain.from_iterable(map(dict.values, self._children)))],
-            [*map(id, itertools.chain.from_iterable(map(dict.values, self._parameters)))],
+            [*map(id, parameters)],
+            [*map(type, parameters)],
             [(parameter.data_ptr(), parameter.dtype) for parameter in self._neighbours],
         )
 

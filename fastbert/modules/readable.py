@@ -151,6 +151,14 @@ def leave(module: nn.Module, reason: str) -> None:
     warn_once(f"fastbert: {name} runs unfused: {reason}; fastbert.explain(model) says in which layers")
 
 
+def fused_repr(module: Any) -> str:
+    """What `print` says of a fused module: that it is, or why not."""
+    reason, note = module.unfused_reason(), module.note()
+    if reason is not None:
+        return f"unfused: {reason}"
+    return "fused" if note is None else f"fused; {note}"
+
+
 def called(**modules: nn.Module) -> str | None:
     """A note on linear layers that are called as modules while the rest around them stays fused."""
     names = [f"{name} ({describe(m, nn.Linear)})" for name, m in modules.items() if not is_plain_linear(m)]
