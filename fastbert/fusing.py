@@ -15,6 +15,7 @@ from .modules.attention import FusedSelfAttention
 from .modules.explaining import Explanation, explain_encoder
 from .modules.heads import FusedHead, FusedMaskedLM
 from .modules.model import EncoderModel
+from .modules.packing import check_packing, masked_reader
 from .modules.readable import as_if_gathered
 from .modules.swap import FUSED, fuse_modules, hugging_face_class, is_ours
 from .notices import warn_once
@@ -22,7 +23,7 @@ from .notices import warn_once
 Model = TypeVar("Model", bound=nn.Module)
 
 #: What modules of ours keep on themselves while they are.
-_ATTRIBUTES = ("dropout_stream", "packing", "read_rows", "_look")
+_ATTRIBUTES = ("dropout_stream", "packing", "reads", "read_rows", "_look")
 
 
 def _refuse_sharded(model: nn.Module, verb: str) -> None:
@@ -44,12 +45,13 @@ def _encoders(model: nn.Module) -> list[Any]:
     return encoders
 
 
-def fuse(model: Model, packing: bool = True) -> Model:
+def fuse(model: Model, packing: bool | str = "auto") -> Model:
     """Put every `BertModel` inside a model on the fast path, in place.
 
     Args:
         model: a `transformers.BertModel`, or anything that holds some: a head, a PEFT or sentence-transformers model.
-        packing: drop padding inside, which then gives zeros; False keeps every row equal to eager attention.
+        packing: "auto" drops padding inside where nobody reads its rows, so that what is handed out equals eager's;
+            True drops it everywhere, and gives zeros there; False nowhere.
 
     Returns:
         The same object.
@@ -57,6 +59,7 @@ def fuse(model: Model, packing: bool = True) -> Model:
     Raises:
         ValueError: when there is no `BertModel` inside, or FSDP2 has sharded a module already.
     """
+    check_packing(packing)
     _refuse_sharded(model, "fuse")
     for encoder in _encoders(model):
         name = type(encoder).__name__
@@ -73,7 +76,19 @@ def fuse(model: Model, packing: bool = True) -> Model:
             _set_attn_implementation(model, encoder, "eager")
         encoder.packing = packing
         fuse_modules(encoder)
+    for module in model.modules():
+        _tell_readers(module)
     return model
+
+
+def _tell_readers(module: Any) -> None:
+    """Let what calls a fused encoder tell it which rows it reads."""
+    ours = families.HEADS.get(type(module))
+    if ours is not None and is_ours(module.base_model):
+        module.__class__ = ours
+    encoder = masked_reader(module)
+    if isinstance(encoder, EncoderModel):
+        encoder.reads = "marked"
 
 
 def unfuse(model: Model) -> Model:

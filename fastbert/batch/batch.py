@@ -1,19 +1,23 @@
 """A batch on its way in, checked and laid out, and on its way out, unpacked and zeroed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.nn import CrossEntropyLoss
 
 from fastbert.notices import warn_once
 from fastbert_kernels.backend import check_same_device
 
 from .attend import Attend
 from .first_tokens import FirstTokens, first_tokens
-from .layout import Layout, dense_layout, packed_layout
+from .layout import Layout, dense_layout, pack_unless
 from .masks import dense_bias, layer_head_masks, token_mask
 from .prefix import Prefix, place_prefix, prefix_length
+
+#: The label of what has none.
+UNLABELLED: int = CrossEntropyLoss().ignore_index
 
 #: What a caller that packs its own batches passes: Hugging Face's names.
 PACKED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -115,14 +119,40 @@ class Batch:
         return probs if self.zeroed is None else probs.masked_fill(~self.zeroed[:, None, :, None], 0.0)
 
 
-def check_in(inputs: Inputs, shape: EncoderShape, packs: bool, zeroes: bool, reads_first: bool = False) -> Batch:
+@dataclass(frozen=True)
+class Padding:
+    """What is to become of padding.
+
+    Attributes:
+        drops: whether it may be dropped; asked where a batch may have some.
+        zeroes: where it is not, outputs are to be zero there all the same.
+        eager: it is not where somebody could read it: where a row starts with it, which a pooler would read, or where
+            `labels` are other than -100.
+        labels: int (batch, seq), of rows that are read.
+    """
+
+    drops: Callable[[], bool]
+    zeroes: bool = False
+    eager: bool = False
+    labels: torch.Tensor | None = None
+
+    def is_read(self, mask: torch.Tensor) -> torch.Tensor:
+        """Whether somebody reads rows of padding, as a bool scalar on the device of the mask (batch, seq)."""
+        if not self.eager:
+            return mask.new_zeros(())
+        read = ~mask[:, 0].all()
+        if self.labels is not None and self.labels.shape == mask.shape:
+            read = read | ((self.labels != UNLABELLED) & ~mask).any()
+        return read
+
+
+def check_in(inputs: Inputs, shape: EncoderShape, padding: Padding, reads_first: bool = False) -> Batch:
     """Check a call's arguments, choose the layout, and bring ids or vectors into it.
 
     Args:
         inputs: the arguments.
         shape: of the model.
-        packs: padding may be dropped.
-        zeroes: where it is not, outputs are to be zero at padding all the same.
+        padding: what becomes of it.
         reads_first: the last layer is to compute the first token of each sequence only.
 
     Raises:
@@ -146,7 +176,7 @@ def check_in(inputs: Inputs, shape: EncoderShape, packs: bool, zeroes: bool, rea
     if inputs.packed:
         layout = _lay_callers(inputs, embeddings, words, shape, before)
     else:
-        layout, bias, zeroed = _lay(inputs.attention_mask, embeddings, words, shape, before, packs, zeroes)
+        layout, bias, zeroed = _lay(inputs.attention_mask, embeddings, words, shape, before, padding)
     if layout.indices is not None:
         embeddings = {name: value if value is None else layout.pack(value) for name, value in embeddings.items()}
     prefix = None
@@ -170,8 +200,7 @@ def _lay(
     words: torch.Tensor,
     shape: EncoderShape,
     before: int,
-    packs: bool,
-    zeroes: bool,
+    padding: Padding,
 ) -> tuple[Layout, torch.Tensor | None, torch.Tensor | None]:
     """The layout of a padded batch, its bias, and where its outputs are kept; positions are added where the layout or
     the prefix needs them."""
@@ -188,9 +217,12 @@ def _lay(
         return layout, dense_bias(mask, wide), None
     whole_mask = token_mask(mask, batch, before + seq)
     mask = whole_mask[:, before:]
-    if not packs or (before and not bool(whole_mask[:, :before].all())):
-        return layout, dense_bias(whole_mask[:, None, None, :], wide), mask if zeroes else None
-    layout = packed_layout(mask)
+    packed = None
+    if padding.drops() and (not before or bool(whole_mask[:, :before].all())):
+        packed = pack_unless(mask, padding.is_read(mask))
+    if packed is None:
+        return layout, dense_bias(whole_mask[:, None, None, :], wide), mask if padding.zeroes else None
+    layout = packed
     if layout.columns is not None and shape.pools:
         warn_once(
             "fastbert: padding is not at the end of every row; where it is at the start, pooler_output is made of "

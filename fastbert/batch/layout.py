@@ -58,21 +58,35 @@ def dense_layout(batch: int, seq: int) -> Layout:
 
 
 def packed_layout(mask: torch.Tensor) -> Layout:
-    """The layout of the tokens a mask marks.
+    """The layout of the tokens a mask marks, all else dropped.
 
     Args:
         mask: bool (batch, seq), True at tokens, in any pattern.
+    """
+    layout = pack_unless(mask, mask.new_zeros(()))
+    assert layout is not None
+    return layout
 
-    Reads the lengths back from the device, and whether tokens stand at the start of their rows, together: the one
-    synchronisation of a forward pass.
+
+def pack_unless(mask: torch.Tensor, read: torch.Tensor) -> Layout | None:
+    """The layout of the tokens a mask marks; None where there is padding, and it is read.
+
+    Args:
+        mask: bool (batch, seq), True at tokens, in any pattern.
+        read: bool scalar, on the mask's device.
+
+    Reads the lengths back from the device, whether tokens stand at the start of their rows, and whether padding is
+    read, together: the one synchronisation of a forward pass.
     """
     batch, seq = mask.shape
     lengths = mask.sum(1)
     at_start = (mask[:, 1:] <= mask[:, :-1]).all()
-    *host_lengths, aligned = torch.cat([lengths, at_start[None]]).tolist()
+    *host_lengths, aligned, is_read = torch.cat([lengths, torch.stack([at_start, read])]).tolist()
     total = sum(host_lengths)
     if total == batch * seq:
         return dense_layout(batch, seq)
+    if is_read:
+        return None
     longest, order = max(host_lengths), None
     if min(host_lengths) < longest:
         longest_first = sorted(range(batch), key=host_lengths.__getitem__, reverse=True)

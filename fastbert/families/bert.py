@@ -95,6 +95,7 @@ class BertForMultipleChoice(FusedHead, hf.BertForMultipleChoice):
 class BertForTokenClassification(FusedHead, hf.BertForTokenClassification):
     """Hugging Face's `BertForTokenClassification` on the fused `BertModel`."""
 
+    reads = "labelled"
     token_labels = ("labels",)
 
 
@@ -103,6 +104,6 @@ class BertForQuestionAnswering(FusedHead, hf.BertForQuestionAnswering):
 
 
 register(
-    BertForPreTraining, BertLMHeadModel, BertForMaskedLM, BertForNextSentencePrediction, BertForSequenceClassification,
-    BertForMultipleChoice, BertForTokenClassification, BertForQuestionAnswering,
+    BertForMaskedLM, BertForPreTraining, BertForTokenClassification, BertForSequenceClassification,
+    BertForNextSentencePrediction, BertForMultipleChoice, BertForQuestionAnswering, BertLMHeadModel,
 )  # fmt: skip

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch.nn import CrossEntropyLoss
 
+from fastbert.batch.batch import UNLABELLED
 from fastbert.batch.layout import Layout
 from fastbert.modules.model import EncoderModel
 
@@ -14,9 +14,6 @@ TOKENS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096
 
 #: A bucket has room for one sequence for so many tokens: each costs every attention launch programs that find it empty.
 _TOKENS_OF_A_SEQUENCE = 16
-
-#: The label of what has none.
-UNLABELLED: int = CrossEntropyLoss().ignore_index
 
 
 @dataclass(frozen=True)

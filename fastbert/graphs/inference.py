@@ -88,6 +88,9 @@ class Graphed(Replayed):
 
     def replay(self, batch: Batch) -> torch.Tensor | None:
         """`last_hidden_state` (batch, seq, hidden) of a packed batch; None, and counted, where nothing is replayed."""
+        if batch.bias is not None:
+            self._count_plain("its padding is kept: fuse(model, packing=True) drops it")
+            return None
         layout = batch.layout
         bucket = choose_bucket(self.buckets, layout.tokens, layout.batch, layout.max_seqlen)
         with self._lock:

@@ -124,7 +124,7 @@ class Watch:
 
 def why_unrecordable(bert: EncoderModel, called: list[nn.Module]) -> str | None:
     """Why a model, as it is, cannot be recorded with these modules called within."""
-    if not bert.packing:
+    if bert.packing is False:
         return "its padding is kept (packing=False)"
     if any(m.watcher is not None for m in bert.modules() if isinstance(m, FusedSelfAttention)):
         return "distill.capture looks on"

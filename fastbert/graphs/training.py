@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert.batch.batch import Inputs
+from fastbert.batch.batch import UNLABELLED, Inputs, Padding
 from fastbert.batch.layout import Layout
 from fastbert.families import HEADS
 from fastbert.modules.model import EncoderModel, Plan
 from fastbert_kernels.backend import check_same_device
 
-from .buckets import TOKENS, UNLABELLED, Bucket, choose_bucket
+from .buckets import TOKENS, Bucket, choose_bucket
 from .recording import CudaRecorder, Recorder, Replayed, Watch, why_not_here, why_unrecordable
 
 #: What a step takes besides labels.
@@ -252,7 +252,7 @@ class GraphedStep(Replayed):
         """Check a batch, and bring its ids and labels into its layout."""
         token_labels, sequence_labels = self._labels
         words, mask, types, positions = map(batch.get, _IDS)
-        checked = self._bert.check_in(Inputs(words, mask, types, positions), packs=True)
+        checked = self._bert.check_in(Inputs(words, mask, types, positions), Padding(lambda: True))
         layout = checked.layout
         labels = {name: batch[name] for name in (*token_labels, *sequence_labels)}
         check_same_device("a step", input_ids=words, **labels)

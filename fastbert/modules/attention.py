@@ -24,7 +24,7 @@ from .qkv import (
     rehome,
     separate,
 )
-from .readable import called, fused_repr, is_called, is_plain_dropout, leave, not_plain
+from .readable import called, foreign_hooks, fused_repr, is_called, is_capturing, is_plain_dropout, leave, not_plain
 from .swap import is_ours
 
 
@@ -50,8 +50,9 @@ def attend_from(attend: Attend | None, kwargs: dict[str, Any]) -> Attend:
 
 
 def wants_map(slot: MapSlot | None, kwargs: dict[str, Any]) -> bool:
-    """Whether a map is asked for; of a module that is called on its own, by Hugging Face's keyword."""
-    return slot is not None or bool(kwargs.get("output_attentions"))
+    """Whether a map is asked for: by the encoder, by Hugging Face's keyword where a module is called on its own, or by
+    Hugging Face's own path, which records what modules return."""
+    return slot is not None or bool(kwargs.get("output_attentions")) or is_capturing()
 
 
 class FusedSelfAttention(nn.Module):
@@ -159,7 +160,8 @@ class FusedSelfAttention(nn.Module):
         if torch.compiler.is_compiling():
             qkv = qkv.view(-1)  # or a graph is guarded by the number of tokens
         qkv = qkv.view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
-        context, probs = self._attend(qkv, seq, attention_mask, attend, head_mask, wants_map(map_slot, kwargs))
+        wanted = wants_map(map_slot, kwargs) or foreign_hooks(self)  # Hugging Face's returns a map in any case
+        context, probs = self._attend(qkv, seq, attention_mask, attend, head_mask, wanted)
         leave_map(map_slot, probs)
         return context.reshape(batch, seq, self.all_head_size), probs
 

@@ -3,16 +3,17 @@
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import CrossEntropyLoss
 
+from fastbert.batch.batch import UNLABELLED
 from fastbert.notices import say_once
 
 from .model import Plan
-from .swap import FUSED, eager_semantics, fuse_modules, hugging_face_class, own_config
+from .swap import FUSED, eager_semantics, fuse_modules, own_config
 
 #: What `read_rows` of a head for masked language modelling may be.
 MASKED_LM_ROWS = ("all", "labelled")
@@ -21,7 +22,7 @@ MASKED_LM_ROWS = ("all", "labelled")
 class FusedHead(nn.Module):
     """A Hugging Face head whose encoder model is fused."""
 
-    #: What of the encoder's output the head reads: "all", or "pooled", the pooled output only.
+    #: What of the encoder's output the head reads, one of `packing.READS`: "labelled" where its loss does.
     reads = "all"
     #: The labels of each token, and of each sequence, of heads whose loss is a mean over labels other than -100.
     token_labels: tuple[str, ...] = ()
@@ -37,8 +38,36 @@ class FusedHead(nn.Module):
         encoder.__class__ = FUSED[type(encoder)]
         fuse_modules(encoder)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__bases__:
+            if base.__module__.startswith("transformers."):
+                cls.forward = cls._around(base.forward)  # type: ignore[attr-defined]
+
+    @classmethod
+    def _around(cls, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Hugging Face's forward, in which the encoder is told what is read of its output."""
+        return _tells_what_is_read(forward)
+
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         return eager_semantics(attn_implementation)
+
+
+def _tells_what_is_read(forward: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or self.reads == "all":
+            return forward(self, *args, **kwargs)
+        plan = kwargs.get("plan") or Plan()
+        labels = plan.labels
+        if labels is None and self.reads == "labelled":
+            given = signature.bind_partial(self, *args, **kwargs).arguments if args else kwargs
+            labels = given.get("labels")
+        return forward(self, *args, **kwargs | {"plan": replace(plan, reads=self.reads, labels=labels)})
+
+    return wrapped
 
 
 def _of_labelled_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,8 +92,10 @@ def _of_labelled_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(
                 f"labels must be (batch, seq) = {tuple(words.shape[:2])} like the input, got {tuple(labels.shape)}"
             )
-        labelled = labels != CrossEntropyLoss().ignore_index
-        more = {**given.pop("kwargs", {}), "labels": labels[labelled], "plan": Plan(labelled=labelled)}
+        labelled = labels != UNLABELLED
+        others = given.pop("kwargs", {})
+        plan = others.get("plan") or Plan()
+        more = {**others, "labels": labels[labelled], "plan": replace(plan, labelled=labelled, labels=labels)}
         return forward(**given | more)
 
     return wrapped
@@ -82,8 +113,8 @@ class FusedMaskedLM(FusedHead):
     #: then (labelled rows, vocabulary), in the order of the batch. `fastbert.skip_unread` sets it.
     read_rows: str = "all"
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        theirs = hugging_face_class(cls)
-        if theirs in cls.__bases__:
-            cls.forward = _of_labelled_rows(theirs.forward)  # type: ignore[attr-defined]
+    reads = "labelled"
+
+    @classmethod
+    def _around(cls, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return _of_labelled_rows(_tells_what_is_read(forward))

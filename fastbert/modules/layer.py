@@ -16,16 +16,17 @@ from fastbert_kernels import (
     runs_as_block,
 )
 
-from .attention import FusedSelfAttention, MapSlot, attend_from, leave_map, mask_like, wants_map
+from .attention import MapSlot, attend_from, leave_map, mask_like, wants_map
 from .dropout import seed_for
 from .look import block_arguments, chunk_is_replaced, look_at
-from .readable import is_called
+from .readable import is_called, is_capturing
+from .strangers import takes_ours
 from .swap import is_ours
 
 
 def _attends_as_block(hidden: torch.Tensor, attend: Attend) -> bool:
     """Whether a block with the attention in it may run on these hidden states: no block knows a prefix."""
-    return runs_as_block(hidden) and attend.prefix is None and attend.first is None
+    return runs_as_block(hidden) and attend.prefix is None and attend.first is None and not is_capturing()
 
 
 def _attention_arguments(
@@ -58,6 +59,19 @@ def _feed_forward_arguments(
     return FeedForwardArguments(**block, fused=fused, seed=seed_for(seed, block["hidden_dropout_p"], hidden))
 
 
+def _refuse_packed(module: nn.Module, attend: Attend, head_mask: torch.Tensor | None) -> None:
+    if attend.cu_seqlens is not None or head_mask is not None:
+        raise ValueError(
+            f"{type(module).__name__} is not fastbert's and knows neither packed sequences nor head_mask: pass a "
+            "padded batch, and leave head_mask out"
+        )
+
+
+def call_output(output: Any, x: torch.Tensor, residual: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+    """A block's output module, ours or someone else's, which knows no seed."""
+    return output(x, residual, seed) if takes_ours(output) else output(x, residual)
+
+
 class FusedAttention(nn.Module):
     """Self-attention and its output, sharing the forward pass's seed."""
 
@@ -85,15 +99,13 @@ class FusedAttention(nn.Module):
         if self.is_cross_attention or args:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         attend = attend_from(attend, kwargs)
-        if not isinstance(self.self, FusedSelfAttention):
-            if attend.cu_seqlens is not None or head_mask is not None:
-                raise ValueError(
-                    f"{type(self.self).__name__} is not fastbert's and knows neither packed sequences nor head_mask: "
-                    "pass a padded batch, and leave head_mask out"
-                )
-            context, probs = self.self(hidden_states, mask_like(attention_mask, hidden_states), **kwargs)
+        if not takes_ours(self.self):
+            _refuse_packed(self.self, attend, head_mask)
+            context, probs = self.self(
+                hidden_states, attention_mask=mask_like(attention_mask, hidden_states), past_key_values=None, **kwargs
+            )
             leave_map(map_slot, probs)
-            return self.output(context, hidden_states), probs
+            return call_output(self.output, context, hidden_states, attend.seed), probs
         if _attends_as_block(hidden_states, attend) and kwargs.get("past_key_values") is None:
             block = block_arguments(self.self, self.output)
             if block is not None:
@@ -108,7 +120,7 @@ class FusedAttention(nn.Module):
             hidden_states, attention_mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
         )
         residual = hidden_states if attend.first is None else attend.first.take(hidden_states)
-        return self.output(context, residual, attend.seed), probs
+        return call_output(self.output, context, residual, attend.seed), probs
 
 
 class FusedLayer(nn.Module):
@@ -147,7 +159,7 @@ class FusedLayer(nn.Module):
                 **kwargs,
             )
         attend = attend_from(attend, kwargs)
-        look = look_at(self) if runs_as_block(hidden_states) else None
+        look = look_at(self) if runs_as_block(hidden_states) and not is_capturing() else None
         if look is not None and look.whole and attend.prefix is None and attend.first is None:
             wanted = wants_map(map_slot, kwargs)
             hidden, probs = layer_block(
@@ -157,9 +169,16 @@ class FusedLayer(nn.Module):
             )
             leave_map(map_slot, probs)
             return hidden
-        attended, _ = self.attention(
-            hidden_states, attention_mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
-        )
+        if takes_ours(self.attention):
+            attended, _ = self.attention(
+                hidden_states, attention_mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
+            )
+        else:
+            _refuse_packed(self.attention, attend, head_mask)
+            attended, probs = self.attention(
+                hidden_states, mask_like(attention_mask, hidden_states), past_key_values=None, **kwargs
+            )
+            leave_map(map_slot, probs)
         return self._feed_forward(attended, attend.seed)
 
     def _feed_forward(self, attended: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
@@ -171,5 +190,5 @@ class FusedLayer(nn.Module):
             return self.feed_forward_chunk(attended)
         block = block_arguments(self.intermediate, self.output) if runs_as_block(attended) else None
         if block is None:
-            return self.output(self.intermediate(attended), attended, seed)
+            return call_output(self.output, self.intermediate(attended), attended, seed)
         return feed_forward_block(attended, _feed_forward_arguments(block, attended, seed))

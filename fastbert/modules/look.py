@@ -1,7 +1,7 @@
-"""What a layer's modules are found to be: looked at once, and again when something there has changed.
+"""What modules are found to be: looked at once, and again when something there has changed.
 
-A layer runs as one step of autograd where each module in it may be read instead of called. Finding that out anew in
-every forward pass costs as much Python as a third of the step itself.
+A layer runs as one step of autograd where each module in it may be read instead of called, and packed rows go only to
+modules that are known. Finding that out anew in every forward pass would cost a third of the step's own Python.
 """
 
 import itertools
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as global_hooks
 
 from .attention import FusedSelfAttention
 from .qkv import qkv_parameters
-from .readable import HOOKS
-from .swap import hugging_face_class
+from .readable import GLOBAL_HOOKS, HOOKS
+from .strangers import strangers
+from .swap import hugging_face_class, ours_of
 
 #: What is read of a module besides parameters, children and hooks, by something that only its kind has.
 _ATTRIBUTES = {
@@ -29,7 +29,7 @@ _ATTRIBUTES = {
     "p": ("p", "training"),
 }  # fmt: skip
 
-_GLOBAL_HOOKS = [hooks for name, hooks in vars(global_hooks).items() if name.startswith("_global_") and name[-1] == "s"]
+_values = itertools.chain.from_iterable
 
 
 def block_arguments(*modules: Any) -> dict[str, Any] | None:
@@ -44,7 +44,56 @@ def block_arguments(*modules: Any) -> dict[str, Any] | None:
 
 
 class Look:
-    """What one layer was when this was made.
+    """What a module and those inside it were when this was made.
+
+    Attributes:
+        strangers: `strangers.strangers` of it.
+    """
+
+    #: Parameters whose places in memory count.
+    neighbours: tuple[torch.Tensor, ...] = ()
+
+    def __init__(self, root: Any) -> None:
+        self.strangers = list(strangers(root, ""))
+        self._root = weakref.ref(root)
+        _, *self._modules = root.modules()
+        states = [root.__dict__, *[module.__dict__ for module in self._modules]]
+        self._hooks = [*GLOBAL_HOOKS, *[state[name] for state in states for name in HOOKS]]
+        self._attributes = [(state, name) for state in states for name in _attributes_of(state)]
+        self._children = [state["_modules"] for state in states if state["_modules"]]
+        self._parameters = [state["_parameters"] for state in states if state["_parameters"]]
+        kinds = {ours_of(type(module)) for module in (root, *self._modules)} - {None}
+        self._patchable: list[Any] = [hugging_face_class(kind) for kind in kinds if kind is not None]
+        self._held = [*_values(map(dict.values, self._parameters))]  # or others could come to have their ids
+        self._then = self._now(root)
+
+    def _now(self, root: Any) -> tuple[Any, ...]:
+        """All that was looked at, to be compared."""
+        parameters = [*_values(map(dict.values, self._parameters))]
+        return (
+            type(root),
+            torch.is_inference_mode_enabled(),  # a view made there could not be kept for a backward pass
+            [state.get(name) for state, name in self._attributes],
+            [*map(type, self._modules)],
+            [*map(id, _values(map(dict.values, self._children)))],
+            [*map(id, parameters)],
+            [*map(type, parameters)],
+            [*_values(map(dict.values, self._hooks))],
+            [(parameter.data_ptr(), parameter.dtype) for parameter in self.neighbours],
+            [kind.forward for kind in self._patchable],
+        )
+
+    def holds(self, root: Any) -> bool:
+        """Whether the module still is as it was."""
+        return self._root() is root and self._now(root) == self._then
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of the module look for themselves."""
+        return type(None), ()
+
+
+class LayerLook(Look):
+    """What a layer was.
 
     Attributes:
         attention, feed_forward: what its two blocks need of its modules; None where one has to be called.
@@ -56,53 +105,32 @@ class Look:
         self.feed_forward: Any = block_arguments(layer.intermediate, layer.output)
         read = self.attention is not None and self.feed_forward is not None
         self.whole = read and layer.chunk_size_feed_forward == 0 and not chunk_is_replaced(layer)
-        self._layer = weakref.ref(layer)
-        _, *self._modules = layer.modules()
-        states = [layer.__dict__, *[module.__dict__ for module in self._modules]]
-        self._hooks = [state[name] for state in states for name in HOOKS]
-        self._attributes = [(state, name) for state in states for name in _attributes_of(state)]
-        self._children = [state["_modules"] for state in states if state["_modules"]]
-        self._parameters = [state["_parameters"] for state in states if state["_parameters"]]
         attention = getattr(layer.attention, "self", None)
-        self._neighbours: list[torch.Tensor] = []
         if self.attention is not None and isinstance(attention, FusedSelfAttention):
             groups = qkv_parameters(attention.query, attention.key, attention.value)
-            self._neighbours = [parameter for group in groups for parameter in group]
-        self._then = self._now(layer)
-
-    def _now(self, layer: Any) -> tuple[Any, ...]:
-        """All that was looked at, to be compared."""
-        parameters = [*itertools.chain.from_iterable(map(dict.values, self._parameters))]
-        return (
-            type(layer),
-            torch.is_inference_mode_enabled(),  # a view made there could not be kept for a backward pass
-            [state.get(name) for state, name in self._attributes],
-            [*map(type, self._modules)],
-            [*map(id, itertools.chain.from_iterable(map(dict.values, self._children)))],
-            [*map(id, parameters)],
-            [*map(type, parameters)],
-            [(parameter.data_ptr(), parameter.dtype) for parameter in self._neighbours],
-        )
-
-    def holds(self, layer: Any) -> bool:
-        """Whether the layer still is as it was. With hooks in it, it is looked at anew each time."""
-        return (
-            self._layer() is layer
-            and not any(self._hooks)
-            and not any(_GLOBAL_HOOKS)
-            and self._now(layer) == self._then
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles of the layer look for themselves."""
-        return type(None), ()
+            self.neighbours = tuple(parameter for group in groups for parameter in group)
+        super().__init__(layer)
+        reason = attention.unfused_reason() if isinstance(attention, FusedSelfAttention) else None
+        if reason is not None:
+            self.strangers.append((".attention.self", f"unfused: {reason}"))
 
 
-def look_at(layer: nn.Module) -> Look:
-    """What a layer is now."""
-    look = layer.__dict__.get("_look")
-    if look is None or not look.holds(layer):
-        look = layer.__dict__["_look"] = Look(layer)
+def look_at(layer: nn.Module) -> LayerLook:
+    """What a layer of ours is now."""
+    return _look(layer, LayerLook)
+
+
+def strangers_in(module: nn.Module) -> list[tuple[str, str]]:
+    """`strangers.strangers` of a layer or another module, now."""
+    if ours_of(type(module)) is None:  # nothing is kept on what is not ours
+        return list(strangers(module, ""))
+    return _look(module, LayerLook if hasattr(module, "feed_forward_chunk") else Look).strangers
+
+
+def _look(module: nn.Module, kind: type[Any]) -> Any:
+    look: Any = module.__dict__.get("_look")
+    if type(look) is not kind or not look.holds(module):
+        look = module.__dict__["_look"] = kind(module)
     return look
 
 

@@ -1,6 +1,6 @@
 """The way of a batch through a fused encoder model, on one page: in, embed, layers, out."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from fastbert.batch.batch import PACKED_KEYWORDS, Batch, EncoderShape, Inputs, check_in
+from fastbert.batch.batch import PACKED_KEYWORDS, Batch, EncoderShape, Inputs, Padding, check_in
 from fastbert.batch.first_tokens import READ_ROWS
 from fastbert.batch.prefix import prefix_length
 from fastbert.notices import say_once, warn_once
@@ -16,10 +16,12 @@ from fastbert_kernels import uses_triton
 
 from .attention import attends_fused
 from .dropout import draw_seed
-from .embeddings import FusedEmbeddings
 from .explaining import Explanation, explain_encoder
 from .layer import FusedLayer
-from .readable import as_if_gathered, foreign_hooks, is_plain_embedding
+from .look import strangers_in
+from .packing import WAY_OUT, check_packing, find_strangers, named_layers, why_kept, why_read
+from .readable import as_if_gathered, is_plain_embedding
+from .strangers import takes_ours, why_strange
 from .swap import eager_semantics, fuse_modules, own_config
 
 
@@ -58,18 +60,22 @@ class Plan:
         replay: takes the place of embeddings and layers where it can.
         labelled: bool (batch, seq), the rows of `last_hidden_state` that are handed out, as (rows, hidden).
         pools_each: the pooler reads each sequence of a batch that its caller packed.
+        reads: what of the output is read, one of `packing.READS`; None: what the model says of itself.
+        labels: int (batch, seq), of a caller that reads rows whose label is not -100.
     """
 
     replay: Replay | None = None
     labelled: torch.Tensor | None = None
     pools_each: bool = False
+    reads: str | None = None
+    labels: torch.Tensor | None = None
 
 
 class EncoderModel(nn.Module):
     """Hugging Face's encoder model on fused modules: same parameters, same call, same outputs.
 
-    Differences, all documented in README: padding gives zeros, `head_mask` works, and attentions come from the fast
-    path. `packing = False` keeps every row, padding included, equal to Hugging Face's eager attention.
+    What is handed out equals eager's, rows of padding included; besides, `head_mask` works, and attentions come from
+    the fast path.
     """
 
     config: Any
@@ -78,8 +84,11 @@ class EncoderModel(nn.Module):
     encoder: Any
     pooler: Any
 
-    #: Drop padding on the way in. Rows of padding are then zero on the way out.
-    packing: bool = True
+    #: Whether padding is dropped on the way in: "auto", where nobody reads its rows; True, everywhere, and its rows are
+    #: zero on the way out; False, nowhere.
+    packing: bool | str = "auto"
+    #: What of the output is read, where nobody says it for a call: one of `packing.READS`.
+    reads: str = "all"
     #: Which rows of `last_hidden_state` are read: "all", or "first", that of each sequence's first position. The last
     #: layer then computes no others, and `last_hidden_state` is (batch, 1, hidden); all the same where hidden states or
     #: attentions are asked for. `fastbert.skip_unread` sets it for a head that reads the pooled output only.
@@ -143,12 +152,12 @@ class EncoderModel(nn.Module):
                 (1, tokens), the outputs (1, tokens, hidden), and the attentions (sequences, heads, max_length_q,
                 max_length_q). Positions restart with each sequence unless `position_ids` says otherwise.
             max_length_q, max_length_k: the longest of those sequences.
-            read_rows: in place of the attribute of that name, for this call.
+            read_rows, packing: in place of the attributes of these names, for this call.
 
         Returns:
             `last_hidden_state` (batch, seq, hidden), `pooler_output` (batch, hidden), and, when asked,
             `hidden_states`, layers + 1 times (batch, seq, hidden), and `attentions`, layers times (batch, heads, seq,
-            seq). All zero at padding, unless `packing` is False.
+            seq). Where padding was dropped, zero at padding.
 
         Raises:
             ValueError: for inputs that contradict each other; the message names them.
@@ -156,6 +165,7 @@ class EncoderModel(nn.Module):
         """
         plan = kwargs.pop("plan", None) or Plan()
         read_rows = kwargs.pop("read_rows", self.read_rows)
+        packing = kwargs.pop("packing", self.packing)
         packed = {name: kwargs[name] for name in PACKED_KEYWORDS if kwargs.get(name) is not None}
         inputs = Inputs(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, head_mask, past_key_values, packed
@@ -176,18 +186,17 @@ class EncoderModel(nn.Module):
         if kwargs.get("is_causal"):
             raise ValueError("is_causal=True is for decoders: pass a 4-D attention_mask, or use fastbert.unfuse(model)")
         reads_first = self._reads_first(read_rows, past_key_values is not None, outputs)
-
         if plan.replay is not None and plan.replay.takes(self, inputs, outputs):
-            last = plan.replay.replay(self.check_in(inputs, packs=True))
+            last = plan.replay.replay(self.check_in(inputs, self._padding(packing, plan, outputs, why_read)))
             if last is not None:
                 return self._made(last[:, :1] if reads_first else last, None, None, None, outputs, plan)
-        batch = self.check_in(inputs, self._packs(), reads_first)
+        batch = self.check_in(inputs, self._padding(packing, plan, outputs), reads_first)
         seed = self._draw_seed()
         self._check_reentrant(outputs, batch)
         hidden = self._embed(batch, seed)
         encoded = self.encoder(
             hidden,
-            batch.bias,
+            self._seen(batch),
             attend=batch.attend(seed),
             head_masks=batch.head_masks,
             state_layers=outputs.states,
@@ -202,7 +211,7 @@ class EncoderModel(nn.Module):
             maps = tuple(None if probs is None else batch.check_out_map(probs) for probs in encoded.attentions)
         return self._made(last, states, maps, batch.layout.cu_seqlens, outputs, plan)
 
-    def check_in(self, inputs: Inputs, packs: bool, reads_first: bool = False) -> Batch:
+    def check_in(self, inputs: Inputs, padding: Padding, reads_first: bool = False) -> Batch:
         """`batch.check_in` for this model."""
         positions = self.embeddings.position_embeddings
         shape = EncoderShape(
@@ -215,12 +224,19 @@ class EncoderModel(nn.Module):
             pools=getattr(self, "pooler", None) is not None,
             rule=self.embeddings,
         )
-        return check_in(inputs, shape, packs, zeroes=self.packing, reads_first=reads_first)
+        return check_in(inputs, shape, padding, reads_first)
 
     def _embed(self, batch: Batch, seed: torch.Tensor | None) -> torch.Tensor:
         """The first hidden states, in the batch's layout."""
-        seeded = {"seed": seed} if isinstance(self.embeddings, FusedEmbeddings) else {}
+        seeded = {"seed": seed} if takes_ours(self.embeddings) else {}
         return self.embeddings(**batch.embeddings, **seeded)
+
+    def _seen(self, batch: Batch) -> torch.Tensor | None:
+        """The batch's additive mask; where a stranger may look at it, with all its rows, as Hugging Face makes it."""
+        bias = batch.bias
+        if bias is None or bias.shape[2] > 1 or batch.prefix is not None or not any(find_strangers(self)):
+            return bias
+        return bias.expand(batch.layout.batch, 1, batch.layout.seq, bias.shape[3])
 
     def _made(
         self,
@@ -262,18 +278,22 @@ class EncoderModel(nn.Module):
         if head_mask is not None:
             raise ValueError(f"head_mask has no effect on Hugging Face's own path ({reason}): leave it out")
 
-    def _packs(self) -> bool:
-        """Whether the padding of a batch is dropped: not by choice, under torch.compile, whose graphs have no place for
-        a number of tokens that depends on the data, and where someone's hook inside expects the batch's shape."""
-        if not self.packing or torch.compiler.is_compiling():
-            return False
-        hooked = [name for name in foreign_hooks(self) if not name.startswith("pooler")]  # after the layers
-        if hooked:
-            warn_once(f"fastbert: padding is kept because of forward hooks on {', '.join(hooked[:3])}")
-        unfused = [i for i, layer in enumerate(self.layers) if not attends_fused(layer)]
-        if unfused:
-            warn_once(f"fastbert: padding is kept because attention is not fused in layers {unfused}")
-        return not (hooked or unfused)
+    def _padding(
+        self, packing: Any, plan: Plan, outputs: Outputs, why: Callable[..., str | None] = why_kept
+    ) -> Padding:
+        """What becomes of padding in a call."""
+        check_packing(packing)
+        reads = plan.reads or self.reads
+
+        def drops() -> bool:
+            whole = bool(outputs.maps or outputs.states)
+            reason = why(self, packing, reads, plan.labels is not None, whole)
+            if reason is not None and packing is not False:
+                warn_once(f"fastbert: padding is kept: {reason}{WAY_OUT if packing == 'auto' else ''}")
+            return reason is None
+
+        labels = plan.labels if reads == "labelled" else None
+        return Padding(drops, zeroes=packing is True, eager=packing == "auto", labels=labels)
 
     def _reads_first(self, read_rows: str, prefixed: bool, outputs: Outputs) -> bool:
         """Whether the last layer is to compute first rows only, and can."""
@@ -293,9 +313,11 @@ class EncoderModel(nn.Module):
             return f"it is not fused ({type(layer).__name__})"
         if layer.attention.self.watcher is not None:
             return "distill.capture looks at it"
-        inner = f"encoder.layer.{len(self.layers) - 1}"
-        hooked = [name for name in foreign_hooks(self) if name == "encoder" or f"{name}.".startswith(f"{inner}.")]
-        return f"forward hooks on {', '.join(hooked[:3])}" if hooked else None
+        found = [(f"encoder.layer.{len(self.layers) - 1}{name}", what) for name, what in strangers_in(layer)]
+        found += [("encoder", what) for what in [why_strange(self.encoder)] if what is not None]
+        for name, what in found:
+            return f"forward hooks on {name}" if "hooks" in what else f"{name} ({what}) may look at it"
+        return None
 
     def _pool(self, last: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor | None:
         """What the pooler makes of `last` (batch, seq, hidden); or, with cu_seqlens, of each sequence packed in `last`
@@ -327,6 +349,9 @@ class EncoderModel(nn.Module):
             return "it is a decoder (config.is_decoder)"
         if encoder_hidden_states is not None:
             return "it was given encoder_hidden_states"
+        for name, module in [("encoder", self.encoder), *named_layers(self)]:
+            if not takes_ours(module):
+                return f"{name} ({why_strange(module)}) is not fastbert's"
         if past_key_values is None:
             return None
         if prefix_length(past_key_values, len(self.layers)) is None:

@@ -11,17 +11,24 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
+from transformers.utils.output_capturing import _active_collector
 
 from fastbert.notices import warn_once
 
 from .swap import hugging_face_class
 
 #: Where hooks come from that belong to the machinery around a model, not to someone who looks inside it.
-_INFRASTRUCTURE = ("torch.distributed", "transformers.", "peft.", "deepspeed.")
+_INFRASTRUCTURE = ("torch.distributed", "transformers.", "peft.", "deepspeed.", "accelerate.")
+
+#: PEFT's for a batch whose rows have adapters of their own: it counts them.
+_COUNTS_ROWS = "_adapter_names_pre_forward_hook"
 
 #: The hook by which transformers and PEFT make the embeddings' output require a gradient, for reentrant checkpointing
 #: of a model whose embeddings are frozen. The fused embeddings do what it does.
 _REQUIRE_GRADS = "make_inputs_require_grads"
+
+#: The hooks that need no module to be called: that one, and Hugging Face's own, idle unless it records outputs.
+_IDLE = (_REQUIRE_GRADS, "output_capturing_hook")
 
 #: What is read of a module. A replica of nn.DataParallel, or FSDP's flat parameters, leave it elsewhere.
 _PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -33,13 +40,15 @@ _PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
 
 _MISSING: Any = object()
 
+#: Where modules keep their hooks, and where torch keeps those of all modules.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in HOOKS]
 
 
 def is_called(module: nn.Module) -> bool:
     """Whether someone relies on the module being called: a hook, or a replaced `forward`."""
     state = module.__dict__  # a module's attributes are looked up slowly
-    if "forward" in state:
+    if "forward" in state or any(GLOBAL_HOOKS):
         return True
     for hooks in HOOKS:
         if state[hooks]:
@@ -47,7 +56,7 @@ def is_called(module: nn.Module) -> bool:
     else:
         return False
     every = [hook for hooks in HOOKS for hook in state[hooks].values()]
-    return any(getattr(hook, "__name__", "") != _REQUIRE_GRADS and not _has_no_work(hook, module) for hook in every)
+    return any(getattr(hook, "__name__", "") not in _IDLE and not _has_no_work(hook, module) for hook in every)
 
 
 def _has_no_work(hook: Any, module: nn.Module) -> bool:
@@ -58,6 +67,11 @@ def _has_no_work(hook: Any, module: nn.Module) -> bool:
 def wants_grad_output(module: nn.Module) -> bool:
     """Whether a hook is there to make the module's output require a gradient."""
     return any(getattr(hook, "__name__", "") == _REQUIRE_GRADS for hook in module._forward_hooks.values())
+
+
+def is_capturing() -> bool:
+    """Whether Hugging Face's own path records what modules return, maps among them."""
+    return _active_collector.get() is not None
 
 
 _gathered = False
@@ -130,19 +144,15 @@ def is_plain_dropout(module: nn.Module) -> TypeGuard[nn.Dropout]:
     return is_plain(module, nn.Dropout)
 
 
-def _has_foreign_hook(module: nn.Module) -> bool:
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for hook in hooks.values():
-            if not getattr(hook, "__module__", "").startswith(_INFRASTRUCTURE):
-                return True
-    return False
+def is_infrastructure(hook: Any) -> bool:
+    """Whether a hook belongs to the machinery around a model, not to someone who looks inside it."""
+    hook = getattr(hook, "func", hook)
+    return getattr(hook, "__module__", "").startswith(_INFRASTRUCTURE) and hook.__name__ != _COUNTS_ROWS
 
 
-def foreign_hooks(root: nn.Module) -> list[str]:
-    """Names of the modules under `root`, itself excluded, that carry a forward hook of someone who looks inside."""
-    if not any(_has_foreign_hook(module) for module in root.modules() if module is not root):
-        return []
-    return [name for name, module in root.named_modules() if name and _has_foreign_hook(module)]
+def foreign_hooks(module: nn.Module) -> bool:
+    """Whether someone who looks inside the model has hooked a module."""
+    return any(not is_infrastructure(hook) for name in HOOKS for hook in getattr(module, name).values())
 
 
 def leave(module: nn.Module, reason: str) -> None:

@@ -15,7 +15,8 @@ from fastbert.notices import warn_once
 #: Hugging Face's class -> ours, of every family.
 FUSED: dict[type[nn.Module], type[nn.Module]] = {}
 
-_OURS: set[type[nn.Module]] = set()
+#: Our classes, each with Hugging Face's and the forward that it had when ours was registered.
+_OURS: dict[type[nn.Module], tuple[Any, Any]] = {}
 
 
 def hugging_face_class(ours: type) -> type:
@@ -28,16 +29,32 @@ def register(*classes: type[nn.Module]) -> None:
     for ours in classes:
         theirs = hugging_face_class(ours)
         FUSED[theirs] = ours
-        _OURS.add(ours)
+        _OURS[ours] = theirs, theirs.forward  # type: ignore[attr-defined]
         # Hugging Face keeps, by class, what its own path may record; a model fused in place never passed its
         # constructor.
         if str(theirs) in _CAN_RECORD_REGISTRY or hasattr(theirs, "_can_record_outputs"):
             _CAN_RECORD_REGISTRY.setdefault(str(ours), theirs._can_record_outputs)  # type: ignore[attr-defined]
 
 
+def ours_of(kind: type) -> type[nn.Module] | None:
+    """The family's class that a class is, or that FSDP2 derives it from; what a user derives from one is not ours."""
+    if kind in _OURS or not kind.__module__.startswith("torch.distributed."):
+        return kind if kind in _OURS else None
+    return next((base for base in kind.__bases__ if base in _OURS), None)
+
+
 def is_ours(module: nn.Module) -> bool:
-    """Whether a module is exactly of a family's class; what a user derives from one is called, never read."""
-    return type(module) in _OURS
+    """Whether a module is exactly of a family's class, and Hugging Face's class is as it was: it may be read."""
+    return type(module) in _OURS and not is_patched(module)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether someone replaced the forward of Hugging Face's class that a module of ours derives from."""
+    ours = ours_of(type(module))
+    if ours is None:
+        return False
+    theirs, forward = _OURS[ours]
+    return theirs.forward is not forward
 
 
 def fuse_modules(encoder: Any) -> None:

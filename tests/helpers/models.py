@@ -33,11 +33,14 @@ def randomize(model: torch.nn.Module) -> None:
                 p.add_(torch.randn_like(p) * 0.3)
 
 
-def pair(device: torch.device | str = "cpu", **changes: Any) -> tuple[transformers.BertModel, fastbert.BertModel]:
+def pair(
+    device: torch.device | str = "cpu", packing: bool | str = True, **changes: Any
+) -> tuple[transformers.BertModel, fastbert.BertModel]:
     """A Hugging Face model with eager attention and a fastbert one with the same weights, in eval mode."""
     plain = transformers.BertModel(tiny_config(**changes))
     randomize(plain)
     fused = fastbert.BertModel(tiny_config(**changes))
+    fused.packing = packing
     fused.load_state_dict(plain.state_dict(), strict=True)
     return plain.to(device).eval(), fused.to(device).eval()
 
