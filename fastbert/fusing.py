@@ -5,6 +5,7 @@ it is.
 """
 
 import copy
+import gc
 import sys
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from .notices import warn_once
 Model = TypeVar("Model", bound=nn.Module)
 
 #: What modules of ours keep on themselves while they are.
-_ATTRIBUTES = ("dropout_stream", "packing", "reads", "read_rows", "_look")
+_ATTRIBUTES = ("dropout_stream", "packing", "reads", "read_rows", "_look", "_zero_types")
 
 
 def _refuse_sharded(model: nn.Module, verb: str) -> None:
@@ -173,13 +174,24 @@ def skip_unread(model: Model, skip: bool = True) -> Model:
 
 
 def _set_attn_implementation(model: nn.Module, encoder: Any, name: str | None) -> None:
-    """Name the attention in the model's configuration, which becomes its own: another model may share the old one."""
-    old = encoder.config
-    new = copy.deepcopy(old)
-    new._attn_implementation = name
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
+    """Name the attention in the encoder's configuration, for whatever follows it. Where another model shares it, which
+    wants its own, the model's becomes a copy."""
+    config = encoder.config
+    if name != config._attn_implementation and _is_shared(config, model, encoder):
+        new = copy.deepcopy(config)
+        for module in model.modules():
+            if getattr(module, "config", None) is config:
+                module.config = new
+        config = new
+    config._attn_implementation = name
+
+
+def _is_shared(config: Any, model: nn.Module, encoder: nn.Module) -> bool:
+    """Whether a module has this configuration that is neither in the model nor around the encoder."""
+    inside = {id(module) for module in model.modules()}
+    states = (holder for holder in gc.get_referrers(config) if isinstance(holder, dict) and "_modules" in holder)
+    holders = [owner for state in states for owner in gc.get_referrers(state) if getattr(owner, "__dict__", 0) is state]
+    return any(id(owner) not in inside and all(part is not encoder for part in owner.modules()) for owner in holders)
 
 
 def explain(model: nn.Module) -> Explanation:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.nn import CrossEntropyLoss
 
 from fastbert.notices import warn_once
@@ -218,7 +219,8 @@ def _lay(
     whole_mask = token_mask(mask, batch, before + seq)
     mask = whole_mask[:, before:]
     packed = None
-    if padding.drops() and (not before or bool(whole_mask[:, :before].all())):
+    known = not (mask.is_meta or isinstance(mask, FakeTensor)) and padding.drops()
+    if known and (not before or bool(whole_mask[:, :before].all())):
         packed = pack_unless(mask, padding.is_read(mask))
     if packed is None:
         return layout, dense_bias(whole_mask[:, None, None, :], wide), mask if padding.zeroes else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -110,11 +111,15 @@ class Arrays:
             layout: of the batch.
         """
         count = layout.tokens
+        values, embeddings = dict(values), self._bert.embeddings
+        if values["position_ids"] is None:
+            words: Any = values["input_ids"]
+            values["position_ids"] = embeddings.positions(words).expand(layout.batch, layout.seq)
+        if values["token_type_ids"] is None:
+            values["token_type_ids"] = embeddings.token_types(values["position_ids"])
         parts = []
         for name, rest in self._rest.items():
             value = values[name]
-            if value is None and name == "position_ids":
-                value = self._bert.embeddings.positions(values["input_ids"]).expand(layout.batch, layout.seq)
             value = self._constants[0][:count] if value is None else value
             parts += [value.reshape(-1), self._constants[rest][: bucket.tokens - count]]
         for name in self._sequence_labels:

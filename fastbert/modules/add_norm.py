@@ -9,8 +9,8 @@ from fastbert_kernels import add_layer_norm
 
 from .dropout import seed_for
 from .qkv import project
-from .readable import called, fused_repr, is_called, is_plain_linear, leave, norm_reason
-from .swap import is_ours
+from .readable import PATCHED, called, fused_repr, is_called, is_plain_linear, leave, norm_reason
+from .swap import is_ours, is_patched
 
 
 class FusedAddNorm(nn.Module):
@@ -22,6 +22,8 @@ class FusedAddNorm(nn.Module):
     dropout_stream = 0
 
     def unfused_reason(self) -> str | None:
+        if is_patched(self):
+            return PATCHED
         return norm_reason(self.LayerNorm, self.dropout)
 
     def extra_repr(self) -> str:

@@ -24,8 +24,18 @@ from .qkv import (
     rehome,
     separate,
 )
-from .readable import called, foreign_hooks, fused_repr, is_called, is_capturing, is_plain_dropout, leave, not_plain
-from .swap import is_ours
+from .readable import (
+    PATCHED,
+    called,
+    foreign_hooks,
+    fused_repr,
+    is_called,
+    is_capturing,
+    is_plain_dropout,
+    leave,
+    not_plain,
+)
+from .swap import is_ours, is_patched
 
 
 class MapSlot:
@@ -75,6 +85,8 @@ class FusedSelfAttention(nn.Module):
     watcher: Callable[[torch.Tensor, torch.Tensor | None, int, torch.Tensor | None], None] | None = None
 
     def unfused_reason(self) -> str | None:
+        if is_patched(self):
+            return PATCHED
         if self.is_decoder or self.is_causal:
             return "causal attention is Hugging Face's own path"
         if self.attention_head_size > MAX_HEAD_DIM:

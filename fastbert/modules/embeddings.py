@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from fastbert.notices import warn_once
 from fastbert_kernels import embed
 
 from .dropout import seed_for
-from .readable import fused_repr, is_plain_embedding, leave, norm_reason, not_plain, wants_grad_output
+from .readable import PATCHED, fused_repr, is_plain_embedding, leave, norm_reason, not_plain, wants_grad_output
+from .swap import is_patched
 
 
 class FusedEmbeddings(nn.Module):
@@ -25,8 +27,9 @@ class FusedEmbeddings(nn.Module):
 
     @property
     def longest(self) -> int:
-        """Tokens in the longest sequence that has positions."""
-        return self.position_ids.shape[1]
+        """Tokens in the longest sequence that has positions: as many as the buffer has, and the table."""
+        rows = getattr(self.position_embeddings, "num_embeddings", self.position_ids.shape[1])
+        return min(self.position_ids.shape[1], rows)
 
     def positions(self, words: torch.Tensor, before: int = 0) -> torch.Tensor:
         """The positions of words (batch, seq), ids or vectors (batch, seq, hidden), that come without, after a prefix
@@ -39,7 +42,26 @@ class FusedEmbeddings(nn.Module):
         starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=tokens)
         return (torch.arange(tokens, device=words.device) - starts)[None]
 
+    def token_types(self, position_ids: torch.Tensor) -> torch.Tensor | None:
+        """The types of tokens at positions (batch | 1, seq) that come without, of the same shape; None: all are 0, as
+        they come."""
+        buffer = self._buffers.get("token_type_ids")
+        if buffer is None or self._are_zero(buffer):
+            return None
+        return buffer[0].take(position_ids)
+
+    def _are_zero(self, types: torch.Tensor) -> bool:
+        """Whether all are, looked at once."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or types.is_meta or isinstance(types, FakeTensor):
+            return False
+        state = id(types), types.data_ptr(), types._version
+        if self.__dict__.get("_zero_types", (None, False))[0] != state:
+            self.__dict__["_zero_types"] = state, not bool(types.any())
+        return self.__dict__["_zero_types"][1]
+
     def unfused_reason(self) -> str | None:
+        if is_patched(self):
+            return PATCHED
         for name in ("position_embeddings", "token_type_embeddings"):
             if not is_plain_embedding(getattr(self, name)):
                 return not_plain(name, getattr(self, name), nn.Embedding)
@@ -77,6 +99,8 @@ class FusedEmbeddings(nn.Module):
         if position_ids is None:
             position_ids = self.positions(words, past_key_values_length)
         if token_type_ids is None:
+            token_type_ids = self.token_types(position_ids)
+        if token_type_ids is None:
             token_type_ids = words.new_zeros((1, 1), dtype=torch.long)
         dropout_p = self.dropout.p if self.dropout.training else 0.0
         y = embed(
@@ -89,7 +113,7 @@ class FusedEmbeddings(nn.Module):
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
-            padding_idx=self.word_embeddings.padding_idx,
+            padding_idx=None if inputs_embeds is not None else self.word_embeddings.padding_idx,
             dropout_p=dropout_p,
             seed=seed_for(seed, dropout_p, self.position_embeddings.weight),
             stream=self.dropout_stream,

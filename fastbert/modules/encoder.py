@@ -11,6 +11,7 @@ from fastbert.batch.attend import Attend
 from fastbert.notices import warn_once
 
 from .attention import MapSlot
+from .swap import is_patched
 
 
 class FusedEncoder(nn.Module):
@@ -50,7 +51,7 @@ class FusedEncoder(nn.Module):
         Returns:
             `last_hidden_state`, and `hidden_states` and `attentions` with None where not asked for.
         """
-        if attend is None:
+        if attend is None or is_patched(self):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         states = [hidden_states if 0 in state_layers else None]
         maps: list[torch.Tensor | None] = []

@@ -9,8 +9,8 @@ from transformers.activations import ACT2FN
 from fastbert_kernels import bias_activation
 
 from .qkv import project
-from .readable import called, fused_repr, is_called, is_plain_linear, leave
-from .swap import is_ours
+from .readable import PATCHED, called, fused_repr, is_called, is_plain_linear, leave
+from .swap import is_ours, is_patched
 
 #: Module class of an activation -> the kernels' name for its formula.
 KERNEL_ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -32,6 +32,8 @@ class FusedIntermediate(nn.Module):
     intermediate_act_fn: Any
 
     def unfused_reason(self) -> str | None:
+        if is_patched(self):
+            return PATCHED
         activation = self.intermediate_act_fn
         if type(activation) in KERNEL_ACTIVATIONS:
             return "the activation is hooked" if is_called(activation) else None

@@ -21,7 +21,7 @@ from .dropout import seed_for
 from .look import block_arguments, chunk_is_replaced, look_at
 from .readable import is_called, is_capturing
 from .strangers import takes_ours
-from .swap import is_ours
+from .swap import is_ours, is_patched
 
 
 def _attends_as_block(hidden: torch.Tensor, attend: Attend) -> bool:
@@ -96,7 +96,7 @@ class FusedAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's hidden states and its map or None; the arguments are those of `FusedSelfAttention.forward`."""
-        if self.is_cross_attention or args:
+        if self.is_cross_attention or args or is_patched(self):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         attend = attend_from(attend, kwargs)
         if not takes_ours(self.self):
@@ -149,7 +149,7 @@ class FusedLayer(nn.Module):
     ) -> torch.Tensor:
         """One layer on (batch, seq, hidden), or packed (1, tokens, hidden). The other arguments are those of
         `FusedSelfAttention.forward`; a decoder's go to Hugging Face's own."""
-        if self.is_decoder or past_key_values is not None:
+        if self.is_decoder or past_key_values is not None or is_patched(self):
             return super().forward(
                 hidden_states,
                 attention_mask,

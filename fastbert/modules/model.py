@@ -19,10 +19,10 @@ from .dropout import draw_seed
 from .explaining import Explanation, explain_encoder
 from .layer import FusedLayer
 from .look import strangers_in
-from .packing import WAY_OUT, check_packing, find_strangers, named_layers, why_kept, why_read
-from .readable import as_if_gathered, is_plain_embedding
+from .packing import check_packing, find_strangers, named_layers, why_kept, why_read
+from .readable import PATCHED, as_if_gathered, is_plain_embedding
 from .strangers import takes_ours, why_strange
-from .swap import eager_semantics, fuse_modules, own_config
+from .swap import eager_semantics, fuse_modules, is_patched, own_config
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class EncoderModel(nn.Module):
     @property
     def longest(self) -> int:
         """Tokens in the longest sequence that it takes without `position_ids`."""
-        return self.config.max_position_embeddings
+        return getattr(self.embeddings, "longest", self.config.max_position_embeddings)
 
     def forward(
         self,
@@ -289,7 +289,7 @@ class EncoderModel(nn.Module):
             whole = bool(outputs.maps or outputs.states)
             reason = why(self, packing, reads, plan.labels is not None, whole)
             if reason is not None and packing is not False:
-                warn_once(f"fastbert: padding is kept: {reason}{WAY_OUT if packing == 'auto' else ''}")
+                warn_once(f"fastbert: padding is kept: {reason}")
             return reason is None
 
         labels = plan.labels if reads == "labelled" else None
@@ -308,6 +308,8 @@ class EncoderModel(nn.Module):
 
     def last_layer_computes_all(self) -> str | None:
         """Why the last layer cannot compute first rows only."""
+        if len(self.layers) == 0:
+            return "there is none"
         layer: Any = self.layers[-1]
         if not (isinstance(layer, FusedLayer) and attends_fused(layer)):
             return f"it is not fused ({type(layer).__name__})"
@@ -347,6 +349,8 @@ class EncoderModel(nn.Module):
     def _leaves_fast_path(self, encoder_hidden_states: Any, past_key_values: Any) -> str | None:
         if self.config.is_decoder:
             return "it is a decoder (config.is_decoder)"
+        if is_patched(self):
+            return PATCHED
         if encoder_hidden_states is not None:
             return "it was given encoder_hidden_states"
         for name, module in [("encoder", self.encoder), *named_layers(self)]:
@@ -361,7 +365,7 @@ class EncoderModel(nn.Module):
 
     def _check_reentrant(self, outputs: Outputs, batch: Batch) -> None:
         """Reentrant checkpointing gives a gradient to the hidden states alone."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled()) or len(self.layers) == 0:
             return
         layer: Any = self.layers[0]
         if not (layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant")):

@@ -17,7 +17,7 @@ from .strangers import unwrapped, why_strange
 PACKING = ("auto", True, False)
 
 #: What to do where padding is kept under "auto".
-WAY_OUT = "; packing=True drops it, and gives zeros there (fastbert.fuse(model, packing=True))"
+_WAY_OUT = "packing=True drops it and gives zeros there, as in fastbert.fuse(model, packing=True)"
 
 #: What a model that calls an encoder may read of its output: every row; the pooled output; rows that have a label other
 #: than -100; rows that its mask marks.
@@ -61,10 +61,10 @@ def why_read(model: Any, packing: Any, reads: str, labelled: bool, whole: bool) 
     if packing is True or reads == "marked" or (reads == "pooled" and not whole) or is_captured(model):
         return None
     if whole:
-        return "hidden states or attentions are asked for, every row of them"
+        return f"hidden states or attentions are asked for, every row of them; {_WAY_OUT}"
     if reads == "labelled":
-        return None if labelled else "without labels every row is handed out"
-    return "every row of last_hidden_state is handed out"
+        return None if labelled else f"without labels every row is handed out; {_WAY_OUT}"
+    return f"every row of last_hidden_state is handed out; {_WAY_OUT}"
 
 
 def is_captured(model: Any) -> bool:

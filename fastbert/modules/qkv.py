@@ -77,6 +77,8 @@ def _movable(parts: tuple[torch.Tensor, ...]) -> bool:
         return False
     if first.is_meta or (first.is_cpu and any(p.is_shared() for p in parts)):  # on a GPU is_shared is always True
         return False
+    if len({p.data_ptr() for p in parts}) < len(parts):  # tied, as keys to queries: they stay so
+        return False
     storages = [p.untyped_storage() for p in parts]
     held = Counter(storage._cdata for storage in storages)
     # The storage's own Python object, alive in the list above, is one more reference.

@@ -74,6 +74,9 @@ def is_capturing() -> bool:
     return _active_collector.get() is not None
 
 
+#: Why a module whose Hugging Face class has another forward than its own runs that.
+PATCHED = "the forward of Hugging Face's class was replaced"
+
 _gathered = False
 
 
@@ -96,7 +99,7 @@ def is_sharded_within(module: nn.Module) -> bool:
 def is_ordinary(parameter: torch.Tensor) -> bool:
     """Whether a parameter is one of PyTorch's own, or what torch.export puts in the place of one while it traces."""
     if type(parameter) is nn.Parameter:
-        return True
+        return parameter.layout is torch.strided
     return torch.compiler.is_compiling() and type(parameter) is FakeTensor and isinstance(parameter, nn.Parameter)
 
 
@@ -107,7 +110,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     own = module._parameters
     for name in _PARAMETERS[kind]:
         p = own.get(name, _MISSING)
-        if p is None or type(p) is nn.Parameter:  # as `is_ordinary` finds, one call later
+        if p is None or (type(p) is nn.Parameter and p.layout is torch.strided):  # as `is_ordinary` finds, later
             continue
         if p is _MISSING or not (is_ordinary(p) or (_gathered and is_sharded_within(module))):
             return False

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses import FakeTensor
 
 from . import reference
 from .backend import cdiv, check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
@@ -396,7 +397,8 @@ def embed(
     )  # fmt: skip
     tables = {"words": (words, word_table), "positions": (positions, position_table)}
     tables["token_types"] = (token_types, token_type_table)
-    if (not words.is_cuda or check_mode()) and not torch.compiler.is_compiling():
+    has_values = not (words.is_meta or isinstance(words, FakeTensor) or torch.compiler.is_compiling())
+    if has_values and (not words.is_cuda or check_mode()):
         _check_ids(tables)
     if not uses_triton(position_table):
         return reference.embed(
