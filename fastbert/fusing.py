@@ -16,7 +16,7 @@ from .modules.attention import FusedSelfAttention
 from .modules.explaining import Explanation, explain_encoder
 from .modules.heads import FusedHead, FusedMaskedLM
 from .modules.model import EncoderModel
-from .modules.packing import check_packing, masked_reader
+from .modules.packing import check_packing, describe_padding, masked_reader
 from .modules.readable import as_if_gathered
 from .modules.swap import FUSED, fuse_modules, hugging_face_class, is_ours
 from .notices import warn_once
@@ -203,9 +203,16 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         ValueError: when there is no `BertModel` inside.
     """
+    encoders = _encoders(model)
+    heads = {id(module.base_model): module for module in model.modules() if isinstance(module, FusedHead)}
     with as_if_gathered():
-        found = (explain_encoder(encoder, _context(encoder)) for encoder in _encoders(model))
-        return Explanation(tuple(part for parts in found for part in parts))
+        parts = [part for encoder in encoders for part in explain_encoder(encoder, _context(encoder))]
+        padding = [
+            describe_padding(encoder, getattr(heads.get(id(encoder)), "reads", encoder.reads))
+            for encoder in encoders
+            if _context(encoder) is None
+        ]
+    return Explanation(tuple(parts), tuple(padding))
 
 
 def _context(encoder: Any) -> str | None:

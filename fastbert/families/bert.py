@@ -7,7 +7,7 @@ from fastbert.modules.attention import FusedSelfAttention
 from fastbert.modules.embeddings import FusedEmbeddings
 from fastbert.modules.encoder import FusedEncoder
 from fastbert.modules.feed_forward import FusedIntermediate
-from fastbert.modules.heads import FusedHead, FusedMaskedLM
+from fastbert.modules.heads import FusedHead, FusedMaskedLM, FusedQuestionAnswering
 from fastbert.modules.layer import FusedAttention, FusedLayer
 from fastbert.modules.model import EncoderModel
 from fastbert.modules.swap import register
@@ -99,7 +99,7 @@ class BertForTokenClassification(FusedHead, hf.BertForTokenClassification):
     token_labels = ("labels",)
 
 
-class BertForQuestionAnswering(FusedHead, hf.BertForQuestionAnswering):
+class BertForQuestionAnswering(FusedQuestionAnswering, hf.BertForQuestionAnswering):
     """Hugging Face's `BertForQuestionAnswering` on the fused `BertModel`."""
 
 

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from .layer import FusedLayer
+from .packing import find_strangers
+from .strangers import unwrapped
 from .swap import hugging_face_class
-
-#: Where torch.compile and torch's checkpoint_wrapper keep the layer that they stand in front of.
-_LAYER_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 #: The parts of a layer that `explain` speaks of, by their path in it.
 _PARTS = ("attention.self", "attention.output", "intermediate", "output")
@@ -38,16 +37,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; printable."""
+    """What `explain` found; printable.
+
+    Attributes:
+        parts: how each part of each encoder runs.
+        padding: of each fused encoder, what becomes of padding, and why.
+    """
 
     parts: tuple[Part, ...]
+    padding: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:
         """Whether every part is on fastbert's path."""
         return all(part.fused for part in self.parts)
 
-    def __rich__(self) -> Table | str:
+    def __rich__(self) -> Group:
+        return Group(self._runs(), *[f"padding is {each}" for each in dict.fromkeys(self.padding)])
+
+    def _runs(self) -> Table | str:
         if self.fused and not any(part.reason for part in self.parts):
             layers = len({part.layer for part in self.parts if part.layer is not None})
             short = "; the last one computes first rows only" if any(p.rows == "first" for p in self.parts) else ""
@@ -62,13 +70,15 @@ class Explanation:
     def __str__(self) -> str:
         console = Console(width=120)
         with console.capture() as capture:
-            console.print(self)
+            console.print(self, soft_wrap=True)
         return capture.get().rstrip()
 
 
-def _explain_part(layer: int | None, name: str, module: Any, context: str | None) -> Part:
+def _explain_part(layer: int | None, name: str, module: Any, context: str | None, strange: str | None) -> Part:
     if context is not None:
         return Part(layer, name, False, context)
+    if strange is not None and hasattr(module, "unfused_reason") and module.unfused_reason() is None:
+        return Part(layer, name, "with hooks" in strange, strange)
     if not hasattr(module, "unfused_reason"):
         return Part(layer, name, False, f"{type(module).__name__} is not Hugging Face's module or not yet fused")
     reason = module.unfused_reason()
@@ -82,19 +92,22 @@ def explain_encoder(encoder: Any, context: str | None = None) -> Iterator[Part]:
         encoder: one of a family's models, fused or not.
         context: why no part of it is fused, if that is so.
     """
-    yield _explain_part(None, "embeddings", encoder.embeddings, context)
+    strange = dict(find_strangers(encoder)) if context is None else {}
+    yield _explain_part(None, "embeddings", encoder.embeddings, context, strange.get("embeddings"))
     layers = encoder.encoder.layer if context is not None else encoder.layers
     for i, wrapped in enumerate(layers):
-        layer: Any = wrapped
-        for wrapper in _LAYER_WRAPPERS:
-            layer = getattr(layer, wrapper, layer)
-        if context is None and not isinstance(layer, FusedLayer):
-            yield Part(i, "layer", False, f"{type(layer).__name__} is not Hugging Face's {_layer_name(encoder)}")
-        else:
-            last = context is None and i + 1 == len(layers)
-            rows = encoder.read_rows if last and encoder.last_layer_computes_all() is None else "all"
-            for name in _PARTS:
-                yield replace(_explain_part(i, name, layer.get_submodule(name), context), rows=rows)
+        layer, name = unwrapped(wrapped), f"encoder.layer.{i}"
+        if context is None and (not isinstance(layer, FusedLayer) or name in strange):
+            what = strange.get(name, type(layer).__name__)
+            reason = what if " " in what else f"{what} is not Hugging Face's {_layer_name(encoder)}"
+            yield Part(i, "layer", "with hooks" in what, reason)
+            if not isinstance(layer, FusedLayer):
+                continue
+        last = context is None and i + 1 == len(layers)
+        rows = encoder.read_rows if last and encoder.last_layer_computes_all() is None else "all"
+        for part in _PARTS:
+            strange_part = strange.get(f"{name}.{part}")
+            yield replace(_explain_part(i, part, layer.get_submodule(part), context, strange_part), rows=rows)
 
 
 def _layer_name(encoder: Any) -> str:

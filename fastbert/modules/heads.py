@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastbert.batch.batch import UNLABELLED
 from fastbert.notices import say_once
 
-from .model import Plan
+from .model import EncoderModel, Plan
 from .swap import FUSED, eager_semantics, fuse_modules, own_config
 
 #: What `read_rows` of a head for masked language modelling may be.
@@ -118,3 +119,40 @@ class FusedMaskedLM(FusedHead):
     @classmethod
     def _around(cls, forward: Callable[..., Any]) -> Callable[..., Any]:
         return _of_labelled_rows(_tells_what_is_read(forward))
+
+
+class FusedQuestionAnswering(FusedHead):
+    """A head for extractive question answering, whose softmax runs over all positions. Where padding is dropped by
+    choice (`packing=True`), no answer starts or ends there: its logits are the lowest."""
+
+    @classmethod
+    def _around(cls, forward: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(forward)
+
+        @functools.wraps(forward)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            packing = kwargs.get("packing", getattr(self.base_model, "packing", False))
+            given = signature.bind(self, *args, **kwargs).arguments
+            mask = given.get("attention_mask")
+            if packing is not True or mask is None or mask.dim() != 2 or not isinstance(self.base_model, EncoderModel):
+                return forward(self, *args, **kwargs)
+            starts, ends = given.pop("start_positions", None), given.pop("end_positions", None)
+            others = given.pop("kwargs", {})
+            as_dict = others.pop("return_dict", getattr(self.config, "return_dict", True))
+            output = forward(**given, **others, return_dict=True)
+            mask = mask[:, mask.shape[1] - output.start_logits.shape[1] :]  # without a prefix
+            lowest = torch.finfo(output.start_logits.dtype).min
+            output.start_logits = output.start_logits.masked_fill(mask == 0, lowest)
+            output.end_logits = output.end_logits.masked_fill(mask == 0, lowest)
+            if starts is not None and ends is not None:
+                losses = _position_loss(output.start_logits, starts), _position_loss(output.end_logits, ends)
+                output = type(output)(loss=sum(losses) / 2, **output)
+            return output if as_dict else output.to_tuple()
+
+        return wrapped
+
+
+def _position_loss(logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Hugging Face's: positions (batch,) or (batch, 1) past the end are left out."""
+    positions = positions.squeeze(-1) if positions.dim() > 1 else positions
+    return F.cross_entropy(logits, positions.clamp(0, logits.shape[1]), ignore_index=logits.shape[1])

@@ -95,3 +95,24 @@ def masked_reader(module: nn.Module) -> nn.Module | None:
     if not all(kind.__module__.startswith("sentence_transformers.") for kind in kinds):
         return None
     return getattr(parts[0], "auto_model", None) if [kind.__name__ for kind in kinds] == _POOLING else None
+
+
+#: What becomes of padding where it is dropped, by what is read.
+_DROPPED = {
+    "pooled": "dropped, only the pooled output is read; kept where hidden states or attentions are asked for",
+    "labelled": "dropped where there are labels, and every one at padding is -100",
+    "marked": "dropped, the pooling after it leaves its rows out",
+}
+
+
+def describe_padding(model: Any, reads: str) -> str:
+    """What becomes of a padded batch's padding, and why.
+
+    Args:
+        model: an `EncoderModel`.
+        reads: one of `READS`.
+    """
+    reason = why_kept(model, model.packing, reads, labelled=True, whole=False)
+    if reason is not None:
+        return f"kept: {reason}"
+    return "dropped, zeros in its place (packing=True)" if model.packing is True else _DROPPED[reads]
