@@ -173,7 +173,7 @@ class EncoderModel(nn.Module):
         outputs = self._outputs(output_attentions, output_hidden_states, return_dict)
         reason = self._leaves_fast_path(encoder_hidden_states, past_key_values)
         if reason is not None:
-            self._refuse_elsewhere(reason, plan, head_mask)
+            self._refuse_elsewhere(reason, plan, inputs)
             return super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
                 position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
@@ -234,9 +234,13 @@ class EncoderModel(nn.Module):
     def _seen(self, batch: Batch) -> torch.Tensor | None:
         """The batch's additive mask; where a stranger may look at it, with all its rows, as Hugging Face makes it."""
         bias = batch.bias
-        if bias is None or bias.shape[2] > 1 or batch.prefix is not None or not any(find_strangers(self)):
+        if bias is None or bias.shape[2] > 1 or batch.prefix is not None or not self._has_strangers():
             return bias
         return bias.expand(batch.layout.batch, 1, batch.layout.seq, bias.shape[3])
+
+    @torch.compiler.assume_constant_result
+    def _has_strangers(self) -> bool:
+        return any(True for _ in find_strangers(self))
 
     def _made(
         self,
@@ -270,12 +274,14 @@ class EncoderModel(nn.Module):
             getattr(self.config, "return_dict", True) if return_dict is None else return_dict,
         )
 
-    def _refuse_elsewhere(self, reason: str, plan: Plan, head_mask: torch.Tensor | None) -> None:
+    def _refuse_elsewhere(self, reason: str, plan: Plan, inputs: Inputs) -> None:
         """Say that a call takes Hugging Face's own path, unless something was asked for that only ours has."""
         if plan.labelled is not None:
             raise ValueError(f"read_rows='labelled' has no effect on Hugging Face's own path ({reason}): set 'all'")
         warn_once(f"fastbert: {type(self).__name__} takes Hugging Face's own path: {reason}")
-        if head_mask is not None:
+        if inputs.packed and not self.config.is_decoder:
+            raise ValueError(f"{reason}, and knows neither packed sequences nor head_mask: pass a padded batch")
+        if inputs.head_mask is not None:
             raise ValueError(f"head_mask has no effect on Hugging Face's own path ({reason}): leave it out")
 
     def _padding(
@@ -306,6 +312,7 @@ class EncoderModel(nn.Module):
             warn_once(f"fastbert: the last layer computes every row, read or not: {reason}")
         return reason is None and not (outputs.maps or outputs.states)
 
+    @torch.compiler.assume_constant_result
     def last_layer_computes_all(self) -> str | None:
         """Why the last layer cannot compute first rows only."""
         if len(self.layers) == 0:

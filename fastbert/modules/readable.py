@@ -71,6 +71,8 @@ def wants_grad_output(module: nn.Module) -> bool:
 
 def is_capturing() -> bool:
     """Whether Hugging Face's own path records what modules return, maps among them."""
+    if torch.compiler.is_compiling():  # which cannot trace a context variable
+        return _active_collector.global_var is not None
     return _active_collector.get() is not None
 
 

@@ -34,7 +34,7 @@ CLASSES = [
 @pytest.fixture
 def _family(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swap, "FUSED", dict(swap.FUSED))
-    monkeypatch.setattr(swap, "_OURS", set(swap._OURS))
+    monkeypatch.setattr(swap, "_OURS", dict(swap._OURS))
     swap.register(*CLASSES)
 
 
