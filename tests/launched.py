@@ -19,7 +19,7 @@ from bench.stand_in import as_on_a_gpu
 from fastbert.distill import attention_loss, capture
 from fastbert.tuning.problems import COMPILED
 from fastbert_kernels import column_sums, layer_norm
-from fastbert_kernels.backend import wrap_triton
+from fastbert_kernels.launch import wrap_triton
 
 
 def model() -> fastbert.BertModel:

@@ -11,19 +11,11 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .backend import (
-    cdiv,
-    check_same_device,
-    forbid_double_backward,
-    is_watched,
-    register_op,
-    uses_triton,
-    wrap_triton,
-)
+from .backend import check_same_device, uses_triton
 from .column_sums import column_sums, empty_partials
-from .layer_norm import load_rows, load_vector, store_rows
+from .launch import cdiv, forbid_double_backward, is_watched, register_op, wrap_triton
 from .numerics import activation as apply_activation
-from .numerics import activation_grad
+from .numerics import activation_grad, load_rows, load_vector, store_rows
 from .tiles import LOAD_STAGES, column_tiles
 from .tuned import tuned_tiles
 

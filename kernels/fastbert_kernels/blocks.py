@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from .attention import _backward as attend_backward
 from .attention import _forward as attend_forward
 from .attention import op_arguments as attend_arguments
-from .backend import is_traced, second_derivative_error, uses_triton
+from .backend import uses_triton
 from .column_sums import PartialSums, column_sums
 from .feed_forward import in_product_dtype, products, products_backward
+from .launch import is_traced, second_derivative_error
 from .layer_norm import _forward as norm_forward
 from .layer_norm import forward_in_place as norm_forward_in_place
 from .layer_norm import gradients as norm_gradients

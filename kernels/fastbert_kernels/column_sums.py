@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import cdiv, forbid_double_backward, register_op, wrap_triton
+from .launch import cdiv, forbid_double_backward, register_op, wrap_triton
 from .numerics import cast
 from .tiles import LOAD_STAGES, PARTIAL_SUMS
 

@@ -11,18 +11,11 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .backend import cdiv, check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .backend import check_mode, check_same_device, uses_triton
 from .column_sums import column_sums, empty_partials
-from .layer_norm import (
-    MAX_FEATURES,
-    dropout_arguments,
-    load_rows,
-    load_vector,
-    normalize,
-    normalize_backward,
-    store_rows,
-)
-from .numerics import dropout_keep
+from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, wrap_triton
+from .layer_norm import MAX_FEATURES, normalize, normalize_backward
+from .numerics import dropout_keep, load_rows, load_vector, store_rows
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
 

@@ -13,22 +13,14 @@ import torch.nn.functional as F
 import triton
 
 from . import reference
-from .backend import (
-    cdiv,
-    check_same_device,
-    forbid_double_backward,
-    is_traced,
-    multiprocessors,
-    register_op,
-    uses_triton,
-    wrap_triton,
-)
+from .backend import check_same_device, uses_triton
 from .bias_gelu import ACTIVATIONS, bias_activation
 from .bias_gelu import _forward as activation_forward
 from .bias_gelu import backward_in_place as activation_backward
 from .bias_gelu import check as check_activation
 from .column_sums import PartialSums, column_sums
 from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
+from .launch import cdiv, forbid_double_backward, is_traced, multiprocessors, register_op, wrap_triton
 from .tiles import PRODUCT_PROGRAMS, Tiles, feed_forward_fits, feed_forward_tiles
 
 

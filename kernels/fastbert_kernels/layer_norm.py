@@ -11,43 +11,15 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .backend import (
-    cdiv,
-    check_same_device,
-    forbid_double_backward,
-    is_watched,
-    register_op,
-    uses_triton,
-    wrap_triton,
-)
+from .backend import check_same_device, uses_triton
 from .column_sums import PartialSums, column_sums, empty_partials
-from .numerics import cast, dropout_keep
+from .launch import cdiv, dropout_arguments, forbid_double_backward, is_watched, register_op, wrap_triton
+from .numerics import dropout_keep, load_rows, load_vector, store_rows
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
 
 #: Features of a row that one program can hold.
 MAX_FEATURES = 4096
-
-
-@triton.jit
-def load_rows(ptr, rows, cols, count, features):
-    """A tile of a row-major matrix as float32, zero outside it: [BLOCK_M, BLOCK_N]."""
-    mask = (rows[:, None] < count) & (cols[None, :] < features)
-    offsets = rows[:, None].to(tl.int64) * features + cols[None, :]
-    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_rows(ptr, x, rows, cols, count, features):
-    mask = (rows[:, None] < count) & (cols[None, :] < features)
-    offsets = rows[:, None].to(tl.int64) * features + cols[None, :]
-    tl.store(ptr + offsets, cast(x, ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_vector(ptr, cols, features):
-    """A vector as float32, zero past its end: [1, BLOCK_N]."""
-    return tl.load(ptr + cols, mask=cols < features, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -187,17 +159,6 @@ def _forward_fake(
     y = torch.empty_like(x if residual is None else residual)
     rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     return y, torch.empty_like(x) if keep else x.new_empty(0), rstd
-
-
-def dropout_arguments(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, stream: int) -> dict[str, Any]:
-    """The arguments by which every kernel draws its dropout. An absent seed is stood in for by x, never read."""
-    return {
-        "seed_ptr": x if seed is None else seed,
-        "site": stream,
-        "keep_threshold": reference.dropout_threshold(dropout_p),
-        "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
-        "HAS_DROPOUT": dropout_p > 0.0,
-    }
 
 
 def _launch_forward(
