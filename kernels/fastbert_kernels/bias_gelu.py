@@ -12,6 +12,7 @@ import triton.language as tl
 
 from . import reference
 from .backend import check_same_device, uses_triton
+from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
 from .launch import cdiv, forbid_double_backward, is_watched, register_op, wrap_triton
 from .numerics import activation as apply_activation
@@ -106,7 +107,7 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> tor
     return y
 
 
-def _backward_plan(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int, dict[str, Any], torch.Tensor]:
+def _backward_plan(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int, Tiles, torch.Tensor]:
     """Of the backward pass: rows, features, tiles, and the memory of its partial sums."""
     features = int(x.shape[-1])  # of a graph's symbol, the number
     count = x.numel() // features if features > 0 else 0

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from . import reference
 from .backend import check_mode, check_same_device, uses_triton
+from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
 from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, wrap_triton
 from .layer_norm import MAX_FEATURES, normalize, normalize_backward
@@ -234,7 +235,7 @@ def _forward(
     return y, mean, rstd
 
 
-def _backward_plan(dy: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+def _backward_plan(dy: torch.Tensor) -> tuple[Tiles, torch.Tensor]:
     """Tiles of the backward pass, and the memory of its partial sums."""
     features = int(dy.shape[-1])  # of a graph's symbol, the number
     tiles = tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), BACKWARD_BYTES))

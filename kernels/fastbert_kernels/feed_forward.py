@@ -18,10 +18,11 @@ from .bias_gelu import ACTIVATIONS, bias_activation
 from .bias_gelu import _forward as activation_forward
 from .bias_gelu import backward_in_place as activation_backward
 from .bias_gelu import check as check_activation
+from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums
 from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
 from .launch import cdiv, forbid_double_backward, is_traced, multiprocessors, register_op, wrap_triton
-from .tiles import PRODUCT_PROGRAMS, Tiles, feed_forward_fits, feed_forward_tiles
+from .tiles import PRODUCT_PROGRAMS, feed_forward_fits, feed_forward_tiles
 
 
 def _launch(kernel: Any, tiles: Tiles, count: int, features: int, like: torch.Tensor, **arguments: Any) -> None:

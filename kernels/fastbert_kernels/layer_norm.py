@@ -12,6 +12,7 @@ import triton.language as tl
 
 from . import reference
 from .backend import check_same_device, uses_triton
+from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums, empty_partials
 from .launch import cdiv, dropout_arguments, forbid_double_backward, is_watched, register_op, wrap_triton
 from .numerics import dropout_keep, load_rows, load_vector, store_rows
@@ -231,7 +232,7 @@ def forward_in_place(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, to
     return y, x, rstd
 
 
-def _backward_plan(dy: torch.Tensor, count: int, has_bias: bool) -> tuple[dict[str, Any], torch.Tensor]:
+def _backward_plan(dy: torch.Tensor, count: int, has_bias: bool) -> tuple[Tiles, torch.Tensor]:
     """Tiles of the backward pass, and the memory of its partial sums."""
     features = int(dy.shape[-1])  # of a graph's symbol, the number
     shipped = row_tiles(features, dy.element_size(), BACKWARD_BYTES)

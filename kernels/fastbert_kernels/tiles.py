@@ -7,17 +7,14 @@ number of tokens from which on the feed-forward block's products are fused.
 """
 
 import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .backend import arch
-from .tuned import Product, tuned_start, tuned_tiles
-
-#: Launch parameters: the tile sizes a kernel takes, and how it is compiled.
-Tiles = dict[str, Any]
+from .catalogue import Product, Tiles
+from .tuned import tuned_start, tuned_tiles
 
 
 def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tiles:
