@@ -11,8 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from fastbert.tuning.neighbours import shipped_tiles
 from fastbert.tuning.problems import COMPILED
-from fastbert_kernels import column_sums
-from fastbert_kernels.bias_gelu import ACTIVATIONS
+from fastbert_kernels import ACTIVATIONS, column_sums
 from fastbert_kernels.catalogue import KERNELS, Kernel, Launch, Tiles
 from fastbert_kernels.sequences import blocked_length
 from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, PARTIAL_SUMS

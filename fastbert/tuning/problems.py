@@ -28,7 +28,7 @@ from fastbert_kernels import (
     relation_loss,
 )
 from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
-from fastbert_kernels.bias_gelu import _bias_activation_backward, _bias_activation_forward
+from fastbert_kernels.bias_activation import _bias_activation_backward, _bias_activation_forward
 from fastbert_kernels.catalogue import Launch, Product
 from fastbert_kernels.column_sums import _column_sums, column_sums
 from fastbert_kernels.embedding import _embed_backward, _embed_forward

@@ -5,7 +5,7 @@ Every op runs as a compiled kernel on a GPU and as plain PyTorch on a CPU; `back
 
 from .attention import attention
 from .backend import backend, get_backend, set_backend, uses_triton
-from .bias_gelu import ACTIVATIONS, bias_activation
+from .bias_activation import ACTIVATIONS, bias_activation
 from .blocks import (
     AttentionArguments,
     FeedForwardArguments,

@@ -126,7 +126,7 @@ class FeedForwardArguments(NamedTuple):
         up_weight, up_bias: (intermediate, hidden) and (intermediate,).
         weight, bias: (hidden, intermediate) and (hidden,).
         norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
-        activation: as in `bias_gelu.bias_activation`.
+        activation: as in `bias_activation.bias_activation`.
         fused: as in `feed_forward.feed_forward`; needs up_bias.
         hidden_dropout_p, seed, hidden_stream: of the dropout before the norm.
     """

@@ -20,7 +20,8 @@ from .numerics import activation_grad, load_rows, load_vector, store_rows
 from .tiles import LOAD_STAGES, column_tiles
 from .tuned import tuned_tiles
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+#: Names of the activations that the kernels have.
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -205,8 +206,7 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str 
 
 def check(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> None:
     """Raise ValueError for what `bias_activation` does not take."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: the kernels have {', '.join(ACTIVATIONS)}")
+    reference.check_activation(activation)
     features = x.shape[-1]
     if bias is not None and bias.shape != (features,):
         raise ValueError(f"bias must have shape (features,) = ({features},), got {tuple(bias.shape)}")
