@@ -10,7 +10,7 @@ arXiv:2205.14135), in base 2, in float32. Only the log-sum-exp of each row is ke
 for the backward pass, as its maximum and the logarithm of its sum.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -329,6 +329,23 @@ def attention(
     return out, probs if probs_seq is not None else None
 
 
+class OpArguments(NamedTuple):
+    """The arguments of the op, as `attention` names them, but that no default is left: `probs_seq` of 0 is for none."""
+
+    qkv: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+    bias: torch.Tensor | None
+    head_mask: torch.Tensor | None
+    scale: float
+    dropout_p: float
+    seed: torch.Tensor | None
+    stream: int
+    probs_seq: int
+    columns: torch.Tensor | None
+    order: torch.Tensor | None
+
+
 def op_arguments(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
@@ -342,7 +359,7 @@ def op_arguments(
     probs_seq: int | None,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
-) -> tuple[Any, ...]:
+) -> OpArguments:
     """The arguments of `attention` as its op takes them, checked: `scale` is above zero."""
     _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns, order)
     if dropout_p > 0.0 and seed is None:
@@ -351,7 +368,7 @@ def op_arguments(
         bias = reference.additive(bias) if bias.dtype == torch.bool else bias
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         bias = bias.expand(batch_size(qkv, cu_seqlens, max_seqlen), qkv.shape[2], max(max_seqlen, bias.shape[2]), -1)
-    return (
+    return OpArguments(
         qkv.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         max_seqlen,

@@ -4,7 +4,7 @@ For the backward pass the normalized sum is kept, which may take the memory of x
 Statistics are float32.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -407,6 +407,20 @@ def _check(
     )
 
 
+class OpArguments(NamedTuple):
+    """The arguments of the op, as `add_layer_norm` names them, but for `keep`."""
+
+    x: torch.Tensor
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+    weight: torch.Tensor
+    norm_bias: torch.Tensor
+    eps: float
+    dropout_p: float
+    seed: torch.Tensor | None
+    stream: int
+
+
 def op_arguments(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -417,8 +431,8 @@ def op_arguments(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
-) -> tuple[Any, ...]:
-    """The arguments of `add_layer_norm` as its op takes them, checked: all but `keep`."""
+) -> OpArguments:
+    """The arguments of `add_layer_norm` as its op takes them, checked."""
     _check(x, bias, residual, weight, norm_bias, dropout_p, seed)
     if x.shape[-1] > MAX_FEATURES:
         raise ValueError(f"add_layer_norm has kernels for rows up to {MAX_FEATURES}, got {x.shape[-1]}")
@@ -426,4 +440,4 @@ def op_arguments(
         raise ValueError(f"add_layer_norm with dropout_p={dropout_p} needs a seed: an int64 scalar on {x.device}")
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return x, bias, residual, weight.contiguous(), norm_bias.contiguous(), eps, dropout_p, seed, stream
+    return OpArguments(x, bias, residual, weight.contiguous(), norm_bias.contiguous(), eps, dropout_p, seed, stream)

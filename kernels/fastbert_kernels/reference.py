@@ -7,6 +7,7 @@ Dropout comes from torch's generator, or from an explicit `keep` mask (True wher
 the tests hand the kernels' own mask to the definition.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,7 @@ def dropout(x: torch.Tensor, p: float, keep: torch.Tensor | None = None) -> torc
     return torch.where(keep, x / (1.0 - p), 0.0) if p < 1.0 else x * 0.0
 
 
+@functools.cache
 def dropout_threshold(p: float) -> int:
     """The 16-bit draw below which an element is dropped, for dropout probability p, kept in steps of 2**-16."""
     return min(round(p * 2**16), 2**16 - 1)
