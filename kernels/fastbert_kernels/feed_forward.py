@@ -150,7 +150,7 @@ def products_backward(
     return dpre, dout.t() @ y if needs2 else None, (partials, (None if bias1 is None else bias1.dtype,))
 
 
-class _FeedForward(torch.autograd.Function):
+class FeedForward(torch.autograd.Function):
     """The products as one step of autograd, so that f(pre) is not kept."""
 
     @staticmethod
@@ -252,7 +252,7 @@ def feed_forward(
     rows = x.reshape(-1, hidden).contiguous()
     operands = rows, weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
-        y = _FeedForward.apply(*operands, activation, fused)
+        y = FeedForward.apply(*operands, activation, fused)
     else:
         y, _ = products(*operands, activation, fused, keep=False)
     return y.view(x.shape)

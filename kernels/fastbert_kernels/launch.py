@@ -134,6 +134,7 @@ class Op:
 
     def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:
         register: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+        self.name = name
         self.fn = self.recorded = fn
         self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=())
         self.registered.register_fake(fake)
@@ -150,7 +151,9 @@ class Op:
 
         # With a `setup_context` of its own an autograd.Function inspects its signature in each call.
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function = type(fn.__name__, (torch.autograd.Function,), methods)
+        # By the class autograd names the step: add_layer_norm's is AddLayerNormBackward.
+        class_name = self.name.title().replace("_", "")
+        function = type(class_name, (torch.autograd.Function,), methods)
         # Its `apply` first looks whether functorch, which `is_watched` rules out, has wrapped an argument.
         self.recorded = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
