@@ -118,7 +118,7 @@ def separate(parts: tuple[nn.Parameter, ...]) -> None:
             p.data = p.detach().clone()
 
 
-class _Stacked(torch.autograd.Function):
+class StackedParameters(torch.autograd.Function):
     """Groups of neighbouring parameters, each seen as one; its gradient is handed out in slices, without a copy."""
 
     @staticmethod
@@ -155,7 +155,7 @@ def stack_parameters(groups: list[tuple[nn.Parameter, ...]]) -> tuple[torch.Tens
         if view is None:
             return None
         views.append(view)
-    return _Stacked.apply(tuple(views), *itertools.chain(*groups)) if torch.is_grad_enabled() else tuple(views)
+    return StackedParameters.apply(tuple(views), *itertools.chain(*groups)) if torch.is_grad_enabled() else tuple(views)
 
 
 def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:

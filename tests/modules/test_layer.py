@@ -354,6 +354,29 @@ def test_the_activation_is_not_kept(device: torch.device) -> None:
         assert kept() - blocks >= 2 * x.numel() * fused.config.intermediate_size * 4
 
 
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("layer", {"LayerBackward"}),
+        ("halves", {"AttentionBlockBackward", "FeedForwardBlockBackward"}),
+        ("one by one", {"AttentionBackward", "AddLayerNormBackward", "BiasActivationBackward"}),
+    ],
+)
+def test_a_profile_calls_steps_by_what_is_fused(
+    request: pytest.FixtureRequest, device: torch.device, how: str, named: set[str]
+) -> None:
+    if how == "halves":
+        request.getfixturevalue("halves")
+    _, fused = pair(device)
+    with backend("triton"), one_by_one() if how == "one by one" else contextlib.nullcontext():
+        last = fused(ids(device=device)).last_hidden_state
+        with torch.profiler.profile() as profile:
+            last.sum().backward()
+    seen = {event.key for event in profile.key_averages()}
+    assert named <= seen
+    assert not [name for name in seen if name.startswith("_") and name.endswith("Backward")]
+
+
 def test_plain_pytorch_keeps_its_path(calls: Counter[str]) -> None:
     run(pair()[1], torch.device("cpu"), "torch")
     assert not calls

@@ -11,23 +11,17 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .backend import (
-    cdiv,
-    check_same_device,
-    forbid_double_backward,
-    is_watched,
-    register_op,
-    uses_triton,
-    wrap_triton,
-)
+from .backend import check_same_device, uses_triton
+from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
-from .layer_norm import load_rows, load_vector, store_rows
+from .launch import cdiv, forbid_double_backward, is_watched, register_op, wrap_triton
 from .numerics import activation as apply_activation
-from .numerics import activation_grad
+from .numerics import activation_grad, load_rows, load_vector, store_rows
 from .tiles import LOAD_STAGES, column_tiles
 from .tuned import tuned_tiles
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+#: Names of the activations that the kernels have.
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -114,7 +108,7 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> tor
     return y
 
 
-def _backward_plan(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int, dict[str, Any], torch.Tensor]:
+def _backward_plan(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int, Tiles, torch.Tensor]:
     """Of the backward pass: rows, features, tiles, and the memory of its partial sums."""
     features = int(x.shape[-1])  # of a graph's symbol, the number
     count = x.numel() // features if features > 0 else 0
@@ -212,8 +206,7 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str 
 
 def check(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> None:
     """Raise ValueError for what `bias_activation` does not take."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: the kernels have {', '.join(ACTIVATIONS)}")
+    reference.check_activation(activation)
     features = x.shape[-1]
     if bias is not None and bias.shape != (features,):
         raise ValueError(f"bias must have shape (features,) = ({features},), got {tuple(bias.shape)}")

@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from two_references import DTYPES, two_references
 
-from fastbert_kernels import ACTIVATIONS, backend, bias_activation, bias_gelu, reference
+from fastbert_kernels import ACTIVATIONS, backend, bias_activation, reference
+from fastbert_kernels.bias_activation import _backward, backward_in_place
 
 
 def compare(inputs: dict[str, torch.Tensor], activation: str) -> None:
@@ -150,8 +151,8 @@ def test_the_backward_pass_makes_the_output_again(
     with backend("triton"):
         y = bias_activation(x, bias if with_bias else None, activation)
         dy = torch.randn_like(y)
-        dx, nothing, partials = bias_gelu._backward(dy, x, bias if with_bias else None, activation, False)
-        same_dx, again, same_partials = bias_gelu._backward(dy, x, bias if with_bias else None, activation, True)
+        dx, nothing, partials = _backward(dy, x, bias if with_bias else None, activation, False)
+        same_dx, again, same_partials = _backward(dy, x, bias if with_bias else None, activation, True)
     assert nothing.numel() == 0
     assert torch.equal(again, y)
     assert torch.equal(dx, same_dx)
@@ -162,10 +163,10 @@ def test_the_gradient_takes_the_memory_of_the_incoming_one(device: torch.device)
     x, bias = random_inputs((100,), 130, torch.float32, device).values()
     dy = torch.randn_like(x)
     with backend("triton"), torch.no_grad():
-        want, _, _ = bias_gelu._backward(dy, x, bias, "gelu", True)
+        want, _, _ = _backward(dy, x, bias, "gelu", True)
         with FlopCounterMode(display=False):
-            watched, _, _ = bias_gelu.backward_in_place(dy, x, bias, "gelu", True)
-        dx, _, _ = bias_gelu.backward_in_place(dy, x, bias, "gelu", True)
+            watched, _, _ = backward_in_place(dy, x, bias, "gelu", True)
+        dx, _, _ = backward_in_place(dy, x, bias, "gelu", True)
     assert watched is not dy
     assert dx is dy
     assert torch.equal(watched, want)
@@ -209,6 +210,8 @@ def test_bad_input(device: torch.device) -> None:
     x = torch.zeros(3, 37, device=device)
     with pytest.raises(ValueError, match="unknown activation 'tanh': the kernels have gelu, gelu_tanh, relu, silu"):
         bias_activation(x, None, "tanh")
+    with pytest.raises(ValueError, match="unknown activation 'tanh'"):
+        reference.bias_activation(x, None, "tanh")
     with pytest.raises(ValueError, match=re.escape("bias must have shape (features,) = (37,), got (1, 37)")):
         bias_activation(x, x[:1])
     with pytest.raises(ValueError, match=rf"one device, got x on {device}.*bias on meta"):
