@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.kernels import Row as KernelRow
+from bench.kernels import KernelRow
 from fastbert.benchmark.contenders import named
 from fastbert.benchmark.results import Results
 from fastbert.benchmark.timing import Times
 
-MODELS, KERNELS = ("cpu.json", "models.json"), "kernels.json"
+MODELS_FILES, KERNELS_FILE = ("cpu.json", "models.json"), "kernels.json"
 Content = TypeVar("Content")
 
 
@@ -102,13 +102,13 @@ def collect(folder: Path) -> list[Device]:
 
 
 def _device(folder: Path) -> Device:
-    found = [folder / name for name in MODELS if (folder / name).is_file()]
+    found = [folder / name for name in MODELS_FILES if (folder / name).is_file()]
     if len(found) > 1:
-        raise ResultsError(f"{str(folder)!r} has {' and '.join(MODELS)}: give each device a folder of its own")
+        raise ResultsError(f"{str(folder)!r} has {' and '.join(MODELS_FILES)}: give each device a folder of its own")
     models = _read(found[0], _load_models) if found else None
-    kernels = _read(folder / KERNELS, _load_kernels) if (folder / KERNELS).is_file() else None
+    kernels = _read(folder / KERNELS_FILE, _load_kernels) if (folder / KERNELS_FILE).is_file() else None
     if models is None and kernels is None:
-        raise ResultsError(f"{str(folder)!r} has no results: expected {', '.join((*MODELS, KERNELS))}")
+        raise ResultsError(f"{str(folder)!r} has no results: expected {', '.join((*MODELS_FILES, KERNELS_FILE))}")
     return Device(folder.name, models, kernels)
 
 

@@ -47,7 +47,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Case:
+class OpCase:
     """An op at a size.
 
     Attributes:
@@ -119,8 +119,8 @@ def _attention_calls(
         return [torch.stack([gradient.transpose(1, 2)[mask] for gradient in gradients], 1)]
 
     def peer(forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Call:
-        def cotangents(of: list[Tensor]) -> list[Tensor]:
-            return [pad(of[0]), *of[1:]]
+        def cotangents(gradients: list[Tensor]) -> list[Tensor]:
+            return [pad(gradients[0]), *gradients[1:]]
 
         return Call(lambda: forward(*padded), padded, align, align_gradients, cotangents)
 
@@ -161,9 +161,9 @@ def _flex(mask: Tensor, whole: bool) -> Callable[[Tensor, Tensor, Tensor], tuple
     return lambda q, k, v: (run(q, k, v),)
 
 
-def _attention_case(lengths: tuple[int, ...], about: str, maps: bool = False, heads: int = 12) -> Case:
+def _attention_case(lengths: tuple[int, ...], about: str, maps: bool = False, heads: int = 12) -> OpCase:
     work = functools.partial(cost, lengths=lengths, heads=heads, width=64, dtype="bfloat16")
-    return Case(
+    return OpCase(
         "attention with maps" if maps else "attention",
         f"{about}, {heads} heads of 64",
         work("attention_forward", flags={"PROBS"} if maps else ()),
@@ -212,10 +212,10 @@ def _norm_calls(
     return calls
 
 
-def _norm_case(features: int, dropout_p: float = 0.0, tokens: int = TOKENS) -> Case:
+def _norm_case(features: int, dropout_p: float = 0.0, tokens: int = TOKENS) -> OpCase:
     flags = {"BIAS", "RESIDUAL"} | ({"DROPOUT"} if dropout_p else set())
     work = functools.partial(cost, lengths=[tokens], width=features, dtype="bfloat16", flags=flags)
-    return Case(
+    return OpCase(
         "add_layer_norm",
         f"{tokens} x {features}" + (f", dropout {dropout_p}" if dropout_p else ""),
         work("add_layer_norm_forward"),
@@ -242,11 +242,11 @@ def _gelu_calls(
     }
 
 
-def _gelu_case(features: int, tokens: int = TOKENS) -> Case:
+def _gelu_case(features: int, tokens: int = TOKENS) -> OpCase:
     work = functools.partial(
         cost, lengths=[tokens], width=features, dtype="bfloat16", flags={"BIAS"}, activation="gelu"
     )
-    return Case(
+    return OpCase(
         "bias_gelu",
         f"{tokens} x {features}",
         work("bias_activation_forward"),
@@ -279,7 +279,7 @@ def _feed_forward_calls(
     }
 
 
-def _feed_forward_case(hidden: int, tokens: int = TOKENS) -> Case:
+def _feed_forward_case(hidden: int, tokens: int = TOKENS) -> OpCase:
     intermediate = FEED_FORWARD * hidden
     product = 2 * tokens * hidden * intermediate
 
@@ -288,7 +288,7 @@ def _feed_forward_case(hidden: int, tokens: int = TOKENS) -> Case:
         return Cost(products * product, 2 * moved, 0)
 
     # x and y; the activation out and in. Then dy, x and dx; the pre-activation, and both gradients out and in.
-    return Case(
+    return OpCase(
         "feed_forward",
         f"{tokens} x {hidden} to {intermediate}",
         work(2, 2, 2),
@@ -324,9 +324,9 @@ def _embed_calls(
     }
 
 
-def _embed_case(features: int, batch: int = 64, seq: int = 512) -> Case:
+def _embed_case(features: int, batch: int = 64, seq: int = 512) -> OpCase:
     work = functools.partial(cost, lengths=(seq,) * batch, width=features, dtype="bfloat16", flags={"WORD_TABLE"})
-    return Case(
+    return OpCase(
         "embed",
         f"{batch} x {seq} x {features}",
         work("embed_forward"),
@@ -345,17 +345,17 @@ def _linear_calls(
     return {"cuBLAS": Call(lambda: (F.linear(x, weight),), (x, weight))}
 
 
-def _linear_case(features: int, out: int, tokens: int = TOKENS) -> Case:
+def _linear_case(features: int, out: int, tokens: int = TOKENS) -> OpCase:
     def work(products: int) -> Cost:
         moved = 2 * (tokens * features + tokens * out + features * out) * products
         return Cost(2 * products * tokens * features * out, moved, 0)
 
     calls = functools.partial(_linear_calls, shape=(tokens, features, out))
-    return Case("linear", f"{tokens} x {features} to {out}", work(1), work(2), calls)
+    return OpCase("linear", f"{tokens} x {features} to {out}", work(1), work(2), calls)
 
 
 #: What is measured, by name: first what a layer's time is made of.
-CASES: dict[str, Case] = {
+CASES: dict[str, OpCase] = {
     "attention-512": _attention_case(full(64, 512), "64 x 512"),
     "attention-128": _attention_case(full(256, 128), "256 x 128"),
     "attention-ragged": _attention_case(ragged(64, 512, 0.46), "64 x 512, fill 0.46"),

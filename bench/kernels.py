@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from bench.floors import Machine
-from bench.kernel_cases import REFERENCES, Call, Case, draw
+from bench.kernel_cases import REFERENCES, Call, OpCase, draw
 from fastbert.benchmark.measure import SLACK
 from fastbert.benchmark.timing import Run, Times, interleaved
 from fastbert_kernels.catalogue import dtype_name
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelRow:
     """One contender on one call.
 
     Attributes:
@@ -51,14 +51,14 @@ class Row:
 
 
 def measure(
-    case: Case,
+    case: OpCase,
     dtype: torch.dtype,
     device: torch.device,
     machine: Machine,
     *,
     seconds: float = 1.0,
     deadline: float = float("inf"),
-) -> Iterator[Row]:
+) -> Iterator[KernelRow]:
     """Compare and time all contenders on a case, forward and backward.
 
     Args:
@@ -72,7 +72,7 @@ def measure(
     for direction, work in (("forward", case.forward), ("backward", case.backward)):
         if work is None:
             continue
-        blank = Row(
+        blank = KernelRow(
             kernel=f"{case.kernel} {direction}",
             case=case.case,
             dtype=dtype_name(dtype),
@@ -88,11 +88,11 @@ def measure(
 
 
 def _measure_direction(
-    case: Case, direction: str, dtype: torch.dtype, device: torch.device, blank: Row, seconds: float
-) -> Iterator[Row]:
+    case: OpCase, direction: str, dtype: torch.dtype, device: torch.device, blank: KernelRow, seconds: float
+) -> Iterator[KernelRow]:
     backward = direction == "backward"
     truth = _results(_reference(case.calls(torch.float32, device, 0.0)), backward)
-    rows: dict[str, Row] = {}
+    rows: dict[str, KernelRow] = {}
     runs: dict[str, Run] = {}
     exact = case.calls(dtype, device, 0.0)
     timed = case.calls(dtype, device, case.dropout_p) if case.dropout_p else exact

@@ -99,11 +99,11 @@ def texts(folder: Path, readme: Path, devices: list[Device]) -> dict[Path, str]:
     found = {device.folder: pictures(device) for device in devices}
     everything = page(
         devices,
-        {name: [f"{name}/{picture}" for picture in of.drawn] for name, of in found.items()},
-        {name: of.absent for name, of in found.items()},
+        {name: [f"{name}/{picture}" for picture in pictures.drawn] for name, pictures in found.items()},
+        {name: pictures.absent for name, pictures in found.items()},
     )
     way = Path(os.path.relpath(folder, readme.parent)).as_posix()
-    links = {name: f"{way}/{name}/{SPEEDUP}" for name, of in found.items() if SPEEDUP in of.drawn}
+    links = {name: f"{way}/{name}/{SPEEDUP}" for name, pictures in found.items() if SPEEDUP in pictures.drawn}
     block = readme_block(devices, links, f"{way}/README.md")
     before, after = around.split(BEGIN)[0], around.split(END)[1]
     return {folder / "README.md": everything, readme: f"{before}{BEGIN}\n{block}{END}{after}"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.collect import KernelGroup, Kernels, median
-from bench.kernels import Row
+from bench.kernels import KernelRow
 from fastbert.benchmark.plots import FAINT, INK, cut, tidy, write_heading
 from fastbert.figures import new_figure, save_png
 
@@ -50,7 +50,7 @@ def roofline(kernels: Kernels, path: Path, note: str) -> Path:
     return save_png(figure, path)
 
 
-def _shown(group: KernelGroup) -> Row:
+def _shown(group: KernelGroup) -> KernelRow:
     """fastbert's row, or where there is none that of a library."""
     shown = group.ours or group.best_peer
     assert shown is not None

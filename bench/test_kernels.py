@@ -10,7 +10,7 @@ import torch
 
 from bench import kernel_cases, kernels
 from bench.conftest import DEVICE
-from bench.kernel_cases import CASES, Case
+from bench.kernel_cases import CASES, OpCase
 from fastbert.benchmark.measure import SLACK
 from fastbert.benchmark.timing import Run
 from fastbert.benchmark.workloads import full, ragged
@@ -19,7 +19,7 @@ ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
-def _small() -> dict[str, Case]:
+def _small() -> dict[str, OpCase]:
     lengths = ragged(16, 128, 0.46)
     return {
         "attention-128": kernel_cases._attention_case(full(16, 128), "16 x 128", heads=6),

@@ -13,7 +13,7 @@ from fastbert_kernels.catalogue import Tiles
 
 from . import baseline
 from .alternatives import alternatives
-from .assembly import Machine, compile_all, require_compiler
+from .assembly import MachineCode, compile_all, require_compiler
 from .cases import DEVICES, LENGTHS, TARGETS, Case, cases, launch_tiles
 from .report import Report
 from .table import LEGEND, reasons, table
@@ -112,7 +112,7 @@ def _compare(reports: list[Report], write: bool) -> tuple[list[str], str | None]
 
 def _compile(jobs: list[_Job]) -> tuple[list[Report], list[str]]:
     """Reports in the order of the jobs, and what failed to compile. Shows progress on stderr."""
-    machines: dict[int, Machine] = {}
+    machines: dict[int, MachineCode] = {}
     failures: list[str] = []
     console = Console(stderr=True)
     columns = TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -120,7 +120,7 @@ def _compile(jobs: list[_Job]) -> tuple[list[Report], list[str]]:
         task = bar.add_task("", total=len(jobs))
         for done, (number, result) in enumerate(compile_all(jobs), start=1):
             case, name, tiles = jobs[number]
-            if isinstance(result, Machine):
+            if isinstance(result, MachineCode):
                 machines[number] = result
             else:
                 failures.append(f"{name}: {case}, {tiles}: {type(result).__name__}: {result}")

@@ -33,7 +33,7 @@ class Loop:
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
+class MachineCode:
     """What a kernel compiles to. Counts are of instructions in the machine code."""
 
     registers: int
@@ -76,7 +76,7 @@ class Machine:
     """Loads of tiles inside loops that the compiler did not make asynchronous."""
 
 
-def compile_case(case: Case, target: str, tiles: Tiles | None = None) -> Machine:
+def compile_case(case: Case, target: str, tiles: Tiles | None = None) -> MachineCode:
     """Compile one case for one target, specialised by the launcher's own code, and read what came out.
 
     Args:
@@ -100,7 +100,7 @@ def compile_case(case: Case, target: str, tiles: Tiles | None = None) -> Machine
     compiled = triton.compile(source, target=TARGETS[target], options=packed.__dict__)
     read = _read_nvidia if target.startswith("sm_") else _read_amd
     counts = read(compiled) | _read_ttgir(compiled.asm["ttgir"], target)
-    return Machine(shared=compiled.metadata.shared, **counts)
+    return MachineCode(shared=compiled.metadata.shared, **counts)
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def require_compiler() -> None:
 
 def compile_all(
     jobs: list[tuple[Case, str, Tiles]], workers: int | None = None
-) -> Iterator[tuple[int, Machine | Exception]]:
+) -> Iterator[tuple[int, MachineCode | Exception]]:
     """Compile cases in processes of their own, in the order in which they finish.
 
     Args:

@@ -98,7 +98,7 @@ def floor(cost: Cost, peaks: Peaks, dtype: str) -> Floor:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _CallSizes:
     """A call's sizes, and the sums the formulas are made of."""
 
     lengths: Sequence[int]
@@ -144,10 +144,10 @@ class _Call:
         return bias + self.having("DPROBS") * self.scores * self.itemsize
 
 
-def _attention(products: int, matrices: int, statistics: int) -> Callable[[_Call], Cost]:
+def _attention(products: int, matrices: int, statistics: int) -> Callable[[_CallSizes], Cost]:
     """Cost of an attention kernel by its products of a map with a (tokens, head_dim) matrix, and what it moves."""
 
-    def cost(call: _Call) -> Cost:
+    def cost(call: _CallSizes) -> Cost:
         entries = call.scores
         if call.having("PROBS") and not call.having("COLUMNS"):  # padding is written too
             entries = len(call.lengths) * call.heads * call.probs_seq**2
@@ -158,10 +158,10 @@ def _attention(products: int, matrices: int, statistics: int) -> Callable[[_Call
     return cost
 
 
-def _relation(products: int, matrices: int) -> Callable[[_Call], Cost]:
+def _relation(products: int, matrices: int) -> Callable[[_CallSizes], Cost]:
     """Cost of a relation kernel. A number for each row goes in or out, and with the softmaxes two log-sum-exps."""
 
-    def cost(call: _Call) -> Cost:
+    def cost(call: _CallSizes) -> Cost:
         softmax = call.having("SOFTMAX")
         moved = call.matrices(matrices) + call.statistics(1 + 2 * softmax)
         return Cost(2 * products * call.scores * call.width, moved, 2 * softmax * call.scores)
@@ -171,13 +171,13 @@ def _relation(products: int, matrices: int) -> Callable[[_Call], Cost]:
 
 def _rows(
     matrices: int, optional: tuple[str, ...], statistics: int, vectors: int, partials: int, direction: int = 0
-) -> Callable[[_Call], Cost]:
+) -> Callable[[_CallSizes], Cost]:
     """Cost of an element-wise or row kernel by the matrices it moves, always and with each of the `optional` flags.
 
     A bias is one more of the vectors, and in the backward pass one more of the partial sums.
     """
 
-    def cost(call: _Call) -> Cost:
+    def cost(call: _CallSizes) -> Cost:
         bias = call.having("BIAS")
         moved = call.matrices(matrices + call.having(*optional)) + call.statistics(statistics)
         moved += call.vectors(vectors + bias) + (call.partials(partials + bias) if direction else 0)
@@ -186,10 +186,10 @@ def _rows(
     return cost
 
 
-def _feed_forward(matrices: int, direction: int) -> Callable[[_Call], Cost]:
+def _feed_forward(matrices: int, direction: int) -> Callable[[_CallSizes], Cost]:
     """Cost of a feed-forward kernel: its product, and the (tokens, intermediate) matrices it moves besides operands."""
 
-    def cost(call: _Call) -> Cost:
+    def cost(call: _CallSizes) -> Cost:
         intermediate = FEED_FORWARD * call.width
         moved = call.matrices(1 + FEED_FORWARD * (matrices + call.having("PRE"))) + call.vectors(intermediate)
         moved += FEED_FORWARD * (call.partials(1) if direction else call.vectors(1))
@@ -199,8 +199,8 @@ def _feed_forward(matrices: int, direction: int) -> Callable[[_Call], Cost]:
     return cost
 
 
-def _embedding(matrices: int, vectors: int, partials: int) -> Callable[[_Call], Cost]:
-    def cost(call: _Call) -> Cost:
+def _embedding(matrices: int, vectors: int, partials: int) -> Callable[[_CallSizes], Cost]:
+    def cost(call: _CallSizes) -> Cost:
         # The tables' rows come from cache when they come again. Three ids are read for each token.
         words = min(call.tokens, VOCABULARY) if call.having("WORD_TABLE") else call.tokens
         gathered = (words + max(call.lengths) + 2) * call.width * call.itemsize
@@ -211,12 +211,12 @@ def _embedding(matrices: int, vectors: int, partials: int) -> Callable[[_Call], 
     return cost
 
 
-def _column_sums(call: _Call) -> Cost:
+def _column_sums(call: _CallSizes) -> Cost:
     vectors = FEED_FORWARD + 2 * 3  # of a layer: its activation's bias, and of both norms
     return Cost(0, call.partials(vectors) + call.vectors(vectors), 0)
 
 
-_COSTS: dict[str, Callable[[_Call], Cost]] = {
+_COSTS: dict[str, Callable[[_CallSizes], Cost]] = {
     # Q K^T and P V; qkv in, context out, two statistics out.
     "attention_forward": _attention(2, 4, 2),
     # S, dP and dQ; qkv, dO and O in, dQ out; two statistics in, delta out.
@@ -289,7 +289,7 @@ def cost(
         raise ValueError(f"{kernel} has no heads, got heads={heads}: its width is all its features")
     sides = max(lengths) if probs_seq is None else probs_seq
     exponentials = _EXPONENTIALS[activation or "relu"]
-    return _COSTS[kernel](_Call(lengths, heads, width, ITEMSIZE[dtype], frozenset(flags), exponentials, sides))
+    return _COSTS[kernel](_CallSizes(lengths, heads, width, ITEMSIZE[dtype], frozenset(flags), exponentials, sides))
 
 
 def _known(what: str, name: str, names: Collection[str]) -> None:

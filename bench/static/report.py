@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from fastbert_kernels.catalogue import Tiles
 
-from .assembly import Machine
+from .assembly import MachineCode
 from .cases import DEVICES, TARGETS, Case
 from .limits import ITEMSIZE, PEAKS, Floor, floor
 from .occupancy import MULTIPROCESSORS, Occupancy, occupancy
@@ -39,7 +39,7 @@ class Report:
     case: Case
     target: str
     tiles: Tiles
-    machine: Machine
+    machine: MachineCode
 
     @property
     def nvidia(self) -> bool:

@@ -47,7 +47,7 @@ def _all(launch: Launch, target: str, shipped: Tiles) -> Iterator[Tiles]:
     by_groups = kernel.multiplies and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100")
     kept = [shipped["BLOCK_M"], shipped["BLOCK_N"], shipped["num_warps"]]
     for block_m, block_n, num_warps, num_stages in [*shapes, *((*kept, stage) for stage in stages if stage > 0)]:
-        rows = block_n if kernel.by_columns else block_m
+        rows = block_n if kernel.by_columns else block_m  # scores are transposed where a program keeps columns
         if by_groups and (rows < 64 or num_warps < 4):  # tensor cores there work for four warps at a time
             continue
         sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}

@@ -108,7 +108,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _ProblemParts:
     """What a problem is made of; attention takes no rows, row kernels neither lengths nor heads."""
 
     launch: Launch
@@ -131,10 +131,10 @@ def timed_switches(launch: Launch) -> list[Switches]:
         "feed_forward": ("gelu",),
     }
     op = launch.traits.op
-    plain = base[op]
-    if launch.kernel == "feed_forward_forward":
-        return [plain, (*plain, "PRE")]
-    return [plain] if op in ("relation", "bias_activation", "feed_forward") else [plain, (*plain, "DROPOUT")]
+    inference = base[op]
+    if op in ("attention", "add_layer_norm", "embed"):
+        return [inference, (*inference, "DROPOUT")]
+    return [inference, (*inference, "PRE")] if launch.kernel == "feed_forward_forward" else [inference]
 
 
 def all_switches(launch: Launch) -> list[Switches]:
@@ -170,13 +170,15 @@ def checked_problem(launch: Launch, on: Switches, sizes: Sizes, device: torch.de
     """A small call with nasty lengths."""
     # Values of short sequences are large: beside them, one element of a long one's mask would not show.
     lengths = sizes.ragged if "CU_SEQLENS" in on and "FLAT" not in on else sizes.even
-    return _MAKERS[launch.traits.op](_Call(launch, on, lengths, 3, sizes.rows, sizes.vocabulary, device))
+    return _MAKERS[launch.traits.op](_ProblemParts(launch, on, lengths, 3, sizes.rows, sizes.vocabulary, device))
 
 
 def timed_problem(launch: Launch, on: Switches, length: int, sizes: Sizes, device: torch.device) -> Problem:
     """A call of a model's size."""
     lengths = (length,) * max(1, sizes.tokens // length)
-    return _MAKERS[launch.traits.op](_Call(launch, on, lengths, sizes.heads, sizes.tokens, sizes.vocabulary, device))
+    return _MAKERS[launch.traits.op](
+        _ProblemParts(launch, on, lengths, sizes.heads, sizes.tokens, sizes.vocabulary, device)
+    )
 
 
 def cotangents_of(outputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -211,7 +213,7 @@ def _dropout(on: Switches, device: torch.device) -> dict[str, Any]:
     return {"dropout_p": DROPOUT_P, "seed": torch.tensor(SEED, device=device), "stream": STREAM}
 
 
-def _attention(call: _Call) -> Problem:
+def _attention(call: _ProblemParts) -> Problem:
     launch, on, lengths, heads, device = call.launch, call.on, call.lengths, call.heads, call.device
     batch, longest = len(lengths), max(lengths)
     torch.manual_seed(0)
@@ -254,7 +256,7 @@ def _attention(call: _Call) -> Problem:
     return Problem(op, definition, tuple(inputs))
 
 
-def _relation(call: _Call) -> Problem:
+def _relation(call: _ProblemParts) -> Problem:
     launch, on, lengths, device = call.launch, call.on, call.lengths, call.device
     torch.manual_seed(0)
     shape = (sum(lengths), call.heads, launch.width)
@@ -272,7 +274,7 @@ def _relation(call: _Call) -> Problem:
     return Problem(op, definition, (a, b))
 
 
-def _add_layer_norm(call: _Call) -> Problem:
+def _add_layer_norm(call: _ProblemParts) -> Problem:
     launch, on, rows, device = call.launch, call.on, call.rows, call.device
     torch.manual_seed(0)
     x, residual = (_draw(rows, launch.width, dtype=launch.dtype, device=device) for _ in range(2))
@@ -293,7 +295,7 @@ def _add_layer_norm(call: _Call) -> Problem:
     return Problem(op, definition, tuple(given.values()))
 
 
-def _embed(call: _Call) -> Problem:
+def _embed(call: _ProblemParts) -> Problem:
     launch, on, rows, device = call.launch, call.on, call.rows, call.device
     torch.manual_seed(0)
     ids, positions, types = (torch.randint(high, (rows,), device=device) for high in (call.vocabulary, 512, 2))
@@ -317,7 +319,7 @@ def _embed(call: _Call) -> Problem:
     return Problem(op, definition, tuple(affine if frozen else [*tables, *affine]))
 
 
-def _bias_activation(call: _Call) -> Problem:
+def _bias_activation(call: _ProblemParts) -> Problem:
     launch, on, rows, device = call.launch, call.on, call.rows, call.device
     torch.manual_seed(0)
     x = _draw(rows, launch.width, dtype=launch.dtype, device=device)
@@ -333,7 +335,7 @@ def _bias_activation(call: _Call) -> Problem:
     return Problem(op, definition, (x, *bias))
 
 
-def _feed_forward(call: _Call) -> Problem:
+def _feed_forward(call: _ProblemParts) -> Problem:
     launch, on, rows, device = call.launch, call.on, call.rows, call.device
     activation = next(name for name in on if name in FEED_FORWARD_ACTIVATIONS)
     x, weight1, bias, weight2 = _feed_forward_inputs(launch.dtype, launch.width, rows, device)
@@ -394,7 +396,7 @@ def _kept(on: Switches, rows: int, features: int, device: torch.device) -> dict[
 
 
 #: By op.
-_MAKERS: dict[str, Callable[[_Call], Problem]] = {
+_MAKERS: dict[str, Callable[[_ProblemParts], Problem]] = {
     "attention": _attention,
     "relation": _relation,
     "bias_activation": _bias_activation,

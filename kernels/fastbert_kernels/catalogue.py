@@ -18,7 +18,8 @@ class Kernel(NamedTuple):
         work: what a tile is of: "scores" of heads, which are products of rows and columns; the result of a "product";
             whole "rows"; "elements", of which any will do; or partial "sums", whose tiles are no choice.
         width: the size of a model that a launch's `width` is. A relation kernel's is the larger of both models'.
-        by_columns: whether a program keeps its columns of scores and goes through rows, not the other way round.
+        by_columns: whether a program keeps its columns of scores and goes through rows, not the other way round. Its
+            scores are transposed.
     """
 
     name: str

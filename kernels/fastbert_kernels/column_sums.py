@@ -32,10 +32,10 @@ def empty_partials(like: torch.Tensor, count: int, block_m: int, columns: int) -
 
 
 #: Numbers of rows differ with the batch, and tell the compiler nothing.
-_ROWS = ["first_rows", "second_rows", "third_rows"]
+_ROW_COUNTS = ["first_rows", "second_rows", "third_rows"]
 
 
-@triton.jit(do_not_specialize=_ROWS)
+@triton.jit(do_not_specialize=_ROW_COUNTS)
 def _column_sums(
     first_ptr,  # (first_rows, first_columns) float32
     second_ptr,  # (second_rows, second_columns) float32

@@ -299,8 +299,10 @@ forbid_double_backward(_backward, "embed")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    words, positions, token_types, word_table, position_table, token_type_table, weight = inputs[:7]
-    ctx.padding_idx, ctx.dropout_p, seed, ctx.stream = inputs[9:]
+    (
+        words, positions, token_types, word_table, position_table, token_type_table, weight, _, _, ctx.padding_idx,
+        ctx.dropout_p, seed, ctx.stream,
+    ) = inputs  # fmt: skip
     _, mean, rstd = output
     ctx.save_for_backward(
         words, positions, token_types, word_table, position_table, token_type_table, weight, mean, rstd, seed
@@ -312,23 +314,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
         return (None,) * 13
-    *tensors, seed = ctx.saved_tensors
-    words, positions, token_types, word_table, position_table, token_type_table = tensors[:6]
-    dz, partials = _backward(dy, *tensors, ctx.dropout_p, seed, ctx.stream)
-    dweight, dnorm_bias = column_sums((partials, (tensors[6].dtype,) * 2))
+    (
+        words, positions, token_types, word_table, position_table, token_type_table, weight, mean, rstd, seed,
+    ) = ctx.saved_tensors  # fmt: skip
+    dz, partials = _backward(
+        dy, words, positions, token_types, word_table, position_table, token_type_table, weight, mean, rstd,
+        ctx.dropout_p, seed, ctx.stream,
+    )  # fmt: skip
+    dweight, dnorm_bias = column_sums((partials, (weight.dtype, weight.dtype)))
 
     def scatter(ids: torch.Tensor, table: torch.Tensor, padding_idx: int) -> torch.Tensor:
         rows = table.shape[0]
         ids = torch.where((ids >= 0) & (ids < rows), ids, padding_idx)  # what read as zero gets no gradient
         return torch.ops.aten.embedding_dense_backward(dz, ids, rows, padding_idx, False).to(table.dtype)
 
-    need = ctx.needs_input_grad
-    dwords = dz.to(words.dtype) if word_table is None and need[0] else None
-    dword_table = scatter(words, word_table, ctx.padding_idx) if word_table is not None and need[3] else None
-    dposition_table = scatter(positions, position_table, -1) if need[4] else None
-    dtoken_type_table = scatter(token_types, token_type_table, -1) if need[5] else None
-    of_tables = dword_table, dposition_table, dtoken_type_table
-    return dwords, None, None, *of_tables, dweight, dnorm_bias, *[None] * 5
+    needs_words, _, _, needs_word_table, needs_position_table, needs_token_type_table, *_ = ctx.needs_input_grad
+    dwords = dz.to(words.dtype) if word_table is None and needs_words else None
+    dword_table = scatter(words, word_table, ctx.padding_idx) if word_table is not None and needs_word_table else None
+    dposition_table = scatter(positions, position_table, -1) if needs_position_table else None
+    dtoken_type_table = scatter(token_types, token_type_table, -1) if needs_token_type_table else None
+    dtables = dword_table, dposition_table, dtoken_type_table
+    return dwords, None, None, *dtables, dweight, dnorm_bias, *[None] * 5
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

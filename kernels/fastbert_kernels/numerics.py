@@ -2,7 +2,7 @@
 
 `dot` and `cast` are where two faults of Triton's interpreter (3.6 to 3.9) are put right: it multiplies bfloat16
 operands as raw bit patterns, and truncates float32 to bfloat16 where the hardware rounds to nearest even. Compiled
-kernels take the plain branch.
+kernels take the other branch.
 """
 
 import triton

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .reference import upcast
 
 #: Rows of the score matrices that exist at a time.
-ROWS = 64
+BLOCK_ROWS = 64
 
 INSTEAD_OF_SECOND_DERIVATIVE = "take fastbert_kernels.reference.relation_loss, which stores the maps"
 
@@ -23,8 +23,8 @@ class _Scores:
         self.scales = scales
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        for start in range(0, self.student_a.shape[1], ROWS):
-            rows = slice(start, start + ROWS)
+        for start in range(0, self.student_a.shape[1], BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
             s = (self.student_a[:, rows] @ self.student_b.transpose(1, 2)).mul_(self.scales[0])
             t = (self.teacher_a[:, rows] @ self.teacher_b.transpose(1, 2)).mul_(self.scales[1])
             yield rows, s, t

@@ -25,12 +25,12 @@ def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> T
 #: Rows of a table: head_dim up to which, tiles, and tiles where maps are read or written. Maps are the tensors of
 #: (seq, seq) planes: the bias, the probabilities and their gradient. Their pointers cost registers, and moving them
 #: costs so much that smaller products are not what is waited for.
-_Rows = list[tuple[int, Tiles, Tiles]]
+_ByHeadDim = list[tuple[int, Tiles, Tiles]]
 
 #: (architecture, kernel) -> rows, for two-byte dtypes. The rule: of the tiles that spill in no configuration, the one
 #: whose instructions take the least time to issue, with dropout on; of nearly equal ones, the one with more warps
 #: resident. Times in the reasons are the static report's, of head_dim 64 unless said otherwise.
-_ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
+_ATTENTION_HALF: dict[tuple[str, str], _ByHeadDim] = {
     ("sm_80", "forward"): [
         # 32: rows of half the bytes, so twice of them. 64: 12 warps resident, 8 with 128 rows and 4% less to issue.
         (32, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
@@ -99,7 +99,7 @@ _ATTENTION_HALF: dict[tuple[str, str], _Rows] = {
 
 #: float32 has no tensor-core product of full precision, so its tiles are small, and nearly the same everywhere.
 #: Two stages everywhere: with one, operands are held in registers whole, 255 of them instead of about 80.
-_ATTENTION_FLOAT: dict[str, _Rows] = {
+_ATTENTION_FLOAT: dict[str, _ByHeadDim] = {
     "forward": [
         (64, _attention(32, 32, 4, 2), _attention(16, 32, 4, 2)),
         (128, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
@@ -115,7 +115,7 @@ _ATTENTION_FLOAT: dict[str, _Rows] = {
 }
 
 #: Where what spills is another few registers: (architecture, kernel) -> rows instead of those.
-_ATTENTION_FLOAT_OWN: dict[tuple[str, str], _Rows] = {
+_ATTENTION_FLOAT_OWN: dict[tuple[str, str], _ByHeadDim] = {
     ("sm_80", "forward"): [
         (64, _attention(32, 16, 4, 2), _attention(16, 32, 4, 2)),
         (128, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
@@ -243,7 +243,7 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
         rows = _ATTENTION_FLOAT_OWN.get((target, kernel), _ATTENTION_FLOAT[kernel])
     else:
         rows = _ATTENTION_HALF[target, kernel]
-    return next(with_maps if maps else plain for widest, plain, with_maps in rows if head_dim <= widest)
+    return next(with_maps if maps else without for widest, without, with_maps in rows if head_dim <= widest)
 
 
 def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool) -> Tiles:

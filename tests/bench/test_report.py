@@ -54,7 +54,9 @@ FULL = [
 
 def kernel_row(contender: str, microseconds: float | None, kernel: str = "attention forward", **changes: Any) -> Any:
     times = None if microseconds is None else Times(*(microseconds * f / 1e6 for f in (0.9, 1.0, 1.2)), 9)
-    row = kernels.Row(kernel, "2 x 3", "float32", contender, flops=4e9, bytes=1e8, floor=5e-5, times=times, error=1e-3)
+    row = kernels.KernelRow(
+        kernel, "2 x 3", "float32", contender, flops=4e9, bytes=1e8, floor=5e-5, times=times, error=1e-3
+    )
     return dataclasses.replace(row, **changes)
 
 

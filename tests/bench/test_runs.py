@@ -128,7 +128,7 @@ def test_the_cpu_run_prints_ratios_and_writes_json(tmp_path: Path, monkeypatch: 
     assert len(Results.load(out).rows) == 4
 
 
-def tiny_cases() -> dict[str, kernel_cases.Case]:
+def tiny_cases() -> dict[str, kernel_cases.OpCase]:
     return {
         "full": kernel_cases._attention_case(full(2, 8), "2 x 8", heads=2),
         "ragged": kernel_cases._attention_case(ragged(4, 16, 0.5), "4 x 16", heads=2),

@@ -17,7 +17,7 @@ from bench.static import assembly, baseline
 from bench.static import cases as static
 from bench.static.__main__ import app
 from bench.static.alternatives import alternatives
-from bench.static.assembly import Loop, Machine
+from bench.static.assembly import Loop, MachineCode
 from bench.static.occupancy import occupancy
 from bench.static.report import Report
 from bench.static.table import reasons, table
@@ -122,7 +122,7 @@ def test_the_baseline_is_of_the_development_set() -> None:
 
 
 #: A machine that no rule objects to, on sm_90.
-GOOD = Machine(
+GOOD = MachineCode(
     registers=118, spills=0, stack=0, shared=49152, tensor_memory=0, dots=2, own_dots=2, tensor_core=8, async_copies=8,
     wide_async=8, loads=6, wide_loads=4, stores=6, wide_stores=4, exp2=34, transcendental=38, code=872,
     loops=(Loop(tensor_core=8, async_copies=4, loads=0, code=411),), sync_tiles=0,

@@ -696,13 +696,13 @@ def test_bad_cu_seqlens(device: torch.device, monkeypatch: pytest.MonkeyPatch, b
         attention(qkv, torch.tensor(bounds, device=device, dtype=torch.int32), 9)
 
 
-@pytest.mark.parametrize("life", ["torch", "triton"])
+@pytest.mark.parametrize("backend_name", ["torch", "triton"])
 @pytest.mark.parametrize("order", [[0, 0], [1, 2], [-1, 0]])
-def test_bad_order(device: torch.device, monkeypatch: pytest.MonkeyPatch, life: str, order: list[int]) -> None:
+def test_bad_order(device: torch.device, monkeypatch: pytest.MonkeyPatch, backend_name: str, order: list[int]) -> None:
     monkeypatch.setenv("FASTBERT_CHECK", "1")  # on a GPU the values are looked at only then
     qkv = torch.zeros(14, 3, 2, 16, device=device)
     message = f"order must name each of the 2 sequences once, got {order}"
-    with backend(life), pytest.raises(ValueError, match=re.escape(message)):
+    with backend(backend_name), pytest.raises(ValueError, match=re.escape(message)):
         attention(qkv, offsets([9, 5], device), 9, order=torch.tensor(order, device=device, dtype=torch.int32))
 
 

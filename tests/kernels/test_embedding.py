@@ -279,8 +279,8 @@ def test_id_outside_its_table(
     monkeypatch.setenv("FASTBERT_CHECK", "1")  # on a GPU the values are looked at only then
     ids = random_ids(9, device)
     ids[name][4] = wrong
-    for life in ("triton", "torch"):
-        with backend(life), pytest.raises(IndexError, match=f"{name} holds {wrong}, outside the {rows} rows"):
+    for backend_name in ("triton", "torch"):
+        with backend(backend_name), pytest.raises(IndexError, match=f"{name} holds {wrong}, outside the {rows} rows"):
             embed(**ids, **random_tables(37, torch.float32, device), eps=EPS)
 
 

@@ -13,7 +13,7 @@ from two_references import DTYPES, Outputs, two_references
 import fastbert_kernels.relation as relation_module
 from fastbert_kernels import backend, reference, relation_loss
 from fastbert_kernels.backend import INTERPRETED
-from fastbert_kernels.relation_blocks import ROWS
+from fastbert_kernels.relation_blocks import BLOCK_ROWS
 
 KINDS = ("kl", "mse")
 NAMES = ("student_a", "student_b", "teacher_a", "teacher_b")
@@ -41,8 +41,8 @@ def operands(
     tokens: int, heads: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Random operands by name: the student's dim and dtype, and the teacher's."""
-    of = {"student": (dims[0], dtypes[0]), "teacher": (dims[1], dtypes[1])}
-    return {name: torch.randn(tokens, heads, of[name[:7]][0]).to(device, of[name[:7]][1]) for name in NAMES}
+    models = {"student": (dims[0], dtypes[0]), "teacher": (dims[1], dtypes[1])}
+    return {name: torch.randn(tokens, heads, models[name[:7]][0]).to(device, models[name[:7]][1]) for name in NAMES}
 
 
 def plain(
@@ -73,7 +73,7 @@ def compare(
     scales: tuple[float, float] = (0.25, 0.2),
     given: dict[str, torch.Tensor] | None = None,
     packed: bool = True,
-    life: str = "triton",
+    backend_name: str = "triton",
 ) -> None:
     """The two-reference test of one configuration."""
     given = operands(sum(lengths), heads, dims, (dtype, dtype), device) if given is None else given
@@ -81,7 +81,7 @@ def compare(
     teacher = [x for name, x in given.items() if name.startswith("teacher")]
 
     def kernel(student_a: torch.Tensor, student_b: torch.Tensor) -> Outputs:
-        with backend(life):
+        with backend(backend_name):
             return relation_loss(
                 student_a,
                 student_b,
@@ -125,7 +125,7 @@ def test_definition_in_float64(device: torch.device) -> None:
 def test_gradients_in_float64(
     device: torch.device, kind: str, by_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastbert_kernels.relation_blocks.ROWS", 2)
+    monkeypatch.setattr("fastbert_kernels.relation_blocks.BLOCK_ROWS", 2)
     lengths = [3, 0, 2]
     a, b, c, d = operands(5, 2, (3, 4), (torch.float64, torch.float64), device).values()
 
@@ -145,12 +145,12 @@ def test_gradients_in_float64(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("life", ["triton", "torch"])
+@pytest.mark.parametrize("backend_name", ["triton", "torch"])
 @pytest.mark.parametrize("lengths", [[1], [64, 63], [65, 0, 1]])
 def test_lengths_around_a_tile(
-    device: torch.device, kind: str, dtype: torch.dtype, life: str, lengths: list[int]
+    device: torch.device, kind: str, dtype: torch.dtype, backend_name: str, lengths: list[int]
 ) -> None:
-    compare(device, kind, lengths, dtype=dtype, life=life)
+    compare(device, kind, lengths, dtype=dtype, backend_name=backend_name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,13 +170,13 @@ def test_dims(device: torch.device, kind: str, dims: tuple[int, int], tile: Tile
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_row_blocks_of_a_long_sequence(device: torch.device, kind: str) -> None:
-    compare(device, kind, [2 * ROWS + 1, ROWS], heads=1, life="torch")
+    compare(device, kind, [2 * BLOCK_ROWS + 1, BLOCK_ROWS], heads=1, backend_name="torch")
 
 
-@pytest.mark.parametrize("life", ["triton", "torch"])
-def test_equal_lengths_need_no_cu_seqlens(device: torch.device, life: str, tile: Tile) -> None:
+@pytest.mark.parametrize("backend_name", ["triton", "torch"])
+def test_equal_lengths_need_no_cu_seqlens(device: torch.device, backend_name: str, tile: Tile) -> None:
     tile(16, 16)
-    compare(device, "kl", [18, 18], packed=False, life=life)
+    compare(device, "kl", [18, 18], packed=False, backend_name=backend_name)
 
 
 def test_max_seqlen_may_exceed_the_longest_sequence(device: torch.device, tile: Tile) -> None:
@@ -187,25 +187,25 @@ def test_max_seqlen_may_exceed_the_longest_sequence(device: torch.device, tile: 
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("life", ["triton", "torch"])
+@pytest.mark.parametrize("backend_name", ["triton", "torch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_tokens_at_all(device: torch.device, life: str, kind: str) -> None:
+def test_no_tokens_at_all(device: torch.device, backend_name: str, kind: str) -> None:
     a, b, c, d = operands(0, 2, (16, 16), (torch.float32, torch.float32), device).values()
     a.requires_grad_()
-    with backend(life):
+    with backend(backend_name):
         loss = relation_loss(a, b, c, d, offsets([0, 0], device), 4, kind=kind)
     assert loss.shape == (2, 0)
     assert torch.autograd.grad(loss.sum(), a)[0].shape == a.shape
 
 
-@pytest.mark.parametrize("life", ["triton", "torch"])
+@pytest.mark.parametrize("backend_name", ["triton", "torch"])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
 def test_models_may_differ_in_dtype(
-    device: torch.device, life: str, dtypes: tuple[torch.dtype, torch.dtype], tile: Tile
+    device: torch.device, backend_name: str, dtypes: tuple[torch.dtype, torch.dtype], tile: Tile
 ) -> None:
     tile(16, 16)
     given = operands(19, 2, (16, 8), dtypes, device)
-    compare(device, "kl", [19], given=given, life=life)
+    compare(device, "kl", [19], given=given, backend_name=backend_name)
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 4.0), (torch.float16, 12.0), (torch.bfloat16, 12.0)])
@@ -252,15 +252,15 @@ def test_strided_operands(device: torch.device, kind: str, layout: str) -> None:
         return torch.randn(dim, 2, 21, device=device).permute(2, 1, 0)
 
     given = {name: operand(16 if name.startswith("student") else 24) for name in NAMES}
-    for life in ("triton", "torch"):
-        compare(device, kind, [13, 8], given=given, life=life)
+    for backend_name in ("triton", "torch"):
+        compare(device, kind, [13, 8], given=given, backend_name=backend_name)
 
 
-@pytest.mark.parametrize("life", ["triton", "torch"])
-def test_one_tensor_as_rows_and_columns(device: torch.device, life: str) -> None:
+@pytest.mark.parametrize("backend_name", ["triton", "torch"])
+def test_one_tensor_as_rows_and_columns(device: torch.device, backend_name: str) -> None:
     v, _, t, _ = operands(19, 2, (16, 24), (torch.float32, torch.float32), device).values()
     v.requires_grad_()
-    with backend(life):
+    with backend(backend_name):
         got = relation_loss(v, v, t, t, offsets([12, 7], device), 12)
     want = reference.relation_loss(v, v, t, t, [12, 7], "kl", 0.25, 24**-0.5)
     dloss = torch.randn_like(want)
@@ -299,9 +299,9 @@ def test_strided_gradient_of_the_loss(device: torch.device) -> None:
 
 
 def test_teacher_is_constant(device: torch.device) -> None:
-    for life in ("triton", "torch"):
+    for backend_name in ("triton", "torch"):
         given = [x.requires_grad_() for x in operands(9, 2, (16, 16), (torch.float32,) * 2, device).values()]
-        with backend(life):
+        with backend(backend_name):
             relation_loss(*given, None, 9).sum().backward()
         assert [x.grad is not None for x in given] == [True, True, False, False]
 
@@ -313,7 +313,7 @@ def test_teacher_is_constant(device: torch.device) -> None:
     heads=st.integers(1, 3),
     dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     shape=st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32])),
-    life=st.sampled_from(["triton", "torch"]),
+    backend_name=st.sampled_from(["triton", "torch"]),
 )
 def test_anything(
     device: torch.device,
@@ -323,10 +323,11 @@ def test_anything(
     heads: int,
     dims: tuple[int, int],
     shape: tuple[int, int],
-    life: str,
+    backend_name: str,
 ) -> None:
     tile(*shape)
-    compare(device, kind, lengths, heads=heads, dims=dims, scales=(dims[0] ** -0.5, dims[1] ** -0.5), life=life)
+    scales = dims[0] ** -0.5, dims[1] ** -0.5
+    compare(device, kind, lengths, heads=heads, dims=dims, scales=scales, backend_name=backend_name)
 
 
 # What torch sees
@@ -342,11 +343,11 @@ def test_opcheck(device: torch.device, kind: str, packed: bool) -> None:
     torch.library.opcheck(torch.ops.fastbert.relation_loss, (a.requires_grad_(), b.requires_grad_(), *rest))
 
 
-@pytest.mark.parametrize("life", ["triton", "torch"])
-def test_second_derivative_is_refused(device: torch.device, life: str) -> None:
+@pytest.mark.parametrize("backend_name", ["triton", "torch"])
+def test_second_derivative_is_refused(device: torch.device, backend_name: str) -> None:
     a, b, c, d = operands(9, 2, (16, 16), (torch.float32, torch.float32), device).values()
     a.requires_grad_()
-    with backend(life):
+    with backend(backend_name):
         loss = relation_loss(a, b, c, d, None, 9)
     (gradient,) = torch.autograd.grad(loss.sum(), a, create_graph=True)
     with pytest.raises(
@@ -380,8 +381,8 @@ def test_bad_input(device: torch.device, change: dict, message: str) -> None:
     arguments = {"cu_seqlens": offsets([9, 5], device), "max_seqlen": 9} | change
     arguments = operands(14, 2, (16, 24), (torch.float32, torch.float32), device) | arguments
     on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-    for life in ("triton", "torch"):
-        with backend(life), pytest.raises(ValueError, match=re.escape(message)):
+    for backend_name in ("triton", "torch"):
+        with backend(backend_name), pytest.raises(ValueError, match=re.escape(message)):
             relation_loss(**on_device)
 
 

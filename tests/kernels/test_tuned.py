@@ -217,3 +217,19 @@ def test_the_catalogue_has_a_row_for_every_kernel() -> None:
         assert COMPILED[name].__name__.removeprefix("_") == name == kernel.name
         assert name in (kernel.op, f"{kernel.op}_{kernel.step}")
         assert kernel.backward == ("backward" in name or name == "column_sums")
+
+
+def test_a_file_is_of_one_state_of_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(tuned.__file__).parent
+    for file in source.glob("*.py"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(tuned, "__file__", str(tmp_path / "tuned.py"))
+    tuned.identity.cache_clear()
+    try:
+        before = tuned.identity("some GPU")
+        with (tmp_path / "numerics.py").open("a") as file:
+            file.write("# another state\n")
+        tuned.identity.cache_clear()
+        assert tuned.identity("some GPU")["kernels"] != before["kernels"]
+    finally:
+        tuned.identity.cache_clear()

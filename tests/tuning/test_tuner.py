@@ -137,6 +137,23 @@ def test_all_neighbours_are_tiles_that_a_file_may_hold() -> None:
                 assert tuned.read_entry(entry) == (launch, {key: tiles[key] for key in TILE_KEYS})
 
 
+@pytest.mark.parametrize(
+    ("kernel", "side", "other"),
+    [
+        ("attention_backward_dq", "BLOCK_M", "BLOCK_N"),
+        ("attention_backward_dkv", "BLOCK_N", "BLOCK_M"),
+        ("relation_backward_a", "BLOCK_M", "BLOCK_N"),
+        ("relation_backward_b", "BLOCK_N", "BLOCK_M"),
+    ],
+)
+def test_the_first_side_of_a_product_is_what_tensor_cores_take(kernel: str, side: str, other: str) -> None:
+    for target in ("sm_90", "sm_100"):
+        launch = Launch(kernel, torch.bfloat16, 64)
+        found = neighbours(launch, target, shipped_tiles(launch, target))
+        assert min(tiles[side] for tiles in found) == 64
+        assert min(tiles[other] for tiles in found) < 64
+
+
 # What is kept
 
 
