@@ -118,7 +118,8 @@ def check_writable(option: str, path: Path) -> None:
         if path.is_dir():
             fail(f"{option} {str(path)!r} is a folder: name a file")
         if path.exists():
-            path.open("r+b").close()
+            if not os.access(path, os.W_OK):
+                fail(f"{option} {str(path)!r} cannot be written: choose another place")
         else:  # permissions alone do not tell, such as of /proc
             above = next(parent for parent in path.absolute().parents if parent.exists())
             tempfile.TemporaryFile(dir=above).close()
@@ -136,19 +137,14 @@ def writing(option: str, path: Path | str) -> Iterator[None]:
 
 
 def write_json(target: str | None, content: str) -> None:
-    """Write JSON text where --json says: a file, whose folders are made, or stdout for -. None: nowhere.
-
-    A reader, or an interruption, never sees half a file.
-    """
+    """Write JSON text where --json says: a file, whose folders are made, or stdout for -. None: nowhere."""
     if target == "-":
         sys.stdout.write(content)
     elif target is not None:
         path = Path(target)
         with writing("--json", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{os.getpid()}.part")
-            beside.write_text(content, encoding="utf-8")
-            beside.replace(path)
+            path.write_text(content, encoding="utf-8")
 
 
 def choose_interpreter(backend: str, device: str | None) -> None:
