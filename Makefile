@@ -13,7 +13,7 @@ help:
 	@echo "make demo          a real checkpoint through the fused encoder, checked against Hugging Face and timed"
 	@echo "make test          the tests"
 	@echo "make test-all      the tests, the expensive sweeps, and the libraries around"
-	@echo "make lint          ruff and mypy"
+	@echo "make lint          ruff, mypy and the order of imports"
 	@echo "make bench         models on this CPU against the peers people use, interleaved"
 	@echo "make bench-static  what the kernels compile to on four GPUs beside their floors; needs no GPU"
 	@echo "make bench-dev     models and ops, compared with the time they took before"
@@ -58,6 +58,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench.cpu

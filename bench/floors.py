@@ -14,6 +14,7 @@ import transformers
 from bench.static.limits import Cost, cost
 from fastbert.benchmark.timing import graphed, interleaved
 from fastbert.benchmark.workloads import Workload
+from fastbert_kernels.catalogue import dtype_name
 
 #: Bytes of the buffer that is copied to measure the copy.
 COPY_BYTES = 512 * 1024 * 1024
@@ -66,7 +67,7 @@ class Machine:
 
     def facts(self, *dtypes: torch.dtype) -> dict[str, float]:
         """The ceilings by name, per second: bytes copied, and FLOPs in each dtype."""
-        flops = {f"flops_{str(dtype).removeprefix('torch.')}": self.rate(dtype) for dtype in dtypes}
+        flops = {f"flops_{dtype_name(dtype)}": self.rate(dtype) for dtype in dtypes}
         return {"copy_bytes": self.copy} | flops
 
 
@@ -104,7 +105,7 @@ def _products(tokens: int, config: transformers.BertConfig, training: bool) -> I
 def _layer_calls(
     workload: Workload, config: transformers.BertConfig, dtype: torch.dtype, training: bool
 ) -> Iterator[Cost]:
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     lengths, heads = workload.lengths, config.num_attention_heads
     width = config.hidden_size // heads
     maps = {"PROBS"} if workload.attentions else set()
@@ -126,6 +127,6 @@ def _embedding_calls(
             f"embed_{direction}",
             lengths=workload.lengths,
             width=config.hidden_size,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             flags=("WORD_TABLE",),
         )

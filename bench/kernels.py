@@ -17,6 +17,7 @@ from bench.floors import Machine
 from bench.kernel_cases import REFERENCES, Call, Case, draw
 from fastbert.benchmark.measure import SLACK
 from fastbert.benchmark.timing import Run, Times, interleaved
+from fastbert_kernels.catalogue import dtype_name
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def measure(
         blank = Row(
             kernel=f"{case.kernel} {direction}",
             case=case.case,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             contender="",
             flops=work.flops,
             bytes=work.bytes,

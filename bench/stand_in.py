@@ -86,6 +86,6 @@ def as_on_a_gpu(target: str = "sm_90") -> Iterator[Counter[str]]:
                     if hasattr(module, function):
                         stack.enter_context(mock.patch.object(module, function, change))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(target, launched)))
-        stack.enter_context(mock.patch("fastbert_kernels.backend._launchers", {}))
+        stack.enter_context(mock.patch("fastbert_kernels.launch._launchers", {}))
         stack.enter_context(mock.patch("torch.cuda.current_device", _nothing))  # a CPU tensor's device.index is None
         yield launched

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import distill as distill
     from . import encode as encode
-    from .fusing import Explanation as Explanation
+    from .families.bert import BertForMaskedLM as BertForMaskedLM
+    from .families.bert import BertForMultipleChoice as BertForMultipleChoice
+    from .families.bert import BertForNextSentencePrediction as BertForNextSentencePrediction
+    from .families.bert import BertForPreTraining as BertForPreTraining
+    from .families.bert import BertForQuestionAnswering as BertForQuestionAnswering
+    from .families.bert import BertForSequenceClassification as BertForSequenceClassification
+    from .families.bert import BertForTokenClassification as BertForTokenClassification
+    from .families.bert import BertLMHeadModel as BertLMHeadModel
+    from .families.bert import BertModel as BertModel
     from .fusing import explain as explain
     from .fusing import fuse as fuse
     from .fusing import skip_unread as skip_unread
@@ -15,31 +23,23 @@ if TYPE_CHECKING:
     from .graphs.inference import graphed as graphed
     from .graphs.training import GraphedStep as GraphedStep
     from .graphs.training import graphed_step as graphed_step
-    from .heads import BertForMaskedLM as BertForMaskedLM
-    from .heads import BertForMultipleChoice as BertForMultipleChoice
-    from .heads import BertForNextSentencePrediction as BertForNextSentencePrediction
-    from .heads import BertForPreTraining as BertForPreTraining
-    from .heads import BertForQuestionAnswering as BertForQuestionAnswering
-    from .heads import BertForSequenceClassification as BertForSequenceClassification
-    from .heads import BertForTokenClassification as BertForTokenClassification
-    from .heads import BertLMHeadModel as BertLMHeadModel
-    from .modeling import BertModel as BertModel
+    from .modules.explaining import Explanation as Explanation
 
 __version__ = "0.1.0"
 
 #: Public name -> the module it lives in. Loaded when first used: the command line has to choose how kernels run, which
 #: Triton reads when they are defined, and its help should not wait for torch.
 _HOMES = {
-    "BertForMaskedLM": "heads",
-    "BertForMultipleChoice": "heads",
-    "BertForNextSentencePrediction": "heads",
-    "BertForPreTraining": "heads",
-    "BertForQuestionAnswering": "heads",
-    "BertForSequenceClassification": "heads",
-    "BertForTokenClassification": "heads",
-    "BertLMHeadModel": "heads",
-    "BertModel": "modeling",
-    "Explanation": "fusing",
+    "BertForMaskedLM": "families.bert",
+    "BertForMultipleChoice": "families.bert",
+    "BertForNextSentencePrediction": "families.bert",
+    "BertForPreTraining": "families.bert",
+    "BertForQuestionAnswering": "families.bert",
+    "BertForSequenceClassification": "families.bert",
+    "BertForTokenClassification": "families.bert",
+    "BertLMHeadModel": "families.bert",
+    "BertModel": "families.bert",
+    "Explanation": "modules.explaining",
     "Graphed": "graphs.inference",
     "GraphedStep": "graphs.training",
     "explain": "fusing",

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.bert import modeling_bert as hf
 
 from fastbert_kernels import relation_loss
 from fastbert_kernels.backend import check_mode, check_same_device
 from fastbert_kernels.relation import MAX_RELATION_DIM
 
-from .modules import FusedSelfAttention, attends_fused
+from .families import MODELS
+from .modules.attention import FusedSelfAttention, attends_fused
+from .modules.model import EncoderModel
 
 _QUERY, _KEY, _VALUE = range(3)
 
@@ -120,27 +121,27 @@ def capture(model: nn.Module, layers: Sequence[int] = (-1,)) -> Iterator[list[Pr
         raise RuntimeError(f"nothing was captured: {type(model).__name__} was not called inside the block")
 
 
-def _only_bert(model: nn.Module) -> hf.BertModel:
-    berts = [module for module in model.modules() if isinstance(module, hf.BertModel)]
+def _only_bert(model: nn.Module) -> Any:
+    berts = [module for module in model.modules() if isinstance(module, MODELS)]
     if len(berts) != 1:
         raise ValueError(f"capture needs exactly one BertModel, got {type(model).__name__} with {len(berts)}: pass it")
     return berts[0]
 
 
-def _fused_attention(bert: hf.BertModel, index: int) -> FusedSelfAttention:
-    count = len(bert.encoder.layer)
+def _fused_attention(bert: Any, index: int) -> FusedSelfAttention:
+    count = bert.config.num_hidden_layers
     if not -count <= index < count:
         raise ValueError(f"there is no layer {index} to capture: the model has {count}")
-    if not attends_fused(bert.encoder.layer[index]):
+    if not isinstance(bert, EncoderModel) or not attends_fused(bert.layers[index]):
         raise ValueError(
             f"the attention of layer {index} is not fused, and only fused layers are captured: call "
             "fastbert.fuse(model), and see fastbert.explain(model)"
         )
-    return bert.encoder.layer[index].attention.self
+    return bert.layers[index].attention.self
 
 
-def _refuse_detached(bert: hf.BertModel) -> None:
-    layer: Any = bert.encoder.layer[0]
+def _refuse_detached(bert: Any) -> None:
+    layer: Any = bert.layers[0]
     if bert.training and torch.is_grad_enabled() and layer.gradient_checkpointing:
         if layer._gradient_checkpointing_func.keywords.get("use_reentrant"):
             raise ValueError(

@@ -5,32 +5,26 @@ it is.
 """
 
 import copy
+import gc
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
-from transformers.models.bert import modeling_bert as hf
 
-from .heads import BertForMaskedLM, BertForPreTraining, FusedHead, FusedMaskedLM
-from .modeling import BertModel
-from .modules import FUSED, FusedLayer, FusedSelfAttention, fuse_modules
+from . import families
+from .modules.attention import FusedSelfAttention
+from .modules.explaining import Explanation, explain_encoder
+from .modules.heads import FusedHead, FusedMaskedLM
+from .modules.model import EncoderModel
+from .modules.packing import check_packing, describe_padding, masked_reader
+from .modules.readable import as_if_gathered
+from .modules.swap import FUSED, fuse_modules, hugging_face_class, is_ours
 from .notices import warn_once
-from .plain import as_if_gathered
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_UNFUSED: dict[type[nn.Module], type[nn.Module]] = {fused: plain for plain, fused in FUSED.items()}
-_UNFUSED[BertModel] = hf.BertModel
-
-#: Where torch.compile and torch's checkpoint_wrapper keep the layer that they stand in front of.
-_LAYER_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
-
-#: The parts of a layer that `explain` speaks of, by their path in it.
-_PARTS = ("attention.self", "attention.output", "intermediate", "output")
+#: What modules of ours keep on themselves while they are.
+_ATTRIBUTES = ("dropout_stream", "packing", "reads", "read_rows", "_look", "_zero_types")
 
 
 def _refuse_sharded(model: nn.Module, verb: str) -> None:
@@ -44,19 +38,21 @@ def _refuse_sharded(model: nn.Module, verb: str) -> None:
             )
 
 
-def _berts(model: nn.Module) -> list[hf.BertModel]:
-    berts = [module for module in model.modules() if isinstance(module, hf.BertModel)]
-    if not berts:
-        raise ValueError(f"{type(model).__name__} holds no transformers.BertModel: fastbert fuses BERT encoders")
-    return berts
+def _encoders(model: nn.Module) -> list[Any]:
+    encoders = [module for module in model.modules() if isinstance(module, families.MODELS)]
+    if not encoders:
+        known = ", ".join(f"transformers.{kind.__name__}" for kind in families.MODELS)
+        raise ValueError(f"{type(model).__name__} holds no {known}: fastbert fuses BERT encoders")
+    return encoders
 
 
-def fuse(model: Model, packing: bool = True) -> Model:
+def fuse(model: Model, packing: bool | str = "auto") -> Model:
     """Put every `BertModel` inside a model on the fast path, in place.
 
     Args:
         model: a `transformers.BertModel`, or anything that holds some: a head, a PEFT or sentence-transformers model.
-        packing: drop padding inside, which then gives zeros; False keeps every row equal to eager attention.
+        packing: "auto" drops padding inside where nobody reads its rows, so that what is handed out equals eager's;
+            True drops it everywhere, and gives zeros there; False nowhere.
 
     Returns:
         The same object.
@@ -64,21 +60,36 @@ def fuse(model: Model, packing: bool = True) -> Model:
     Raises:
         ValueError: when there is no `BertModel` inside, or FSDP2 has sharded a module already.
     """
+    check_packing(packing)
     _refuse_sharded(model, "fuse")
-    for bert in _berts(model):
-        if bert.config.is_decoder:
+    for encoder in _encoders(model):
+        name = type(encoder).__name__
+        if encoder.config.is_decoder:
             warn_once("fastbert: a decoder stays on Hugging Face's own path")
             continue
-        if type(bert) not in (hf.BertModel, BertModel):
-            warn_once(f"fastbert: {type(bert).__name__} overrides BertModel and stays as it is")
+        fused = FUSED.get(type(encoder))
+        if fused is None and not is_ours(encoder):
+            warn_once(f"fastbert: {name} overrides {hugging_face_class(type(encoder)).__name__} and stays as it is")
             continue
-        if type(bert) is hf.BertModel:
-            bert._unfused_attn_implementation = bert.config._attn_implementation
-            bert.__class__ = BertModel
-            _set_attn_implementation(model, bert, "eager")
-        bert.packing = packing
-        fuse_modules(bert)
+        if fused is not None:
+            encoder._unfused_attn_implementation = encoder.config._attn_implementation
+            encoder.__class__ = fused
+            _set_attn_implementation(model, encoder, "eager")
+        encoder.packing = packing
+        fuse_modules(encoder)
+    for module in model.modules():
+        _tell_readers(module)
     return model
+
+
+def _tell_readers(module: Any) -> None:
+    """Let what calls a fused encoder tell it which rows it reads."""
+    ours = families.HEADS.get(type(module))
+    if ours is not None and is_ours(module.base_model):
+        module.__class__ = ours
+    encoder = masked_reader(module)
+    if isinstance(encoder, EncoderModel):
+        encoder.reads = "marked"
 
 
 def unfuse(model: Model) -> Model:
@@ -91,35 +102,31 @@ def unfuse(model: Model) -> Model:
             sharded a module.
     """
     _refuse_sharded(model, "unfuse")
-    berts = _berts(model)
+    encoders = _encoders(model)
     for module in model.modules():
-        ours = (BertModel.__module__, FusedHead.__module__)
-        if isinstance(module, BertModel | FusedHead) and type(module).__module__ not in ours:
+        if isinstance(module, EncoderModel | FusedHead) and not is_ours(module):
             raise ValueError(
                 f"{type(module).__name__} derives from fastbert's class: derive it from transformers' to unfuse"
             )
-    for bert in berts:
-        for module in bert.modules():
-            if isinstance(module, FusedSelfAttention):
-                module.separate()
-            plain = _UNFUSED.get(type(module))
-            if plain is not None:
-                module.__class__ = plain
-                module.__dict__.pop("dropout_stream", None)
-                module.__dict__.pop("packing", None)
-                module.__dict__.pop("read_rows", None)
-        if "_unfused_attn_implementation" in bert.__dict__:
-            _set_attn_implementation(model, bert, bert.__dict__.pop("_unfused_attn_implementation"))
+    for encoder in encoders:
+        for module in encoder.modules():
+            if is_ours(module):
+                _put_back(module)
+        if "_unfused_attn_implementation" in encoder.__dict__:
+            _set_attn_implementation(model, encoder, encoder.__dict__.pop("_unfused_attn_implementation"))
     for module in model.modules():
         if isinstance(module, FusedHead):
-            module.__dict__.pop("read_rows", None)
-            module.__class__ = next(c for c in type(module).__mro__ if c.__module__ == hf.__name__)
+            _put_back(module)
     return model
 
 
-#: Heads that read the pooled output only; and those whose loss reads labelled rows only, with fastbert's class of each.
-_POOLED = (hf.BertForSequenceClassification, hf.BertForNextSentencePrediction, hf.BertForMultipleChoice)
-_MASKED_LM = {hf.BertForMaskedLM: BertForMaskedLM, hf.BertForPreTraining: BertForPreTraining}
+def _put_back(module: nn.Module) -> None:
+    """Give a module of ours Hugging Face's class again."""
+    if isinstance(module, FusedSelfAttention):
+        module.separate()
+    module.__class__ = hugging_face_class(type(module))
+    for name in _ATTRIBUTES:
+        module.__dict__.pop(name, None)
 
 
 def skip_unread(model: Model, skip: bool = True) -> Model:
@@ -141,112 +148,50 @@ def skip_unread(model: Model, skip: bool = True) -> Model:
     Raises:
         ValueError: when there is no such head inside, or its `BertModel` is not fused.
     """
-    heads: list[Any] = [m for m in model.modules() if isinstance(m, (*_POOLED, *_MASKED_LM))]
+    heads: list[Any] = [
+        m for m in model.modules() if isinstance(m, (*families.POOLED_HEADS, *families.MASKED_LM_HEADS))
+    ]
     if not heads:
+        known = ", ".join(head.__name__ for head in (*families.POOLED_HEADS, *families.MASKED_LM_HEADS))
         raise ValueError(
-            f"{type(model).__name__} holds no head that leaves rows unread: skip_unread knows "
-            f"{', '.join(head.__name__ for head in (*_POOLED, *_MASKED_LM))}; a BertModel has read_rows"
+            f"{type(model).__name__} holds no head that leaves rows unread: skip_unread knows {known}; a BertModel "
+            "has read_rows"
         )
     for head in heads:
-        if not isinstance(head.bert, BertModel) or head.bert.config.is_decoder:
-            raise ValueError(f"the BertModel in {type(head).__name__} is not fused: call fastbert.fuse(model) first")
-        if not isinstance(head, (*_POOLED, FusedMaskedLM)) and type(head) not in _MASKED_LM:
+        if not isinstance(head.base_model, EncoderModel) or head.base_model.config.is_decoder:
+            name = hugging_face_class(type(head.base_model)).__name__
+            raise ValueError(f"the {name} in {type(head).__name__} is not fused: call fastbert.fuse(model) first")
+        pooled = isinstance(head, families.POOLED_HEADS)
+        if not pooled and not isinstance(head, FusedMaskedLM) and type(head) not in FUSED:
             raise ValueError(f"{type(head).__name__} derives from Hugging Face's class: derive it from fastbert's")
     for head in heads:
-        if isinstance(head, _POOLED):
-            head.bert.read_rows = "first" if skip else "all"
+        if isinstance(head, families.POOLED_HEADS):
+            head.base_model.read_rows = "first" if skip else "all"
         else:
-            head.__class__ = _MASKED_LM.get(type(head), type(head))
+            head.__class__ = FUSED.get(type(head), type(head))
             head.read_rows = "labelled" if skip else "all"
     return model
 
 
-def _set_attn_implementation(model: nn.Module, bert: hf.BertModel, name: str | None) -> None:
-    """Name the attention in the model's configuration, which becomes its own: another model may share the old one."""
-    old = bert.config
-    new = copy.deepcopy(old)
-    new._attn_implementation = name
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
+def _set_attn_implementation(model: nn.Module, encoder: Any, name: str | None) -> None:
+    """Name the attention in the encoder's configuration, for whatever follows it. Where another model shares it, which
+    wants its own, the model's becomes a copy."""
+    config = encoder.config
+    if name != config._attn_implementation and _is_shared(config, model, encoder):
+        new = copy.deepcopy(config)
+        for module in model.modules():
+            if getattr(module, "config", None) is config:
+                module.config = new
+        config = new
+    config._attn_implementation = name
 
 
-@dataclass(frozen=True)
-class Part:
-    """One part of a model and how it runs.
-
-    Attributes:
-        layer: the encoder layer, or None for the embeddings.
-        name: its path in the layer.
-        fused: whether it is on fastbert's path: a kernel on a GPU, the same op in plain PyTorch on a CPU.
-        reason: why not, or what inside it is called as a module although it does.
-        rows: "all", or "first" where it computes the first row of each sequence only.
-    """
-
-    layer: int | None
-    name: str
-    fused: bool
-    reason: str | None
-    rows: str = "all"
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found; printable."""
-
-    parts: tuple[Part, ...]
-
-    @property
-    def fused(self) -> bool:
-        """Whether every part is on fastbert's path."""
-        return all(part.fused for part in self.parts)
-
-    def __rich__(self) -> Table | str:
-        if self.fused and not any(part.reason for part in self.parts):
-            layers = len({part.layer for part in self.parts if part.layer is not None})
-            short = "; the last one computes first rows only" if any(p.rows == "first" for p in self.parts) else ""
-            return f"every part is fused: embeddings and {layers} layers{short}"
-        table = Table("layer", "part", "runs", "because")
-        for part in self.parts:
-            if not part.fused or part.reason:
-                layer = "-" if part.layer is None else str(part.layer)
-                table.add_row(layer, part.name, "fused" if part.fused else "unfused", part.reason or "")
-        return table
-
-    def __str__(self) -> str:
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
-
-
-def _explain_part(layer: int | None, name: str, module: Any, context: str | None) -> Part:
-    if context is not None:
-        return Part(layer, name, False, context)
-    if not hasattr(module, "unfused_reason"):
-        return Part(layer, name, False, f"{type(module).__name__} is not Hugging Face's module or not yet fused")
-    reason = module.unfused_reason()
-    return Part(layer, name, reason is None, module.note() if reason is None else reason)
-
-
-def _explain_bert(bert: hf.BertModel) -> Iterator[Part]:
-    context = None
-    if bert.config.is_decoder:
-        context = "a decoder runs on Hugging Face's own path"
-    elif not isinstance(bert, BertModel):
-        context = f"{type(bert).__name__} is not fused: call fastbert.fuse(model)"
-    yield _explain_part(None, "embeddings", bert.embeddings, context)
-    for i, wrapped in enumerate(bert.encoder.layer):
-        layer: Any = wrapped
-        for wrapper in _LAYER_WRAPPERS:
-            layer = getattr(layer, wrapper, layer)
-        if context is None and not isinstance(layer, FusedLayer):
-            yield Part(i, "layer", False, f"{type(layer).__name__} is not Hugging Face's BertLayer")
-        else:
-            last = context is None and i + 1 == len(bert.encoder.layer)
-            rows = bert.read_rows if last and bert._last_layer_computes_all() is None else "all"
-            for name in _PARTS:
-                yield replace(_explain_part(i, name, layer.get_submodule(name), context), rows=rows)
+def _is_shared(config: Any, model: nn.Module, encoder: nn.Module) -> bool:
+    """Whether a module has this configuration that is neither in the model nor around the encoder."""
+    inside = {id(module) for module in model.modules()}
+    states = (holder for holder in gc.get_referrers(config) if isinstance(holder, dict) and "_modules" in holder)
+    holders = [owner for state in states for owner in gc.get_referrers(state) if getattr(owner, "__dict__", 0) is state]
+    return any(id(owner) not in inside and all(part is not encoder for part in owner.modules()) for owner in holders)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -258,5 +203,22 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         ValueError: when there is no `BertModel` inside.
     """
+    encoders = _encoders(model)
+    heads = {id(module.base_model): module for module in model.modules() if isinstance(module, FusedHead)}
     with as_if_gathered():
-        return Explanation(tuple(part for bert in _berts(model) for part in _explain_bert(bert)))
+        parts = [part for encoder in encoders for part in explain_encoder(encoder, _context(encoder))]
+        padding = [
+            describe_padding(encoder, getattr(heads.get(id(encoder)), "reads", encoder.reads))
+            for encoder in encoders
+            if _context(encoder) is None
+        ]
+    return Explanation(tuple(parts), tuple(padding))
+
+
+def _context(encoder: Any) -> str | None:
+    """Why no part of an encoder is on the fast path."""
+    if encoder.config.is_decoder:
+        return "a decoder runs on Hugging Face's own path"
+    if isinstance(encoder, EncoderModel):
+        return None
+    return f"{type(encoder).__name__} is not fused: call fastbert.fuse(model)"

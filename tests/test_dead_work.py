@@ -289,10 +289,11 @@ def test_unfuse_computes_everything_again() -> None:
 def test_explain_tells_of_first_rows() -> None:
     _, less = two("BertForSequenceClassification", torch.device("cpu"))
     explained = fastbert.explain(less)
-    assert str(explained) == "every part is fused: embeddings and 2 layers; the last one computes first rows only"
+    first, _ = str(explained).splitlines()
+    assert first == "every part is fused: embeddings and 2 layers; the last one computes first rows only"
     assert {part.layer for part in explained.parts if part.rows == "first"} == {1}
     fastbert.skip_unread(less, skip=False)
-    assert str(fastbert.explain(less)) == "every part is fused: embeddings and 2 layers"
+    assert str(fastbert.explain(less)).splitlines()[0] == "every part is fused: embeddings and 2 layers"
 
 
 @pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForMaskedLM"])

@@ -13,7 +13,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import notices
-from fastbert.plain import foreign_hooks
+from fastbert.modules.packing import find_strangers
 
 
 def plain_model(**changes: object) -> transformers.BertModel:
@@ -64,6 +64,7 @@ def test_saved_by_one_opens_in_the_other(tmp_path: Path, safe: bool) -> None:
         plain.save_pretrained(tmp_path / "theirs")
         theirs = transformers.BertModel.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
         ours = fastbert.BertModel.from_pretrained(tmp_path / "theirs").eval()
+        ours.packing = fused.packing
     else:
         torch.save(fused.state_dict(), tmp_path / "ours.pt")
         theirs = transformers.BertModel(tiny_config()).eval()
@@ -113,8 +114,11 @@ def test_fuse_reaches_inside_and_explains() -> None:
 
     model = fastbert.fuse(Wrapper())
     assert isinstance(model.inner.bert, fastbert.BertModel)
-    assert type(model.inner) is transformers.BertForTokenClassification
-    assert str(fastbert.explain(model)) == "every part is fused: embeddings and 2 layers"
+    assert type(model.inner) is fastbert.BertForTokenClassification
+    explained = str(fastbert.explain(model)).splitlines()
+    assert explained[0] == "every part is fused: embeddings and 2 layers"
+    assert explained[1:] == ["padding is dropped where there are labels, and every one at padding is -100"]
+    assert type(fastbert.unfuse(model).inner) is transformers.BertForTokenClassification
 
 
 def test_nothing_to_fuse_is_an_error() -> None:
@@ -227,7 +231,7 @@ def test_someone_elses_layer_and_attention_get_a_padded_batch() -> None:
     assert_close(fused(x, mask).last_hidden_state, plain(x, mask).last_hidden_state, mask.bool())
     assert_close(fused(x, output_attentions=True).attentions[1], plain(x, output_attentions=True).attentions[1])
     report = str(fastbert.explain(fused))
-    with pytest.raises(ValueError, match="MyAttention is not fastbert's"):
+    with pytest.raises(ValueError, match=r"MyLayer\) is not fastbert's"):
         fused(x, head_mask=torch.ones(4))
     cu = torch.tensor([0, 5, 11], dtype=torch.int32)
     with pytest.raises(ValueError, match="neither packed sequences"):
@@ -257,13 +261,13 @@ def test_captum_style_hooks_see_their_modules_called() -> None:
 def test_machinery_hooks_do_not_stop_packing() -> None:
     _, fused = pair()
     fused.enable_input_require_grads()
-    assert foreign_hooks(fused) == []
+    assert list(find_strangers(fused)) == []
     assert fastbert.explain(fused).fused
     fused.requires_grad_(False)
     assert fused(ids()).last_hidden_state.requires_grad
     plain = plain_model()
     plain(ids(), output_hidden_states=True)  # installs Hugging Face's own capturing hooks
-    assert foreign_hooks(fastbert.fuse(plain)) == []
+    assert list(find_strangers(fastbert.fuse(plain))) == []
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -325,3 +329,13 @@ def test_left_padding_warns_of_the_pooler(caplog: pytest.LogCaptureFixture) -> N
         assert "pooler_output" not in caplog.text
         fused(ids(), mask_of([11, 3, 7], 11).flip(1))
     assert "pooler_output is made of padding" in caplog.text
+
+
+def test_print_shows_what_is_fused() -> None:
+    _, fused = pair()
+    fused.encoder.layer[1].output.LayerNorm = nn.Identity()
+    shown = str(fused)
+    assert "fused by fastbert, packing=True" in shown
+    assert shown.count("  fused\n") == 1 + 4 * 2 - 1  # embeddings, and the parts of two layers but one
+    assert "unfused: LayerNorm is not a plain nn.LayerNorm but Identity" in shown
+    assert "fused" not in str(fastbert.unfuse(fused))

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastbert_kernels.tiles import Tiles
+from fastbert_kernels.catalogue import Tiles
 
 from . import baseline
 from .alternatives import alternatives

@@ -1,7 +1,7 @@
 """Other tiles for a case, compiled beside the shipped ones: how the tables in `fastbert_kernels.tiles` are chosen."""
 
 from fastbert.tuning.neighbours import neighbours
-from fastbert_kernels.tiles import Tiles
+from fastbert_kernels.catalogue import Tiles
 
 from .cases import Case, launch_tiles
 

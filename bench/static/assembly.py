@@ -16,9 +16,9 @@ import triton
 from triton.compiler import ASTSource, make_backend
 
 from fastbert_kernels.backend import INTERPRETED
-from fastbert_kernels.tiles import Tiles
+from fastbert_kernels.catalogue import Tiles
 
-from .cases import KERNELS, TARGETS, Case, arguments, launch_tiles
+from .cases import COMPILED, TARGETS, Case, arguments, launch_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def compile_case(case: Case, target: str, tiles: Tiles | None = None) -> Machine
         RuntimeError: when Triton's interpreter is on, under which there is nothing to compile.
     """
     require_compiler()
-    kernel = KERNELS[case.kernel]
+    kernel = COMPILED[case.kernel]
     tiles = launch_tiles(case, target) if tiles is None else tiles
     given = arguments(case, tiles)
     # Triton is about to change the default of enable_fp_fusion; the kernels are launched with it.
@@ -106,7 +106,7 @@ def compile_case(case: Case, target: str, tiles: Tiles | None = None) -> Machine
 @functools.cache
 def _binder(kernel: str, target: str) -> Any:
     """The launcher's own function from arguments to their specialization."""
-    fn = KERNELS[kernel]
+    fn = COMPILED[kernel]
     return triton.runtime.jit.create_function_from_signature(fn.signature, fn.params, make_backend(TARGETS[target]))
 
 

@@ -11,11 +11,10 @@ from triton.backends.compiler import GPUTarget
 
 from fastbert.tuning.neighbours import shipped_tiles
 from fastbert.tuning.problems import COMPILED
-from fastbert_kernels import column_sums
-from fastbert_kernels.attention import blocked_length
-from fastbert_kernels.bias_gelu import ACTIVATIONS
-from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, PARTIAL_SUMS, Tiles
-from fastbert_kernels.tuned import Launch
+from fastbert_kernels import ACTIVATIONS, column_sums
+from fastbert_kernels.catalogue import KERNELS, Kernel, Launch, Tiles
+from fastbert_kernels.sequences import blocked_length
+from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, PARTIAL_SUMS
 
 from .limits import FEED_FORWARD, FLAGS, VOCABULARY, Cost, cost
 
@@ -28,9 +27,6 @@ TARGETS: dict[str, GPUTarget] = {
 
 #: The GPU of each target, a key of `limits.PEAKS`.
 DEVICES = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
-
-#: Kernel -> what is compiled: those whose tiles can be measured, and the others.
-KERNELS: dict[str, Any] = COMPILED | {"column_sums": column_sums._column_sums}
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HEAD_DIMS = (8, 32, 48, 64, 80, 96, 128)
@@ -91,7 +87,7 @@ class Case:
     """One kernel in one configuration that the host code can launch."""
 
     kernel: str
-    """A key of `KERNELS`."""
+    """A name of `catalogue.KERNELS`."""
     dtype: str
     """A key of `DTYPES`, of the activations and weights."""
     width: int
@@ -119,31 +115,26 @@ class Case:
         return all(word in self.kernel or any(mine.startswith(word) for mine in own) for word in text.lower().split())
 
     @property
-    def attends(self) -> bool:
-        """Whether this is an attention or a relation kernel, which has heads and multiplies matrices."""
-        return self.kernel.startswith(("attention_", "relation_"))
-
-    @property
-    def feeds_forward(self) -> bool:
-        """Whether this is a feed-forward kernel: a product with rows of its own, in tiles of three sides."""
-        return self.kernel.startswith("feed_forward_")
+    def traits(self) -> Kernel:
+        """All else that is known of the kernel."""
+        return KERNELS[self.kernel]
 
     @property
     def launch(self) -> Launch:
         """What its tiles are chosen by."""
-        maps = self.attends and not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(self.flags)
+        maps = self.traits.attends and not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(self.flags)
         return Launch(self.kernel, DTYPES[self.dtype], self.width, maps)
 
     def order(self) -> tuple[Any, ...]:
         """Sorts cases by kernel, dtype and width."""
-        return list(KERNELS).index(self.kernel), self.dtype, self.width, str(self)
+        return list(COMPILED).index(self.kernel), self.dtype, self.width, str(self)
 
     def cost(self) -> Cost:
         """What one call at `LENGTHS` must compute and move."""
         return cost(
             self.kernel,
             lengths=LENGTHS,
-            heads=HEADS if self.attends else 1,
+            heads=HEADS if self.traits.attends else 1,
             width=self.width,
             dtype=self.dtype,
             flags=self.flags,
@@ -157,18 +148,18 @@ class Case:
     def trips(self, tiles: Tiles) -> tuple[int, int]:
         """Programs of one call at `LENGTHS`, and how often they go through their loop, all together."""
         tokens, block_m, block_n = sum(LENGTHS), tiles["BLOCK_M"], tiles["BLOCK_N"]
-        if self.attends:
-            own, streamed = (block_n, block_m) if self.kernel.endswith(("dkv", "_b")) else (block_m, block_n)
+        if self.traits.attends:
+            own, streamed = (block_n, block_m) if self.traits.by_columns else (block_m, block_n)
             programs = [HEADS * -(-length // own) for length in LENGTHS]
             return sum(programs), sum(p * -(-length // streamed) for p, length in zip(programs, LENGTHS, strict=True))
-        if self.feeds_forward:  # counted by tile, as if each had a program of its own
+        if self.traits.work == "product":  # counted by tile, as if each had a program of its own
             tiled = -(-tokens // block_m) * -(-FEED_FORWARD * self.width // block_n)
             return tiled, tiled * -(-self.width // tiles["BLOCK_K"])
         blocks, columns = -(-tokens // block_m), -(-self.width // block_n)
-        if self.kernel == "column_sums":
+        if self.traits.work == "sums":
             columns = sum(-(-width // block_n) for width in self.summed())
             return columns, columns * -(-PARTIAL_SUMS // block_m)
-        if self.kernel.endswith("forward"):
+        if not self.traits.backward:
             return blocks * columns, 0
         return min(blocks, PARTIAL_SUMS) * columns, blocks * columns
 
@@ -277,7 +268,7 @@ def _all_cases() -> Iterator[Case]:
 
 def launch_tiles(case: Case, target: str) -> Tiles:
     """The tiles and compile options with which the host launches a case."""
-    return column_sums.TILES if case.kernel == "column_sums" else shipped_tiles(case.launch, target)
+    return column_sums.TILES if case.traits.work == "sums" else shipped_tiles(case.launch, target)
 
 
 def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
@@ -286,7 +277,7 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
     Raises:
         KeyError: for an argument of the kernel that no table here knows, or a switch that the kernel does not have.
     """
-    kernel, dtype = KERNELS[case.kernel], DTYPES[case.dtype]
+    kernel, dtype = COMPILED[case.kernel], DTYPES[case.dtype]
     known: dict[str, Any] = {f"HAS_{flag}": False for flag in FLAGS}
     known |= {f"HAS_{flag}": True for flag in case.flags}
     known |= dict.fromkeys(("HEAD_DIM", "STUDENT_DIM", "TEACHER_DIM"), case.width)
@@ -294,7 +285,7 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
     known |= dict.fromkeys(("BLOCK_D", "BLOCK_STUDENT", "BLOCK_TEACHER"), blocks)
     operands = ("student_a", "student_b", "teacher_a", "teacher_b")  # of the three projections of a layer
     known |= {f"{name}_row_stride": 3 * _SIZES[case.aligned]["heads"] * case.width for name in operands}
-    features = FEED_FORWARD * case.width if case.feeds_forward else case.width
+    features = FEED_FORWARD * case.width if case.traits.work == "product" else case.width
     known |= dict(zip(("first_columns", "second_columns", "third_columns"), case.summed(), strict=True))
     known |= {"inner": case.width, "features": features, "ACTIVATION": case.activation}
     known |= _SCALARS | _SIZES[case.aligned] | tiles
@@ -302,7 +293,7 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
         known[name] = torch.empty(1, dtype=fixed or dtype, device="meta")
     packed = known["cu_seqlens_ptr"] if known["HAS_CU_SEQLENS"] else None
     known["max_seqlen"] = blocked_length(packed, known["max_seqlen"])
-    if case.attends:
+    if case.traits.attends:
         known["bias_ptr"] = torch.empty(1, dtype=torch.float32, device="meta")  # an additive mask, not a parameter
     unknown = [name for name in kernel.arg_names if name not in known]
     unknown += [f"HAS_{flag}" for flag in case.flags if f"HAS_{flag}" not in kernel.arg_names]

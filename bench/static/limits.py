@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+from fastbert_kernels.catalogue import KERNELS
 from fastbert_kernels.tiles import PARTIAL_SUMS
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -245,7 +246,8 @@ _COSTS: dict[str, Callable[[_Call], Cost]] = {
     "column_sums": _column_sums,
 }
 
-KERNELS = tuple(_COSTS)
+#: Kernels with heads.
+_HEADED = {"attention_backward", *(kernel.name for kernel in KERNELS.values() if kernel.attends)}
 
 
 def cost(
@@ -262,7 +264,7 @@ def cost(
     """What one call of a kernel must compute and move.
 
     Args:
-        kernel: one of `KERNELS`; "attention_backward" is the two backward kernels as one.
+        kernel: of one of `catalogue.KERNELS`; "attention_backward" is the two backward kernels as one.
         lengths: tokens of each sequence; the kernels of rows only need their sum.
         width: head_dim of an attention kernel, dim of a relation kernel, hidden size of a feed-forward kernel, features
             of the others.
@@ -283,7 +285,7 @@ def cost(
     _known("activation", activation or "relu", _EXPONENTIALS)
     if not lengths or min(lengths) < 0 or width < 1 or heads < 1:
         raise ValueError(f"a call needs sequences, got lengths={lengths}, width={width}, heads={heads}")
-    if not kernel.startswith(("attention_", "relation_")) and heads != 1:
+    if kernel not in _HEADED and heads != 1:
         raise ValueError(f"{kernel} has no heads, got heads={heads}: its width is all its features")
     sides = max(lengths) if probs_seq is None else probs_seq
     exponentials = _EXPONENTIALS[activation or "relu"]

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-from fastbert_kernels.tiles import Tiles
+from fastbert_kernels.catalogue import Tiles
 
 from .assembly import Machine
 from .cases import DEVICES, TARGETS, Case
@@ -78,7 +78,7 @@ class Report:
 
     def _is_narrow(self, size: int) -> bool:
         """Whether the smaller tile of rows that an attention kernel loads has under `size` bytes for each thread."""
-        if not self.case.attends:
+        if not self.case.traits.attends:
             return False
         rows = min(self.tiles["BLOCK_M"], self.tiles["BLOCK_N"])
         threads = TARGETS[self.target].warp_size * self.tiles["num_warps"]

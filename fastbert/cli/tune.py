@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastbert.tuning.choice import Choice
     from fastbert.tuning.launches import Widths
     from fastbert.tuning.tuner import Outcome
-    from fastbert_kernels.tuned import Launch, Product
+    from fastbert_kernels.catalogue import Launch, Product
 
 
 def tune(

@@ -25,7 +25,7 @@ from fastbert.inputs import (
     parse_device,
     parse_dtype,
 )
-from fastbert.modeling import BertModel as FusedBertModel
+from fastbert.modules.model import EncoderModel
 
 #: Tokens of a batch: enough to keep the products of a GPU busy, few enough for the memory of any.
 TOKENS = 8192
@@ -113,7 +113,7 @@ class Encoder:
         length = check_max_length(max_length, int(min(bert.config.max_position_embeddings, tokenizer.model_max_length)))
         self.bert = fuse(bert).to(self.device, self.dtype).eval()
         check_finite(self.bert, name)  # in its dtype: float16 ends at 65504
-        if not isinstance(self.bert, FusedBertModel) or bert.config.is_decoder:
+        if not isinstance(self.bert, EncoderModel) or bert.config.is_decoder:
             raise InputError(
                 f"{type(bert).__name__} is a decoder or overrides BertModel: only BERT encoders take packed text"
             )

@@ -2,21 +2,19 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.nn import CrossEntropyLoss
 
-from fastbert.modeling import BertModel
-from fastbert.packing import Layout
+from fastbert.batch.batch import UNLABELLED
+from fastbert.batch.layout import Layout
+from fastbert.modules.model import EncoderModel
 
 #: Buckets by default: so close that a batch which is over one fills the next by two thirds.
 TOKENS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
 #: A bucket has room for one sequence for so many tokens: each costs every attention launch programs that find it empty.
 _TOKENS_OF_A_SEQUENCE = 16
-
-#: The label of what has none.
-UNLABELLED: int = CrossEntropyLoss().ignore_index
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,6 @@ def choose_bucket(buckets: list[Bucket], tokens: int, sequences: int, longest: i
     return next(fits, None)
 
 
-def count_tokens(layout: Layout) -> int:
-    """How many tokens a batch has, padding left out."""
-    return layout.batch * layout.seq if layout.indices is None else layout.indices.shape[0]
-
-
 class Arrays:
     """Arrays that never move. A batch's tokens are laid into them one after the other, padding tokens after them in
     sequences of their own, and empty sequences after those.
@@ -80,7 +73,7 @@ class Arrays:
 
     def __init__(
         self,
-        bert: BertModel,
+        bert: EncoderModel,
         buckets: list[Bucket],
         token_labels: tuple[str, ...] = (),
         sequence_labels: tuple[str, ...] = (),
@@ -117,12 +110,16 @@ class Arrays:
                 model's own.
             layout: of the batch.
         """
-        count = count_tokens(layout)
+        count = layout.tokens
+        values, embeddings = dict(values), self._bert.embeddings
+        if values["position_ids"] is None:
+            words: Any = values["input_ids"]
+            values["position_ids"] = embeddings.positions(words).expand(layout.batch, layout.seq)
+        if values["token_type_ids"] is None:
+            values["token_type_ids"] = embeddings.token_types(values["position_ids"])
         parts = []
         for name, rest in self._rest.items():
             value = values[name]
-            if value is None and name == "position_ids":
-                value = self._bert.embeddings.position_ids[:, : layout.seq].expand(layout.batch, layout.seq)
             value = self._constants[0][:count] if value is None else value
             parts += [value.reshape(-1), self._constants[rest][: bucket.tokens - count]]
         for name in self._sequence_labels:

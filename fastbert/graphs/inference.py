@@ -1,8 +1,8 @@
 """Inference in CUDA graphs, replayed for every batch that fits a bucket.
 
-Both doors stay outside. A batch is checked and packed as always, and laid into arrays that never move. Embeddings and
-layers are recorded on these arrays, once a bucket, whatever the batch and its lengths. What comes out is unpacked into
-fresh memory, where pooler and head run as always.
+Packing and unpacking stay outside. A batch is checked and packed as always, and laid into arrays that never move.
+Embeddings and layers are recorded on these arrays, once a bucket, whatever the batch and its lengths. What comes out is
+unpacked into fresh memory, where pooler and head run as always.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert.modeling import BertModel, _Batch
+from fastbert.batch.attend import Attend
+from fastbert.batch.batch import Batch, Inputs
+from fastbert.modules.model import EncoderModel, Outputs, Plan
 
-from .buckets import TOKENS, Bucket, choose_bucket, count_tokens
+from .buckets import TOKENS, Bucket, choose_bucket
 from .recording import CudaRecorder, Recorder, Replayed, Watch, why_not_here, why_unrecordable
 
 
-def _inner_modules(bert: BertModel) -> list[nn.Module]:
-    """A model and the modules that run between its doors."""
+def _inner_modules(bert: EncoderModel) -> list[nn.Module]:
+    """A model and the modules that run between packing and unpacking."""
     return [module for name, module in bert.named_modules() if not name.startswith("pooler")]
 
 
@@ -33,10 +35,10 @@ class Graphed(Replayed):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own call, with its arguments, outputs and errors."""
-        if not isinstance(self._bert, BertModel):
+        if not isinstance(self._bert, EncoderModel):
             self._count_plain("the model is no longer fused")
             return self.model(*args, **kwargs)
-        output = self.model(*args, graphs=self, **kwargs)
+        output = self.model(*args, plan=Plan(replay=self), **kwargs)
         if not self._reached:
             raise RuntimeError(
                 f"{type(self.model).__name__} does not pass its keywords on to its bert, or is compiled: call it itself"
@@ -65,40 +67,32 @@ class Graphed(Replayed):
                     self._record_bucket(bucket)
         return self
 
-    def encode(
-        self,
-        bert: BertModel,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        asked: dict[str, Any],
-    ) -> tuple[_Batch | None, torch.Tensor | None]:
-        """`BertModel.forward` up to its last hidden state.
-
-        Args:
-            bert: the model called.
-            input_ids, attention_mask, token_type_ids, position_ids: of that call.
-            asked: its other arguments by name. One that is not None is not for a replay.
-
-        Returns:
-            The batch, if it was checked, and `last_hidden_state` (batch, seq, hidden), if a replay gave it.
-        """
+    def takes(self, model: EncoderModel, inputs: Inputs, outputs: Outputs) -> bool:
+        """Whether a call may be replayed, as far as one sees before its batch is checked; if not, it is counted."""
         self._reached = True
-        named = [name for name, value in asked.items() if value is not None]
+        if torch.compiler.is_compiling():
+            return False
+        asked = {name: getattr(inputs, name) for name in ("inputs_embeds", "head_mask", "past_key_values")}
+        asked |= {"output_attentions": outputs.wants_maps or None, "output_hidden_states": outputs.wants_states or None}
+        named = [name for name, value in (asked | dict(inputs.packed)).items() if value is not None]
         reason = self._why_not_here()
         if named:
             reason = f"the call has {', '.join(named)}"
-        elif attention_mask is not None and attention_mask.dim() != 2:
+        elif inputs.attention_mask is not None and inputs.attention_mask.dim() != 2:
             reason = "attention_mask has more than two dimensions"
-        elif bert is not self._bert:
+        elif model is not self._bert:
             reason = "its bert was replaced"
         if reason is not None:
-            return self._go_plain(reason)
-        batch = bert._check_in(input_ids, attention_mask, token_type_ids, position_ids, None, None, {}, 0, packs=True)
+            self._count_plain(reason)
+        return reason is None
+
+    def replay(self, batch: Batch) -> torch.Tensor | None:
+        """`last_hidden_state` (batch, seq, hidden) of a packed batch; None, and counted, where nothing is replayed."""
+        if batch.bias is not None:
+            self._count_plain("its padding is kept: fuse(model, packing=True) drops it")
+            return None
         layout = batch.layout
-        count = count_tokens(layout)
-        bucket = choose_bucket(self.buckets, count, layout.batch, layout.max_seqlen)
+        bucket = choose_bucket(self.buckets, layout.tokens, layout.batch, layout.max_seqlen)
         with self._lock:
             self._recorder.follow()
             hidden = None
@@ -111,24 +105,21 @@ class Graphed(Replayed):
                 hidden = None
                 reason = self._settle()
                 if reason is not None:
-                    return self._go_plain(reason)
+                    self._count_plain(reason)
+                    return None
             if bucket is None:
                 self._count_plain(self._over())
-                return batch, None
+                return None
             if hidden is None:
                 self._arrays.fill(bucket, batch.embeddings, layout)
                 if bucket not in self._recordings:
                     self._record_bucket(bucket)
                 hidden = self._recordings[bucket]()
             self.replays += 1
-            tokens = hidden[:, :count]
+            tokens = hidden[:, : layout.tokens]
             if layout.indices is None:
-                return batch, tokens.reshape(layout.batch, layout.seq, -1).clone()
-            return batch, layout.unpack(tokens)
-
-    def _go_plain(self, reason: str) -> tuple[None, None]:
-        self._count_plain(reason)
-        return None, None
+                return tokens.reshape(layout.batch, layout.seq, -1).clone()
+            return layout.unpack(tokens)
 
     def _why_not_here(self) -> str | None:
         if torch.is_grad_enabled():
@@ -155,16 +146,8 @@ class Graphed(Replayed):
     def _forward(self, bucket: Bucket) -> torch.Tensor:
         """Embeddings and layers on the arrays: (1, tokens, hidden)."""
         ids, cu_seqlens = self._arrays.read(bucket)
-        encoder = self._bert.encoder
-        return encoder(
-            self._bert.embeddings(**ids),
-            None,
-            head_masks=[None] * len(encoder.layer),
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            max_length_q=bucket.longest,
-            max_length_k=bucket.longest,
-        ).last_hidden_state
+        attend = Attend(cu_seqlens, bucket.longest)
+        return self._bert.encoder(self._bert.embeddings(**ids), None, attend=attend).last_hidden_state
 
 
 def graphed(model: nn.Module, tokens: Iterable[int] = TOKENS, max_sequences: int = 64) -> Graphed:

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers.models.bert import modeling_bert as hf
+from transformers import PreTrainedModel
 
+from fastbert.families import MODELS
 from fastbert.fusing import explain
-from fastbert.modeling import BertModel
-from fastbert.modules import FusedSelfAttention
+from fastbert.modules.attention import FusedSelfAttention
+from fastbert.modules.model import EncoderModel
 from fastbert.notices import warn_once
 from fastbert_kernels.backend import check_mode, get_backend
 
@@ -91,7 +92,7 @@ class Watch:
         called: those of them that are called within a recording.
     """
 
-    def __init__(self, bert: BertModel, modules: list[nn.Module], called: list[nn.Module]) -> None:
+    def __init__(self, bert: EncoderModel, modules: list[nn.Module], called: list[nn.Module]) -> None:
         self._bert = bert
         self._modules = modules
         self._called = called
@@ -121,9 +122,9 @@ class Watch:
         return self.parts() != self._then[1]
 
 
-def why_unrecordable(bert: BertModel, called: list[nn.Module]) -> str | None:
+def why_unrecordable(bert: EncoderModel, called: list[nn.Module]) -> str | None:
     """Why a model, as it is, cannot be recorded with these modules called within."""
-    if not bert.packing:
+    if bert.packing is False:
         return "its padding is kept (packing=False)"
     if any(m.watcher is not None for m in bert.modules() if isinstance(m, FusedSelfAttention)):
         return "distill.capture looks on"
@@ -147,19 +148,19 @@ def why_not_here(device: torch.device) -> str | None:
     return "FASTBERT_BACKEND=torch makes the GPU wait" if get_backend() == "torch" else None
 
 
-def find_bert(model: nn.Module) -> BertModel:
+def find_bert(model: nn.Module) -> EncoderModel:
     """The fused encoder that is `model`, or that one of Hugging Face's heads holds.
 
     Raises:
         ValueError: when there is none.
     """
-    bert = model if isinstance(model, hf.BertModel) else getattr(model, "bert", None)
-    if not isinstance(model, hf.BertPreTrainedModel) or not isinstance(bert, hf.BertModel):
+    bert = model if isinstance(model, MODELS) else getattr(model, "base_model", None)
+    if not isinstance(model, PreTrainedModel) or not isinstance(bert, MODELS):
         raise ValueError(
             f"{type(model).__name__} is neither a BertModel nor one of Hugging Face's heads on one: pass the model "
             "inside of it"
         )
-    if not isinstance(bert, BertModel) or bert.config.is_decoder:
+    if not isinstance(bert, EncoderModel) or bert.config.is_decoder:
         raise ValueError(f"{type(bert).__name__} is a decoder or not fused: pass an encoder to fastbert.fuse first")
     return bert
 
@@ -194,7 +195,7 @@ class Replayed:
     ) -> None:
         bert = find_bert(model)
         self.model: Any = model
-        self.buckets = make_buckets(tokens, max_sequences, bert.config.max_position_embeddings)
+        self.buckets = make_buckets(tokens, max_sequences, bert.longest)
         self.captures = self.replays = 0
         self.plain: Counter[str] = Counter()
         self._what = what

@@ -1,6 +1,6 @@
 """Training steps in CUDA graphs, replayed for every batch that fits a bucket.
 
-The door in stays outside: a batch is checked and packed as always, and laid into arrays that never move, labels too.
+Packing stays outside: a batch is checked and packed as always, and laid into arrays that never move, labels too.
 Recorded on these arrays are the forward pass of the head's own class with its loss, the backward pass, clipping and the
 optimizer's step. Padding of a bucket has the label -100, so that a loss is the mean over the labels of the batch.
 """
@@ -11,23 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.bert import modeling_bert as hf
 
-from fastbert.modeling import BertModel
-from fastbert.packing import Layout
+from fastbert.batch.batch import UNLABELLED, Inputs, Padding
+from fastbert.batch.layout import Layout
+from fastbert.families import HEADS
+from fastbert.modules.model import EncoderModel, Plan
 from fastbert_kernels.backend import check_same_device
 
-from .buckets import TOKENS, UNLABELLED, Bucket, choose_bucket, count_tokens
+from .buckets import TOKENS, Bucket, choose_bucket
 from .recording import CudaRecorder, Recorder, Replayed, Watch, why_not_here, why_unrecordable
-
-#: Heads whose loss is a mean over labels other than -100 -> the labels of each token, and of each sequence.
-_LABELS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    hf.BertForMaskedLM: (("labels",), ()),
-    hf.BertForPreTraining: (("labels",), ("next_sentence_label",)),
-    hf.BertForTokenClassification: (("labels",), ()),
-    hf.BertForSequenceClassification: ((), ("labels",)),
-    hf.BertForNextSentencePrediction: ((), ("labels",)),
-}
 
 #: What a step takes besides labels.
 _IDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -41,18 +33,24 @@ def _find_labels(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Raises:
         ValueError: for a model whose loss no step can be recorded of.
     """
-    for head, labels in _LABELS.items():
-        if isinstance(model, head) and inspect.unwrap(type(model).forward) is inspect.unwrap(head.forward):
+    for head, ours in HEADS.items():
+        labels = ours.token_labels, ours.sequence_labels
+        if labels != ((), ()) and _has_forward_of(model, head):
             return labels
+    known = ", ".join(head.__name__ for head, ours in HEADS.items() if ours.token_labels or ours.sequence_labels)
     raise ValueError(
-        f"no step of {type(model).__name__} can be recorded, only of {', '.join(head.__name__ for head in _LABELS)} "
-        f"with the forward of Hugging Face's class: {_ITSELF}"
+        f"no step of {type(model).__name__} can be recorded, only of {known} with the forward of Hugging Face's class: "
+        f"{_ITSELF}"
     )
+
+
+def _has_forward_of(model: nn.Module, head: type[Any]) -> bool:
+    return isinstance(model, head) and inspect.unwrap(type(model).forward) is inspect.unwrap(head.forward)
 
 
 def _why_no_mean(model: Any) -> str | None:
     """Why a model's loss is not a mean over labels other than -100."""
-    if not isinstance(model, hf.BertForSequenceClassification):
+    if not any(isinstance(model, head) and ours.loss_by_problem_type for head, ours in HEADS.items()):
         return None
     kind = model.config.problem_type
     if kind is None:
@@ -88,7 +86,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 class _StepWatch(Watch):
     """What recordings of a training step rely on."""
 
-    def __init__(self, bert: BertModel, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, bert: EncoderModel, model: Any, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         modules = list(model.modules())
         super().__init__(bert, modules, modules)
@@ -171,7 +169,7 @@ class GraphedStep(Replayed):
             if reason is not None:
                 return self._go_plain(reason, batch)
             values, layout = self._pack(batch)
-            bucket = choose_bucket(self.buckets, count_tokens(layout), layout.batch, layout.max_seqlen)
+            bucket = choose_bucket(self.buckets, layout.tokens, layout.batch, layout.max_seqlen)
             if bucket is None:
                 return self._go_plain(self._over(), batch)
             if layout.columns is not None and self._labels[1]:
@@ -207,9 +205,9 @@ class GraphedStep(Replayed):
 
     def _why_not(self, batch: dict[str, Any]) -> str | None:
         """Why this batch, or any here and now, cannot be replayed."""
-        if not isinstance(self._bert, BertModel):
+        if not isinstance(self._bert, EncoderModel):
             return "the model is no longer fused"
-        if self.model.bert is not self._bert:
+        if self.model.base_model is not self._bert:
             return "its bert was replaced"
         config = self._bert.config
         asked = {"output_attentions": config.output_attentions, "output_hidden_states": config.output_hidden_states}
@@ -254,7 +252,7 @@ class GraphedStep(Replayed):
         """Check a batch, and bring its ids and labels into its layout."""
         token_labels, sequence_labels = self._labels
         words, mask, types, positions = map(batch.get, _IDS)
-        checked = self._bert._check_in(words, mask, types, positions, None, None, {}, 0, packs=True)
+        checked = self._bert.check_in(Inputs(words, mask, types, positions), Padding(lambda: True))
         layout = checked.layout
         labels = {name: batch[name] for name in (*token_labels, *sequence_labels)}
         check_same_device("a step", input_ids=words, **labels)
@@ -280,7 +278,7 @@ class GraphedStep(Replayed):
             cu_seq_lens_k=cu_seqlens,
             max_length_q=bucket.longest,
             max_length_k=bucket.longest,
-            pools_each=True,
+            plan=Plan(pools_each=True),
             read_rows="all",  # how many are labelled depends on the batch
             return_dict=True,
         )

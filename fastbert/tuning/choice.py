@@ -8,8 +8,9 @@ import torch
 
 from fastbert.benchmark.timing import Run
 from fastbert_kernels.backend import arch
+from fastbert_kernels.catalogue import Product, dtype_name
 from fastbert_kernels.tiles import feed_forward_start
-from fastbert_kernels.tuned import Product, Table, dtype_name, in_force
+from fastbert_kernels.tuned import Table, in_force
 
 from .problems import Problem, Sizes, by_kernels, cotangents_of, feed_forward_problem
 from .tuner import FLOOR, MARGIN, Shape, Timer, errors_of, faster, flushed, now, reason_of, results_of

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from fastbert.modules import KERNEL_ACTIVATIONS
+from fastbert.modules.feed_forward import KERNEL_ACTIVATIONS
+from fastbert_kernels.catalogue import FUSED, KERNELS, TUNABLE, Launch, Product
 from fastbert_kernels.tiles import feed_forward_fusible
-from fastbert_kernels.tuned import FUSED, KERNELS, Launch, Product
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,19 @@ def launches(models: tuple[Widths, ...], dtype: torch.dtype, full: bool, named: 
         named: only kernels whose names have one of these words in them; default all.
     """
     found = []
-    for kernel in KERNELS:
-        if named and not any(word in kernel for word in named):
+    for name in TUNABLE:
+        kernel = KERNELS[name]
+        if named and not any(word in name for word in named):
             continue
-        if kernel.startswith("relation_") and not full:
+        if kernel.op == "relation" and not full:
             continue
         for model in models:
-            if kernel.startswith("feed_forward_") and not model.fusible(dtype):
+            if kernel.op == "feed_forward" and not model.fusible(dtype):
                 continue
-            if kernel.startswith(("attention_", "relation_")):
-                width = model.head_dim
-            else:
-                width = model.intermediate if kernel.startswith("bias_") else model.hidden
-            found.append(Launch(kernel, dtype, width))
-            if full and kernel.startswith("attention_"):
-                found.append(Launch(kernel, dtype, width, maps=True))
+            width = getattr(model, kernel.width)
+            found.append(Launch(name, dtype, width))
+            if full and kernel.op == "attention":
+                found.append(Launch(name, dtype, width, maps=True))
     return list(dict.fromkeys(found))
 
 

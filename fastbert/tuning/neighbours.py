@@ -3,32 +3,30 @@
 import itertools
 from collections.abc import Iterator
 
+from fastbert_kernels.catalogue import Launch, Tiles
 from fastbert_kernels.tiles import (
     BACKWARD_BYTES,
     FORWARD_BYTES,
-    Tiles,
     attention_table,
     column_tiles,
     feed_forward_table,
     relation_table,
     row_tiles,
 )
-from fastbert_kernels.tuned import Launch
 
 
 def shipped_tiles(launch: Launch, target: str) -> Tiles:
     """What the package's own tables say for a launch on a target that `backend.arch` names."""
-    family, itemsize = launch.kernel.partition("_")[0], launch.dtype.itemsize
-    if family == "attention":
-        kernel = launch.kernel.removeprefix("attention_")
-        return attention_table(target, kernel, itemsize, launch.width, launch.maps)
-    if family == "relation":
-        return relation_table(target, launch.kernel.removeprefix("relation_"), itemsize, launch.width)
-    if family == "feed":
+    kernel, itemsize = launch.traits, launch.dtype.itemsize
+    if kernel.op == "attention":
+        return attention_table(target, kernel.step, itemsize, launch.width, launch.maps)
+    if kernel.op == "relation":
+        return relation_table(target, kernel.step, itemsize, launch.width)
+    if kernel.op == "feed_forward":
         return feed_forward_table(target, itemsize, descriptors=True)
-    if family == "bias":
+    if kernel.op == "bias_activation":
         return column_tiles(launch.width)
-    return row_tiles(launch.width, itemsize, FORWARD_BYTES if launch.kernel.endswith("_forward") else BACKWARD_BYTES)
+    return row_tiles(launch.width, itemsize, BACKWARD_BYTES if kernel.backward else FORWARD_BYTES)
 
 
 def neighbours(launch: Launch, target: str, shipped: Tiles) -> list[Tiles]:
@@ -40,15 +38,16 @@ def neighbours(launch: Launch, target: str, shipped: Tiles) -> list[Tiles]:
 
 
 def _all(launch: Launch, target: str, shipped: Tiles) -> Iterator[Tiles]:
-    sides = [_around(shipped[side], 1 if launch.whole_rows else 16, 128) for side in ("BLOCK_M", "BLOCK_N")]
-    if launch.whole_rows:
+    kernel = launch.traits
+    sides = [_around(shipped[side], 1 if kernel.whole_rows else 16, 128) for side in ("BLOCK_M", "BLOCK_N")]
+    if kernel.whole_rows:
         sides[1] = [shipped["BLOCK_N"]]
     shapes = itertools.product(*sides, _around(shipped["num_warps"], 1, 16), [shipped["num_stages"]])
-    stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if launch.multiplies else []
-    by_groups = launch.multiplies and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100")
+    stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if kernel.multiplies else []
+    by_groups = kernel.multiplies and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100")
     kept = [shipped["BLOCK_M"], shipped["BLOCK_N"], shipped["num_warps"]]
     for block_m, block_n, num_warps, num_stages in [*shapes, *((*kept, stage) for stage in stages if stage > 0)]:
-        rows = block_n if launch.kernel.endswith("dkv") else block_m
+        rows = block_n if kernel.by_columns else block_m
         if by_groups and (rows < 64 or num_warps < 4):  # tensor cores there work for four warps at a time
             continue
         sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}

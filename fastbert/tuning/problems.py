@@ -28,8 +28,9 @@ from fastbert_kernels import (
     relation_loss,
 )
 from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
-from fastbert_kernels.bias_gelu import _bias_activation_backward, _bias_activation_forward
-from fastbert_kernels.column_sums import column_sums
+from fastbert_kernels.bias_activation import _bias_activation_backward, _bias_activation_forward
+from fastbert_kernels.catalogue import Launch, Product
+from fastbert_kernels.column_sums import _column_sums, column_sums
 from fastbert_kernels.embedding import _embed_backward, _embed_forward
 from fastbert_kernels.feed_forward import _backward as feed_forward_backward_op
 from fastbert_kernels.feed_forward import _forward as feed_forward_forward_op
@@ -37,7 +38,6 @@ from fastbert_kernels.feed_forward_kernels import feed_forward_backward, feed_fo
 from fastbert_kernels.layer_norm import _add_layer_norm_backward, _add_layer_norm_forward
 from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
 from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS
-from fastbert_kernels.tuned import Launch, Product
 
 Switches = tuple[str, ...]
 Op = Callable[..., tuple[Tensor, ...]]
@@ -58,6 +58,7 @@ COMPILED: dict[str, Any] = {
     "embed_backward": _embed_backward,
     "feed_forward_forward": feed_forward_forward,
     "feed_forward_backward": feed_forward_backward,
+    "column_sums": _column_sums,
 }
 
 DROPOUT_P = 0.1
@@ -124,30 +125,30 @@ def timed_switches(launch: Launch) -> list[Switches]:
     base: dict[str, Switches] = {
         "attention": ("CU_SEQLENS", "PROBS") if launch.maps else ("CU_SEQLENS",),
         "relation": ("CU_SEQLENS", "SOFTMAX"),
-        "bias": ("BIAS", "gelu"),
-        "add": ("BIAS", "RESIDUAL"),
+        "bias_activation": ("BIAS", "gelu"),
+        "add_layer_norm": ("BIAS", "RESIDUAL"),
         "embed": ("WORD_TABLE", "FROZEN"),
-        "feed": ("gelu",),
+        "feed_forward": ("gelu",),
     }
-    family = _family(launch)
-    plain = base[family]
+    op = launch.traits.op
+    plain = base[op]
     if launch.kernel == "feed_forward_forward":
         return [plain, (*plain, "PRE")]
-    return [plain] if family in ("relation", "bias", "feed") else [plain, (*plain, "DROPOUT")]
+    return [plain] if op in ("relation", "bias_activation", "feed_forward") else [plain, (*plain, "DROPOUT")]
 
 
 def all_switches(launch: Launch) -> list[Switches]:
     """Every kind of call that the tiles of a launch serve: what they are checked by before they are kept."""
-    family = _family(launch)
-    if family == "relation":
+    op = launch.traits.op
+    if op == "relation":
         return _subsets("CU_SEQLENS", "SOFTMAX")
-    if family == "bias":
+    if op == "bias_activation":
         return [(*on, activation) for on in _subsets("BIAS") for activation in ACTIVATIONS]
-    if family == "add":
+    if op == "add_layer_norm":
         return _subsets("BIAS", "RESIDUAL", "DROPOUT")
-    if family == "embed":
+    if op == "embed":
         return _subsets("WORD_TABLE", "DROPOUT")
-    if family == "feed":
+    if op == "feed_forward":
         kinds = _subsets("PRE") if launch.kernel == "feed_forward_forward" else [()]
         return [(*on, activation) for on in kinds for activation in FEED_FORWARD_ACTIVATIONS]
     if not launch.maps:
@@ -169,13 +170,13 @@ def checked_problem(launch: Launch, on: Switches, sizes: Sizes, device: torch.de
     """A small call with nasty lengths."""
     # Values of short sequences are large: beside them, one element of a long one's mask would not show.
     lengths = sizes.ragged if "CU_SEQLENS" in on and "FLAT" not in on else sizes.even
-    return _MAKERS[_family(launch)](_Call(launch, on, lengths, 3, sizes.rows, sizes.vocabulary, device))
+    return _MAKERS[launch.traits.op](_Call(launch, on, lengths, 3, sizes.rows, sizes.vocabulary, device))
 
 
 def timed_problem(launch: Launch, on: Switches, length: int, sizes: Sizes, device: torch.device) -> Problem:
     """A call of a model's size."""
     lengths = (length,) * max(1, sizes.tokens // length)
-    return _MAKERS[_family(launch)](_Call(launch, on, lengths, sizes.heads, sizes.tokens, sizes.vocabulary, device))
+    return _MAKERS[launch.traits.op](_Call(launch, on, lengths, sizes.heads, sizes.tokens, sizes.vocabulary, device))
 
 
 def cotangents_of(outputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -192,10 +193,6 @@ def by_kernels(op: Op) -> Op:
             return op(*inputs)
 
     return run
-
-
-def _family(launch: Launch) -> str:
-    return launch.kernel.partition("_")[0]
 
 
 def _subsets(*switches: str) -> list[Switches]:
@@ -396,11 +393,12 @@ def _kept(on: Switches, rows: int, features: int, device: torch.device) -> dict[
     return {"dropout_p": DROPOUT_P, "keep": keep.to(device)}
 
 
+#: By op.
 _MAKERS: dict[str, Callable[[_Call], Problem]] = {
     "attention": _attention,
     "relation": _relation,
-    "bias": _bias_activation,
-    "add": _add_layer_norm,
+    "bias_activation": _bias_activation,
+    "add_layer_norm": _add_layer_norm,
     "embed": _embed,
-    "feed": _feed_forward,
+    "feed_forward": _feed_forward,
 }

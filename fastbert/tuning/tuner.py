@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastbert.benchmark.timing import Run, Times, interleaved
 from fastbert_kernels.backend import arch
-from fastbert_kernels.tiles import Tiles
-from fastbert_kernels.tuned import Launch, Table, dtype_name, in_force
+from fastbert_kernels.catalogue import Launch, Tiles, dtype_name
+from fastbert_kernels.tuned import Table, in_force
 
 from .neighbours import neighbours, shipped_tiles
 from .problems import (
@@ -185,7 +185,7 @@ class _Subject:
         self.timer, self.margin, self.tell = timer, margin, tell
         self.target = arch(device)
         self.shipped = shipped_tiles(launch, self.target)
-        self.backward = "_backward" in launch.kernel
+        self.backward = launch.traits.backward
         self._truths: dict[Switches, tuple[list[Tensor], list[float]]] = {}
 
     def measure(self, candidates: Callable[[Launch, str, Tiles], list[Tiles]]) -> Outcome:
@@ -257,7 +257,7 @@ class _Subject:
 
     def _spills(self, tiles: Tiles, on: Switches, before: Mapping[int, Any]) -> int:
         """Registers that a call spilled, whose kernel was compiled since `before`, or for an earlier launch."""
-        heads = self.launch.width if self.launch.attends else None
+        heads = self.launch.width if self.launch.traits.attends else None
         key = self.launch.kernel, self.launch.dtype, heads, words(tiles), on
         new = [x for name, x in _loaded(self.launch.kernel).items() if name not in before]
         self.spills[key] = max([self.spills.get(key, 0), *(getattr(x, "n_spills", None) or 0 for x in new)])
@@ -283,7 +283,7 @@ class _Subject:
     def _times(self, others: list[Tiles], outcome: Outcome) -> dict[str, list[Shape]]:
         """Times of each of these tiles in every shape. One that fails is left out, and told in the outcome."""
         found: dict[str, list[Shape]] = {words(tiles): [] for tiles in others}
-        lengths = self.sizes.lengths if self.launch.attends else self.sizes.lengths[:1]
+        lengths = self.sizes.lengths if self.launch.traits.attends else self.sizes.lengths[:1]
         for on in timed_switches(self.launch):
             for length in lengths:
                 problem = timed_problem(self.launch, on, length, self.sizes, self.device)
@@ -371,7 +371,7 @@ def _loaded(kernel: str) -> dict[int, Any]:
 
 def _shape_name(launch: Launch, on: Switches, length: int, sizes: Sizes) -> str:
     kind = ", dropout" if "DROPOUT" in on else ", training" if "PRE" in on else ""
-    if launch.attends:
+    if launch.traits.attends:
         return f"{max(1, sizes.tokens // length)} x {length}, {sizes.heads} heads{kind}"
     return f"{sizes.tokens} rows{kind}"
 

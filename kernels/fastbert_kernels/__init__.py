@@ -5,15 +5,9 @@ Every op runs as a compiled kernel on a GPU and as plain PyTorch on a CPU; `back
 
 from .attention import attention
 from .backend import backend, get_backend, set_backend, uses_triton
-from .bias_gelu import ACTIVATIONS, bias_activation
-from .blocks import (
-    AttentionArguments,
-    FeedForwardArguments,
-    attention_block,
-    feed_forward_block,
-    layer_block,
-    runs_as_block,
-)
+from .bias_activation import ACTIVATIONS, bias_activation
+from .block_records import AttentionArguments, FeedForwardArguments
+from .blocks import attention_block, feed_forward_block, layer_block, runs_as_block
 from .embedding import embed
 from .feed_forward import feed_forward, feed_forward_is_fused
 from .layer_norm import add_layer_norm

@@ -10,24 +10,18 @@ arXiv:2205.14135), in base 2, in float32. Only the log-sum-exp of each row is ke
 for the backward pass, as its maximum and the logarithm of its sum.
 """
 
-import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import reference
 from .attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
-from .backend import cdiv, check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
-from .layer_norm import dropout_arguments
+from .backend import check_mode, check_same_device, uses_triton
+from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, wrap_triton
+from .sequences import batch_size, blocked_length, check_lengths
 from .tiles import attention_tiles, block_width
 
 MAX_HEAD_DIM = 128
-
-
-def blocked_length(cu_seqlens: torch.Tensor | None, max_seqlen: int) -> int:
-    """What kernels are told of max_seqlen. Where they read lengths, it only counts blocks: a multiple of 16, for which
-    they are compiled once and not for every other length again."""
-    return max_seqlen if cu_seqlens is None else cdiv(max_seqlen, 16) * 16
 
 
 def _common_arguments(
@@ -72,10 +66,6 @@ def _common_arguments(
     }
 
 
-def _batch(qkv: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int) -> int:
-    return qkv.shape[0] // max_seqlen if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def _forward_fake(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
@@ -93,7 +83,7 @@ def _forward_fake(
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(tokens, heads, head_dim)
     stats = qkv.new_empty(2, heads, tokens, dtype=torch.float32)
-    shape = (_batch(qkv, cu_seqlens, max_seqlen), heads, probs_seq, probs_seq) if probs_seq > 0 else (0,)
+    shape = (batch_size(qkv, cu_seqlens, max_seqlen), heads, probs_seq, probs_seq) if probs_seq > 0 else (0,)
     return out, stats, qkv.new_empty(shape)
 
 
@@ -113,7 +103,7 @@ def _forward(
     order: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, _, heads, head_dim = qkv.shape
-    batch = _batch(qkv, cu_seqlens, max_seqlen)
+    batch = batch_size(qkv, cu_seqlens, max_seqlen)
     out = qkv.new_empty(tokens, heads, head_dim)
     stats = qkv.new_empty(2, heads, tokens, dtype=torch.float32)
     if probs_seq == 0:
@@ -185,7 +175,7 @@ def _backward(
     P is recomputed from the log-sum-exp. Two launches, no atomics: the result is the same every time.
     """
     heads = qkv.shape[2]
-    batch = _batch(qkv, cu_seqlens, max_seqlen)
+    batch = batch_size(qkv, cu_seqlens, max_seqlen)
     dout = dout.contiguous()
     dprobs = None if dprobs is None else dprobs.contiguous()
     probs_seq = 0 if dprobs is None else dprobs.shape[-1]
@@ -339,6 +329,23 @@ def attention(
     return out, probs if probs_seq is not None else None
 
 
+class OpArguments(NamedTuple):
+    """The arguments of the op, as `attention` names them, but that no default is left: `probs_seq` of 0 is for none."""
+
+    qkv: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+    bias: torch.Tensor | None
+    head_mask: torch.Tensor | None
+    scale: float
+    dropout_p: float
+    seed: torch.Tensor | None
+    stream: int
+    probs_seq: int
+    columns: torch.Tensor | None
+    order: torch.Tensor | None
+
+
 def op_arguments(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
@@ -352,7 +359,7 @@ def op_arguments(
     probs_seq: int | None,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
-) -> tuple[Any, ...]:
+) -> OpArguments:
     """The arguments of `attention` as its op takes them, checked: `scale` is above zero."""
     _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns, order)
     if dropout_p > 0.0 and seed is None:
@@ -360,8 +367,8 @@ def op_arguments(
     if bias is not None:
         bias = reference.additive(bias) if bias.dtype == torch.bool else bias
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
-        bias = bias.expand(_batch(qkv, cu_seqlens, max_seqlen), qkv.shape[2], max(max_seqlen, bias.shape[2]), -1)
-    return (
+        bias = bias.expand(batch_size(qkv, cu_seqlens, max_seqlen), qkv.shape[2], max(max_seqlen, bias.shape[2]), -1)
+    return OpArguments(
         qkv.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         max_seqlen,
@@ -375,29 +382,6 @@ def op_arguments(
         None if columns is None else columns.contiguous(),
         None if order is None else order.contiguous(),
     )
-
-
-def check_lengths(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int) -> None:
-    """Raise ValueError unless the sequences make up the tokens of `x` (tokens, ...), which the message calls `name`."""
-    if max_seqlen < 1:
-        raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}")
-    if cu_seqlens is None and x.shape[0] % max_seqlen != 0:
-        raise ValueError(
-            f"without cu_seqlens every sequence has max_seqlen={max_seqlen} tokens, but {name} has {x.shape[0]} "
-            "tokens, not a multiple: pass cu_seqlens"
-        )
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32):
-        raise ValueError(
-            f"cu_seqlens must be int32 of shape (batch + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens is not None and (not cu_seqlens.is_cuda or check_mode()) and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        steps = [after - before for before, after in itertools.pairwise(bounds)]
-        if not steps or bounds[0] != 0 or bounds[-1] != x.shape[0] or min(steps) < 0 or max(steps) > max_seqlen:
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to the {x.shape[0]} tokens of {name} in steps of at most "
-                f"max_seqlen={max_seqlen}, got {bounds}"
-            )
 
 
 def _check(
@@ -423,7 +407,7 @@ def _check(
     if bias is not None:
         if bias.requires_grad:
             raise ValueError("attention has no gradient for bias: pass bias.detach()")
-        wanted = (_batch(qkv, cu_seqlens, max_seqlen), heads, max_seqlen, max_seqlen)
+        wanted = (batch_size(qkv, cu_seqlens, max_seqlen), heads, max_seqlen, max_seqlen)
         fits = bias.dim() == 4 and all(
             have == want or (have == 1 and dim < 3) or (have > want and dim > 1)
             for dim, (have, want) in enumerate(zip(bias.shape, wanted, strict=True))
@@ -446,7 +430,7 @@ def _check(
         if low < 0 or high >= probs_seq:
             raise ValueError(f"columns must lie in maps of side probs_seq={probs_seq}, got {low} to {high}")
     if order is not None:
-        batch = _batch(qkv, cu_seqlens, max_seqlen)
+        batch = batch_size(qkv, cu_seqlens, max_seqlen)
         if cu_seqlens is None:
             raise ValueError("without cu_seqlens every sequence is as long as the others: pass no order")
         if order.shape != (batch,) or order.dtype != torch.int32:

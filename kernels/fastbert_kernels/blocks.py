@@ -7,7 +7,7 @@ and, in a whole layer, what the attention block hands to the feed-forward block.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,27 @@ import torch.nn.functional as F
 from .attention import _backward as attend_backward
 from .attention import _forward as attend_forward
 from .attention import op_arguments as attend_arguments
-from .backend import is_traced, second_derivative_error, uses_triton
+from .backend import uses_triton
+from .block_records import (
+    AttentionArguments,
+    AttentionParameters,
+    AttentionSaved,
+    FeedForwardArguments,
+    FeedForwardParameters,
+    FeedForwardSaved,
+    NormSaved,
+    read,
+)
 from .column_sums import PartialSums, column_sums
 from .feed_forward import in_product_dtype, products, products_backward
+from .launch import is_traced, second_derivative_error
 from .layer_norm import _forward as norm_forward
 from .layer_norm import forward_in_place as norm_forward_in_place
 from .layer_norm import gradients as norm_gradients
 from .layer_norm import op_arguments as norm_arguments
+
+#: Of a block that keeps nothing, in place of what it saves.
+_Nothing: TypeAlias = tuple[()]
 
 
 def runs_as_block(x: torch.Tensor) -> bool:
@@ -37,7 +51,7 @@ def _run(block: type[torch.autograd.Function], *arguments: Any) -> Any:
     return block.forward(None, *arguments)
 
 
-class _Refused(torch.autograd.Function):
+class SecondDerivative(torch.autograd.Function):
     """Gradients that cannot be differentiated again, whatever it is that required one."""
 
     @staticmethod
@@ -50,7 +64,7 @@ class _Refused(torch.autograd.Function):
         raise second_derivative_error("layer")
 
 
-def _backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+def _backward_pass(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A block's backward pass: outside of autocast, which is the forward pass's affair, and of autograd."""
 
     @functools.wraps(backward)
@@ -58,7 +72,7 @@ def _backward(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled():  # with create_graph=True
             with torch.no_grad():
                 found = wrapped(ctx, *grads)
-            return _Refused.apply(torch.ones((), requires_grad=True), *found)
+            return SecondDerivative.apply(torch.ones((), requires_grad=True), *found)
         if not torch.is_autocast_enabled(ctx.device_type):
             return backward(ctx, *grads)
         with torch.autocast(ctx.device_type, enabled=False):
@@ -77,317 +91,300 @@ def _add_product(dz: torch.Tensor, dx: torch.Tensor, weight: torch.Tensor) -> to
     return dz
 
 
-class AttentionArguments(NamedTuple):
-    """What the attention block takes beside the hidden states.
-
-    Attributes:
-        qkv_weight, qkv_bias: (3 * hidden, hidden) and (3 * hidden,), detached.
-        qkv_parameters: the three weights, and the biases if any, that these are views of.
-        weight, bias: (hidden, hidden) and (hidden,), of the output product.
-        norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
-        mask: the `bias` of `attention.attention`, which says what the others of these names are.
-        hidden_dropout_p, hidden_stream: of the dropout before the norm; the others are the attention's.
-    """
-
-    qkv_weight: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    qkv_parameters: tuple[torch.Tensor, ...]
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    norm_weight: torch.Tensor
-    norm_bias: torch.Tensor
-    eps: float
-    heads: int
-    cu_seqlens: torch.Tensor | None
-    max_seqlen: int
-    mask: torch.Tensor | None
-    head_mask: torch.Tensor | None
-    scale: float
-    probs_seq: int | None
-    columns: torch.Tensor | None
-    order: torch.Tensor | None
-    dropout_p: float
-    hidden_dropout_p: float
-    seed: torch.Tensor | None
-    stream: int
-    hidden_stream: int
-
-    def differentiable(self) -> tuple[torch.Tensor | None, ...]:
-        """What may have a gradient: the projections' parameters last, as many as there are."""
-        of_output = self.head_mask, self.weight, self.bias, self.norm_weight, self.norm_bias
-        return *of_output, *self.qkv_parameters
-
-
-class FeedForwardArguments(NamedTuple):
-    """What the feed-forward block takes beside the hidden states.
-
-    Attributes:
-        up_weight, up_bias: (intermediate, hidden) and (intermediate,).
-        weight, bias: (hidden, intermediate) and (hidden,).
-        norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
-        activation: as in `bias_gelu.bias_activation`.
-        fused: as in `feed_forward.feed_forward`; needs up_bias.
-        hidden_dropout_p, seed, hidden_stream: of the dropout before the norm.
-    """
-
-    up_weight: torch.Tensor
-    up_bias: torch.Tensor | None
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    norm_weight: torch.Tensor
-    norm_bias: torch.Tensor
-    eps: float
-    activation: str
-    fused: bool
-    hidden_dropout_p: float
-    seed: torch.Tensor | None
-    hidden_stream: int
-
-    def differentiable(self) -> tuple[torch.Tensor | None, ...]:
-        """What may have a gradient."""
-        return self[:6]
-
-
 def _norm(
-    x: torch.Tensor, residual: torch.Tensor, of: AttentionArguments | FeedForwardArguments, keep: bool, again: bool
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """A block's norm, of the result of its last product; and, to keep, the tensors of `_norm_backward`: those that it
-    makes the result `again` from too, if asked."""
-    arguments = norm_arguments(
-        x, of.bias, residual, of.norm_weight, of.norm_bias, of.eps, of.hidden_dropout_p, of.seed, of.hidden_stream
-    )
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    arguments: AttentionArguments | FeedForwardArguments,
+    keep: bool,
+    again: bool,
+) -> tuple[torch.Tensor, NormSaved | _Nothing]:
+    """A block's norm, of the result of its last product; and what it is to keep, with which its backward pass makes the
+    result `again`, if asked."""
+    norm = norm_arguments(
+        x, arguments.bias, residual, arguments.norm_weight, arguments.norm_bias, arguments.eps,
+        arguments.hidden_dropout_p, arguments.seed, arguments.hidden_stream,
+    )  # fmt: skip
     if not keep:
-        return norm_forward(*arguments, False)[0], ()
-    y, normed, rstd = norm_forward_in_place(*arguments)
-    return y, (normed, rstd, arguments[3], arguments[4] if again else None, of.seed)
+        return norm_forward(*norm, False)[0], ()
+    y, normed, rstd = norm_forward_in_place(*norm)
+    return y, NormSaved(normed, rstd, norm.weight, norm.norm_bias if again else None)
 
 
 def _norm_backward(
-    dy: torch.Tensor, of: AttentionArguments | FeedForwardArguments, tensors: tuple[Any, ...], again: bool
-) -> tuple[Any, ...]:
+    dy: torch.Tensor,
+    arguments: AttentionArguments | FeedForwardArguments,
+    saved: NormSaved,
+    seed: torch.Tensor | None,
+    again: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PartialSums]:
     """What `layer_norm.gradients` returns, of a block's norm; `again`: its result too."""
-    normed, rstd, norm_weight, norm_bias, seed = tensors
     return norm_gradients(
-        *(dy, normed, norm_weight, norm_bias if again else None, rstd),
-        *(None if of.bias is None else of.bias.dtype, of.hidden_dropout_p, seed, of.hidden_stream),
-    )
-
-
-#: How many tensors a norm keeps: the first ones of a block's.
-_OF_NORM = 5
+        dy, saved.normed, saved.weight, saved.bias if again else None, saved.rstd,
+        None if arguments.bias is None else arguments.bias.dtype, arguments.hidden_dropout_p, seed,
+        arguments.hidden_stream,
+    )  # fmt: skip
 
 
 def _attend(
-    hidden: torch.Tensor, of: AttentionArguments, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor | None, ...]]:
-    """The attention block's result and maps; and, to keep, the tensors of its backward pass."""
+    hidden: torch.Tensor, arguments: AttentionArguments, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, AttentionSaved | _Nothing, NormSaved | _Nothing]:
+    """The attention block's result and maps, and what it is to keep."""
     hidden = hidden.contiguous()
-    x, qkv_weight, weight, qkv_bias = in_product_dtype(hidden, of.qkv_weight, of.weight, of.qkv_bias)
-    head_dim = qkv_weight.shape[0] // (3 * of.heads)
-    qkv = F.linear(x, qkv_weight, qkv_bias).view(-1, 3, of.heads, head_dim)
-    arguments = attend_arguments(
-        qkv, of.cu_seqlens, of.max_seqlen, of.mask, of.head_mask, of.scale, of.dropout_p, of.seed, of.stream,
-        of.probs_seq, of.columns, of.order,
-    )  # fmt: skip
-    context, stats, probs = attend_forward(*arguments)
-    if of.probs_seq is None:
-        probs = None
-    if not keep:
-        del qkv, arguments
-    out = F.linear(context.view(*hidden.shape[:-1], of.heads * head_dim), weight)
-    y, of_norm = _norm(out, hidden, of, keep, again=True)
-    if not keep:
-        return y, probs, ()
-    qkv, cu_seqlens, _, mask, head_mask, *_, columns, order = arguments
-    tensors = (
-        *of_norm,
-        *(x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order),
-        # That they do not change meanwhile: qkv_weight tells of the first one only.
-        *(of.qkv_parameters[1:3] if x.dtype == of.qkv_weight.dtype else ()),
+    x, qkv_weight, weight, qkv_bias = in_product_dtype(
+        hidden, arguments.qkv_weight, arguments.weight, arguments.qkv_bias
     )
-    return y, probs, tensors
+    heads = arguments.heads
+    head_dim = qkv_weight.shape[0] // (3 * heads)
+    qkv = F.linear(x, qkv_weight, qkv_bias).view(-1, 3, heads, head_dim)
+    op = attend_arguments(
+        qkv, arguments.cu_seqlens, arguments.max_seqlen, arguments.mask, arguments.head_mask, arguments.scale,
+        arguments.dropout_p, arguments.seed, arguments.stream, arguments.probs_seq, arguments.columns, arguments.order,
+    )  # fmt: skip
+    context, stats, probs = attend_forward(*op)
+    saved: AttentionSaved | _Nothing = ()
+    if keep:
+        _, key_weight, value_weight, *_ = arguments.qkv_parameters
+        copied = x.dtype != arguments.qkv_weight.dtype
+        saved = AttentionSaved(
+            x=x, qkv_weight=qkv_weight, weight=weight, qkv=op.qkv, context=context, stats=stats,
+            cu_seqlens=op.cu_seqlens, mask=op.bias, head_mask=op.head_mask, columns=op.columns, order=op.order,
+            seed=op.seed, key_weight=None if copied else key_weight,
+            value_weight=None if copied else value_weight,
+        )  # fmt: skip
+    del qkv, op  # where nothing is kept, their memory is free before the next product's is taken
+    out = F.linear(context.view(*hidden.shape[:-1], heads * head_dim), weight)
+    y, norm_saved = _norm(out, hidden, arguments, keep, again=True)
+    return y, None if arguments.probs_seq is None else probs, saved, norm_saved
+
+
+class _VectorGradients(NamedTuple):
+    """Gradients of the norm's parameters and of the bias before it, in the order in which `column_sums` tells them."""
+
+    norm_weight: torch.Tensor | None = None
+    norm_bias: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 def _attend_backward(
     dout: torch.Tensor | None,
     dz: torch.Tensor | None,
     dprobs: torch.Tensor | None,
-    of: AttentionArguments,
-    tensors: tuple[Any, ...],
-    needs: tuple[bool, ...],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
-    """From the gradients of the output product, of the residual and of the maps: those of the hidden states, the head
-    mask, the output product's weight and the projections' parameters, which are as `needs` says of the block's inputs.
-    """
-    *_, seed = tensors[:_OF_NORM]
-    x, qkv_weight, weight, qkv, context, stats, cu_seqlens, mask, head_mask, columns, order, *_ = tensors[_OF_NORM:]
-    needs_hidden, _, needs_weight, *_ = needs
+    vectors: _VectorGradients,
+    arguments: AttentionArguments,
+    saved: AttentionSaved,
+    needs_hidden: bool,
+    needs: AttentionParameters[bool],
+) -> tuple[torch.Tensor | None, AttentionParameters[torch.Tensor | None]]:
+    """Gradients of the hidden states and the parameters: from those of the output product, of the residual and of the
+    maps, each None where nobody used it; those of the `vectors` are there already."""
     dweight = None
     if dout is None:  # the probabilities alone were used
-        dcontext = torch.zeros_like(context)
+        dcontext = torch.zeros_like(saved.context)
     else:
         dout = dout.view(-1, dout.shape[-1])  # the memory of dz where nothing was dropped: dz may change last
-        dweight = dout.t() @ context.flatten(1) if needs_weight else None
-        dcontext = (dout @ weight).view(context.shape)
+        dweight = dout.t() @ saved.context.flatten(1) if needs.weight else None
+        dcontext = (dout @ saved.weight).view(saved.context.shape)
     dqkv, dhead_mask = attend_backward(
-        *(dcontext, dprobs, qkv, context, stats, cu_seqlens, of.max_seqlen, mask, head_mask),
-        *(of.scale, of.dropout_p, seed, of.stream, columns, order),
-    )
-    dqkv, dtype = dqkv.flatten(1), of.qkv_weight.dtype
-    dparts: list[torch.Tensor | None] = [None] * 3
-    if any(needs[6:9]):
-        dparts = [*(dqkv.t() @ x.view(-1, x.shape[-1])).to(dtype).chunk(3)]
-    if of.qkv_bias is not None:
-        dparts += dqkv.sum(0, dtype=dtype).chunk(3)
+        dcontext, dprobs, saved.qkv, saved.context, saved.stats, saved.cu_seqlens, arguments.max_seqlen, saved.mask,
+        saved.head_mask, arguments.scale, arguments.dropout_p, saved.seed, arguments.stream, saved.columns, saved.order,
+    )  # fmt: skip
+    dqkv, dtype = dqkv.flatten(1), arguments.qkv_weight.dtype
+    dquery = dkey = dvalue = dquery_bias = dkey_bias = dvalue_bias = None
+    if needs.query_weight or needs.key_weight or needs.value_weight:
+        dquery, dkey, dvalue = (dqkv.t() @ saved.x.view(-1, saved.x.shape[-1])).to(dtype).chunk(3)
+    if arguments.qkv_bias is not None:
+        dquery_bias, dkey_bias, dvalue_bias = dqkv.sum(0, dtype=dtype).chunk(3)
     if dout is None:
-        dparts[2::3] = [None] * (len(dparts) // 3)  # no map depends on a value
+        dvalue = dvalue_bias = None  # no map depends on a value
     dhidden = None
     if needs_hidden:
-        dhidden = (dqkv @ qkv_weight).view(x.shape) if dz is None else _add_product(dz, dqkv, qkv_weight)
-    return dhidden, None if head_mask is None else dhead_mask, dweight, dparts
+        qkv_weight = saved.qkv_weight
+        dhidden = (dqkv @ qkv_weight).view(saved.x.shape) if dz is None else _add_product(dz, dqkv, qkv_weight)
+    return dhidden, AttentionParameters(
+        head_mask=None if saved.head_mask is None else dhead_mask,
+        weight=dweight,
+        bias=vectors.bias,
+        norm_weight=vectors.norm_weight,
+        norm_bias=vectors.norm_bias,
+        query_weight=dquery,
+        key_weight=dkey,
+        value_weight=dvalue,
+        query_bias=dquery_bias,
+        key_bias=dkey_bias,
+        value_bias=dvalue_bias,
+    )
 
 
-def _mark_maps(ctx: Any, probs: torch.Tensor | None, needs: tuple[bool, ...]) -> None:
-    """Say that maps have no gradient where none of what they are made of has; `needs` as in `_attend_backward`."""
-    if probs is not None and not any((*needs[:2], *needs[6:])):
+def _mark_maps(ctx: Any, probs: torch.Tensor, needs_hidden: bool, needs: AttentionParameters[bool]) -> None:
+    """Say that maps have no gradient where none of what they are made of has."""
+    weights = needs.query_weight, needs.key_weight, needs.value_weight
+    biases = needs.query_bias, needs.key_bias, needs.value_bias
+    if not any((needs_hidden, needs.head_mask, *weights, *biases)):
         ctx.mark_non_differentiable(probs)
 
 
 def _feed_forward(
-    hidden: torch.Tensor, of: FeedForwardArguments, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """The feed-forward block's result and the rows it multiplied; and, to keep, the tensors of its backward pass."""
+    hidden: torch.Tensor, arguments: FeedForwardArguments, keep: bool, again: bool
+) -> tuple[torch.Tensor, FeedForwardSaved | _Nothing, NormSaved | _Nothing]:
+    """The feed-forward block's result, and what it is to keep: not the hidden states if they are made `again`."""
     hidden = hidden.contiguous()
-    x, weight1, weight2 = in_product_dtype(
-        hidden.view(-1, hidden.shape[-1]), of.up_weight.contiguous(), of.weight.contiguous()
+    x, up_weight, weight = in_product_dtype(
+        hidden.view(-1, hidden.shape[-1]), arguments.up_weight.contiguous(), arguments.weight.contiguous()
     )
-    bias1 = None if of.up_bias is None else of.up_bias.contiguous()
-    out, pre = products(x, weight1, bias1, weight2, of.activation, of.fused, keep)
-    out = out.view(hidden.shape)
-    y, of_norm = _norm(out, hidden, of, keep, again=False)
-    return y, x, (*of_norm, weight1, bias1, weight2, pre) if keep else ()
+    up_bias = None if arguments.up_bias is None else arguments.up_bias.contiguous()
+    out, pre = products(x, up_weight, up_bias, weight, arguments.activation, arguments.fused, keep)
+    y, norm_saved = _norm(out.view(hidden.shape), hidden, arguments, keep, again=False)
+    if pre is None:
+        return y, (), ()
+    return y, FeedForwardSaved(None if again else x, up_weight, up_bias, weight, pre, arguments.seed), norm_saved
 
 
 def _feed_forward_backward(
-    dy: torch.Tensor, of: FeedForwardArguments, tensors: tuple[Any, ...], needs_hidden: bool, needs_weight: bool
+    dy: torch.Tensor,
+    arguments: FeedForwardArguments,
+    saved: FeedForwardSaved,
+    norm_saved: NormSaved,
+    needs_hidden: bool,
+    needs_weight: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, tuple[PartialSums, PartialSums]]:
     """Gradients of the hidden states, of the first product, of the second's weight, and for `column_sums` those of the
     first product's bias, and of the norm and the second product's bias."""
-    weight1, bias1, weight2, pre = tensors[_OF_NORM:]
-    dout, dz, _, of_norm = _norm_backward(dy, of, tensors[:_OF_NORM], again=False)
-    dpre, dweight2, of_bias = products_backward(
-        dout.view(-1, dout.shape[-1]), weight2, bias1, pre, of.activation, of.fused, needs_weight
-    )
-    dhidden = _add_product(dz, dpre, weight1) if needs_hidden else None
-    return dhidden, dpre, dweight2, (of_bias, of_norm)
+    dout, dz, _, norm_sums = _norm_backward(dy, arguments, norm_saved, saved.seed, again=False)
+    dpre, dweight, bias_sums = products_backward(
+        dout.view(-1, dout.shape[-1]), saved.weight, saved.up_bias, saved.pre, arguments.activation, arguments.fused,
+        needs_weight,
+    )  # fmt: skip
+    dhidden = _add_product(dz, dpre, saved.up_weight) if needs_hidden else None
+    return dhidden, dpre, dweight, (bias_sums, norm_sums)
 
 
-class _AttentionBlock(torch.autograd.Function):
+class AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # None: nothing is kept
-        of: AttentionArguments,
+        arguments: AttentionArguments,
         hidden: torch.Tensor,
         *parameters: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        y, probs, tensors = _attend(hidden, of, keep=ctx is not None)
+        y, probs, saved, norm_saved = _attend(hidden, arguments, keep=ctx is not None)
         if ctx is not None:
-            ctx.save_for_backward(*tensors)
-            ctx.of, ctx.device_type = of, hidden.device.type
+            ctx.save_for_backward(*saved, *norm_saved)
+            ctx.arguments, ctx.device_type = arguments, hidden.device.type
             ctx.set_materialize_grads(False)
-            _mark_maps(ctx, probs, ctx.needs_input_grad[1:])
+            if probs is not None:
+                _, needs_hidden, *flags = ctx.needs_input_grad
+                (needs,) = read(flags, AttentionParameters)
+                _mark_maps(ctx, probs, needs_hidden, needs)
         return y, probs
 
     @staticmethod
-    @_backward
+    @_backward_pass
     def backward(ctx: Any, dy: torch.Tensor | None, dprobs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        _, *needs = ctx.needs_input_grad
         if dy is None and dprobs is None:
-            return None, *[None] * len(needs)
-        tensors = ctx.saved_tensors
-        dout = dz = dnorm_weight = dnorm_bias = dbias = None
+            return (None,) * len(ctx.needs_input_grad)
+        _, needs_hidden, *flags = ctx.needs_input_grad
+        (needs,) = read(flags, AttentionParameters)
+        saved, norm_saved = read(ctx.saved_tensors, AttentionSaved, NormSaved)
+        dout = dz = None
+        vectors = _VectorGradients()
         if dy is not None:
-            dout, dz, _, partials = _norm_backward(dy, ctx.of, tensors[:_OF_NORM], again=False)
-            dnorm_weight, dnorm_bias, dbias = column_sums(partials)
-        dhidden, dhead_mask, dweight, dparts = _attend_backward(dout, dz, dprobs, ctx.of, tensors, needs)
-        return None, dhidden, dhead_mask, dweight, dbias, dnorm_weight, dnorm_bias, *dparts
+            dout, dz, _, sums = _norm_backward(dy, ctx.arguments, norm_saved, saved.seed, again=False)
+            vectors = _VectorGradients(*column_sums(sums))
+        dhidden, dparameters = _attend_backward(dout, dz, dprobs, vectors, ctx.arguments, saved, needs_hidden, needs)
+        return None, dhidden, *dparameters
 
 
-class _FeedForwardBlock(torch.autograd.Function):
+class FeedForwardBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,  # None: nothing is kept
-        of: FeedForwardArguments,
+        arguments: FeedForwardArguments,
         hidden: torch.Tensor,
         *parameters: torch.Tensor | None,
     ) -> torch.Tensor:
-        y, x, tensors = _feed_forward(hidden, of, keep=ctx is not None)
+        y, saved, norm_saved = _feed_forward(hidden, arguments, keep=ctx is not None, again=False)
         if ctx is not None:
-            ctx.save_for_backward(x, *tensors)
-            ctx.of, ctx.device_type = of, hidden.device.type
+            ctx.save_for_backward(*saved, *norm_saved)
+            ctx.arguments, ctx.device_type = arguments, hidden.device.type
         return y
 
     @staticmethod
-    @_backward
+    @_backward_pass
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _, needs_hidden, needs_up_weight, _, needs_weight, *_ = ctx.needs_input_grad
-        x, *tensors = ctx.saved_tensors
-        dhidden, dpre, dweight, partials = _feed_forward_backward(dy, ctx.of, tensors, needs_hidden, needs_weight)
-        dup_weight = dpre.t() @ x if needs_up_weight else None
-        dup_bias, dnorm_weight, dnorm_bias, dbias = column_sums(*partials)
-        return None, dhidden, dup_weight, dup_bias, dweight, dbias, dnorm_weight, dnorm_bias
+        _, needs_hidden, *flags = ctx.needs_input_grad
+        (needs,) = read(flags, FeedForwardParameters)
+        saved, norm_saved = read(ctx.saved_tensors, FeedForwardSaved, NormSaved)
+        dhidden, dpre, dweight, sums = _feed_forward_backward(
+            dy, ctx.arguments, saved, norm_saved, needs_hidden, needs.weight
+        )
+        dup_weight = dpre.t() @ saved.x if needs.up_weight else None
+        dup_bias, dnorm_weight, dnorm_bias, dbias = column_sums(*sums)
+        return None, dhidden, *FeedForwardParameters(
+            up_weight=dup_weight, up_bias=dup_bias, weight=dweight, bias=dbias, norm_weight=dnorm_weight,
+            norm_bias=dnorm_bias,
+        )  # fmt: skip
 
 
-class _Layer(torch.autograd.Function):
+#: Gradients of the feed-forward block's parameters where nobody used its result.
+_UNUSED: FeedForwardParameters[torch.Tensor | None] = FeedForwardParameters(None, None, None, None, None, None)
+
+
+class Layer(torch.autograd.Function):
     """Both blocks. What the first hands to the second is not kept: the backward pass of its norm makes it again."""
 
     @staticmethod
     def forward(
         ctx: Any,  # None: nothing is kept
-        first: AttentionArguments,
-        second: FeedForwardArguments,
+        attention: AttentionArguments,
+        feed_forward: FeedForwardArguments,
         hidden: torch.Tensor,
         *parameters: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, probs, of_first = _attend(hidden, first, keep=ctx is not None)
-        y, _, of_second = _feed_forward(attended, second, keep=ctx is not None)
-        if ctx is not None:
-            ctx.save_for_backward(*of_second, *of_first)
-            ctx.first, ctx.second, ctx.split = first, second, len(of_second)
-            ctx.device_type = hidden.device.type
+        keep = ctx is not None
+        attended, probs, attention_saved, attention_norm = _attend(hidden, attention, keep)
+        y, feed_forward_saved, feed_forward_norm = _feed_forward(attended, feed_forward, keep, again=True)
+        if keep:
+            ctx.save_for_backward(*attention_saved, *attention_norm, *feed_forward_saved, *feed_forward_norm)
+            ctx.attention, ctx.feed_forward, ctx.device_type = attention, feed_forward, hidden.device.type
             ctx.set_materialize_grads(False)
-            _, _, needs_hidden, *needs = ctx.needs_input_grad
-            _mark_maps(ctx, probs, (needs_hidden, *needs[6:]))
+            if probs is not None:
+                _, _, needs_hidden, *flags = ctx.needs_input_grad
+                _, needs = read(flags, FeedForwardParameters, AttentionParameters)
+                _mark_maps(ctx, probs, needs_hidden, needs)
         return y, probs
 
     @staticmethod
-    @_backward
+    @_backward_pass
     def backward(ctx: Any, dy: torch.Tensor | None, dprobs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        _, _, needs_hidden, needs_up_weight, _, needs_weight, _, _, _, *needs = ctx.needs_input_grad
         if dy is None and dprobs is None:
             return (None,) * len(ctx.needs_input_grad)
-        tensors = ctx.saved_tensors
-        of_second, of_first = tensors[: ctx.split], tensors[ctx.split :]
-        dout = dz = dup_weight = ddown_weight = None
-        vectors: list[torch.Tensor | None] = [None] * 7
+        _, _, needs_hidden, *flags = ctx.needs_input_grad
+        feed_forward_needs, attention_needs = read(flags, FeedForwardParameters, AttentionParameters)
+        attention_saved, attention_norm, feed_forward_saved, feed_forward_norm = read(
+            ctx.saved_tensors, AttentionSaved, NormSaved, FeedForwardSaved, NormSaved
+        )
+        dout = dz = None
+        dfeed_forward, vectors = _UNUSED, _VectorGradients()
         if dy is not None:
-            dattended, dpre, ddown_weight, of_both = _feed_forward_backward(
-                dy, ctx.second, of_second, True, needs_weight
+            dattended, dpre, dweight, sums = _feed_forward_backward(
+                dy, ctx.feed_forward, feed_forward_saved, feed_forward_norm, True, feed_forward_needs.weight
             )
             assert dattended is not None
-            dout, dz, attended, of_norm = _norm_backward(
-                dattended, ctx.first, of_first[:_OF_NORM], again=needs_up_weight
+            dout, dz, attended, attention_sums = _norm_backward(
+                dattended, ctx.attention, attention_norm, attention_saved.seed, again=feed_forward_needs.up_weight
             )
-            dup_weight = dpre.t() @ attended.view(-1, attended.shape[-1]) if needs_up_weight else None
-            vectors = column_sums(*of_both, of_norm)
+            dup_weight = dpre.t() @ attended.view(-1, attended.shape[-1]) if feed_forward_needs.up_weight else None
+            dup_bias, dnorm_weight, dnorm_bias, dbias, *attention_vectors = column_sums(*sums, attention_sums)
+            dfeed_forward = FeedForwardParameters(
+                up_weight=dup_weight, up_bias=dup_bias, weight=dweight, bias=dbias, norm_weight=dnorm_weight,
+                norm_bias=dnorm_bias,
+            )  # fmt: skip
+            vectors = _VectorGradients(*attention_vectors)
             del dpre, attended
-        dhidden, dhead_mask, dweight, dparts = _attend_backward(
-            dout, dz, dprobs, ctx.first, of_first, (needs_hidden, *needs)
+        dhidden, dattention = _attend_backward(
+            dout, dz, dprobs, vectors, ctx.attention, attention_saved, needs_hidden, attention_needs
         )
-        dup_bias, dnorm_weight2, dnorm_bias2, ddown_bias, dnorm_weight, dnorm_bias, dbias = vectors
-        of_feed_forward = dup_weight, dup_bias, ddown_weight, ddown_bias, dnorm_weight2, dnorm_bias2
-        of_attention = dhead_mask, dweight, dbias, dnorm_weight, dnorm_bias, *dparts
-        return None, None, dhidden, *of_feed_forward, *of_attention
+        return None, None, dhidden, *dfeed_forward, *dattention
 
 
 def attention_block(hidden: torch.Tensor, attention: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -404,7 +401,7 @@ def attention_block(hidden: torch.Tensor, attention: AttentionArguments) -> tupl
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
-    return _run(_AttentionBlock, attention, hidden, *attention.differentiable())
+    return _run(AttentionBlock, attention, hidden, *attention.parameters())
 
 
 def feed_forward_block(hidden: torch.Tensor, feed_forward: FeedForwardArguments) -> torch.Tensor:
@@ -421,12 +418,11 @@ def feed_forward_block(hidden: torch.Tensor, feed_forward: FeedForwardArguments)
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
-    return _run(_FeedForwardBlock, feed_forward, hidden, *feed_forward.differentiable())
+    return _run(FeedForwardBlock, feed_forward, hidden, *feed_forward.parameters())
 
 
 def layer_block(
     hidden: torch.Tensor, attention: AttentionArguments, feed_forward: FeedForwardArguments
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention_block`, then `feed_forward_block`: the hidden states and the probabilities; raises as they do."""
-    parameters = *feed_forward.differentiable(), *attention.differentiable()
-    return _run(_Layer, attention, feed_forward, hidden, *parameters)
+    return _run(Layer, attention, feed_forward, hidden, *feed_forward.parameters(), *attention.parameters())

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import cdiv, forbid_double_backward, register_op, wrap_triton
+from .launch import cdiv, forbid_double_backward, register_op, wrap_triton
 from .numerics import cast
 from .tiles import LOAD_STAGES, PARTIAL_SUMS
 
@@ -112,19 +112,19 @@ def _sums(
 forbid_double_backward(_sums, "weight gradient")
 
 
-def column_sums(*of: PartialSums) -> list[torch.Tensor | None]:
+def column_sums(*partial_sums: PartialSums) -> list[torch.Tensor | None]:
     """Gradients of parameter vectors, from the partial sums of up to three kernels; None for None."""
-    partials: list[torch.Tensor | None] = []
+    matrices: list[torch.Tensor | None] = []
     dtypes: list[torch.dtype | None] = []
     widths: list[int] = []
-    for rows, kinds in of:
+    for matrix, kinds in partial_sums:
         dtypes += kinds
         if count := len(kinds) - kinds.count(None):
-            partials.append(rows)
-            widths += [rows.shape[1] // count] * count
-    if not partials:
+            matrices.append(matrix)
+            widths += [matrix.shape[1] // count] * count
+    if not matrices:
         return [None] * len(dtypes)
-    first, second, third = (*partials, None, None)[:3]
+    first, second, third = (*matrices, None, None)[:3]
     assert first is not None
     wanted = {*dtypes} - {None}
     dtype = wanted.pop() if len(wanted) == 1 else torch.float32

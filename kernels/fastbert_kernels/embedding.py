@@ -9,20 +9,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses import FakeTensor
 
 from . import reference
-from .backend import cdiv, check_mode, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .backend import check_mode, check_same_device, uses_triton
+from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
-from .layer_norm import (
-    MAX_FEATURES,
-    dropout_arguments,
-    load_rows,
-    load_vector,
-    normalize,
-    normalize_backward,
-    store_rows,
-)
-from .numerics import dropout_keep
+from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, wrap_triton
+from .layer_norm import MAX_FEATURES, normalize, normalize_backward
+from .numerics import dropout_keep, load_rows, load_vector, store_rows
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
 
@@ -241,7 +236,7 @@ def _forward(
     return y, mean, rstd
 
 
-def _backward_plan(dy: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+def _backward_plan(dy: torch.Tensor) -> tuple[Tiles, torch.Tensor]:
     """Tiles of the backward pass, and the memory of its partial sums."""
     features = int(dy.shape[-1])  # of a graph's symbol, the number
     tiles = tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), BACKWARD_BYTES))
@@ -396,7 +391,8 @@ def embed(
     )  # fmt: skip
     tables = {"words": (words, word_table), "positions": (positions, position_table)}
     tables["token_types"] = (token_types, token_type_table)
-    if (not words.is_cuda or check_mode()) and not torch.compiler.is_compiling():
+    has_values = not (words.is_meta or isinstance(words, FakeTensor) or torch.compiler.is_compiling())
+    if has_values and (not words.is_cuda or check_mode()):
         _check_ids(tables)
     if not uses_triton(position_table):
         return reference.embed(

@@ -13,23 +13,16 @@ import torch.nn.functional as F
 import triton
 
 from . import reference
-from .backend import (
-    cdiv,
-    check_same_device,
-    forbid_double_backward,
-    is_traced,
-    multiprocessors,
-    register_op,
-    uses_triton,
-    wrap_triton,
-)
-from .bias_gelu import ACTIVATIONS, bias_activation
-from .bias_gelu import _forward as activation_forward
-from .bias_gelu import backward_in_place as activation_backward
-from .bias_gelu import check as check_activation
+from .backend import check_same_device, uses_triton
+from .bias_activation import _forward as activation_forward
+from .bias_activation import backward_in_place as activation_backward
+from .bias_activation import bias_activation
+from .bias_activation import check as check_bias_activation
+from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums
 from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
-from .tiles import PRODUCT_PROGRAMS, Tiles, feed_forward_fits, feed_forward_tiles
+from .launch import cdiv, forbid_double_backward, is_traced, multiprocessors, register_op, wrap_triton
+from .tiles import PRODUCT_PROGRAMS, feed_forward_fits, feed_forward_tiles
 
 
 def _launch(kernel: Any, tiles: Tiles, count: int, features: int, like: torch.Tensor, **arguments: Any) -> None:
@@ -138,7 +131,7 @@ def products(
         y, pre = _forward(x, weight1, bias1, activation, keep)
     else:
         pre = F.linear(x, weight1)
-        check_activation(pre, bias1, activation)
+        check_bias_activation(pre, bias1, activation)
         y = activation_forward(pre, bias1, activation)
     if not keep:
         pre = None  # its memory is free before the second product's is taken
@@ -157,7 +150,7 @@ def products_backward(
     return dpre, dout.t() @ y if needs2 else None, (partials, (None if bias1 is None else bias1.dtype,))
 
 
-class _FeedForward(torch.autograd.Function):
+class FeedForward(torch.autograd.Function):
     """The products as one step of autograd, so that f(pre) is not kept."""
 
     @staticmethod
@@ -237,8 +230,7 @@ def feed_forward(
         ValueError: for an unknown activation, shapes that do not fit each other, mixed devices.
         TypeError: for a dtype that no kernel has, or x and weights of different dtypes.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: the kernels have {', '.join(ACTIVATIONS)}")
+    reference.check_activation(activation)
     hidden, intermediate = x.shape[-1], weight1.shape[0]
     wanted = {"weight1": (intermediate, hidden), "bias1": (intermediate,), "weight2": (hidden, intermediate)}
     for (name, shape), tensor in zip(wanted.items(), (weight1, bias1, weight2), strict=True):
@@ -260,7 +252,7 @@ def feed_forward(
     rows = x.reshape(-1, hidden).contiguous()
     operands = rows, weight1.contiguous(), bias1.contiguous(), weight2.contiguous()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
-        y = _FeedForward.apply(*operands, activation, fused)
+        y = FeedForward.apply(*operands, activation, fused)
     else:
         y, _ = products(*operands, activation, fused, keep=False)
     return y.view(x.shape)

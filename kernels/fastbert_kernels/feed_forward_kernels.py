@@ -7,8 +7,7 @@ programs share a multiprocessor, so that one multiplies while the other is at it
 import triton
 import triton.language as tl
 
-from .layer_norm import load_rows, load_vector, store_rows
-from .numerics import activation, activation_grad, dot
+from .numerics import activation, activation_grad, dot, load_rows, load_vector, store_rows
 
 
 @triton.jit

@@ -4,50 +4,23 @@ For the backward pass the normalized sum is kept, which may take the memory of x
 Statistics are float32.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from . import reference
-from .backend import (
-    cdiv,
-    check_same_device,
-    forbid_double_backward,
-    is_watched,
-    register_op,
-    uses_triton,
-    wrap_triton,
-)
+from .backend import check_same_device, uses_triton
+from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums, empty_partials
-from .numerics import cast, dropout_keep
+from .launch import cdiv, dropout_arguments, forbid_double_backward, is_watched, register_op, wrap_triton
+from .numerics import dropout_keep, load_rows, load_vector, store_rows
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
 
 #: Features of a row that one program can hold.
 MAX_FEATURES = 4096
-
-
-@triton.jit
-def load_rows(ptr, rows, cols, count, features):
-    """A tile of a row-major matrix as float32, zero outside it: [BLOCK_M, BLOCK_N]."""
-    mask = (rows[:, None] < count) & (cols[None, :] < features)
-    offsets = rows[:, None].to(tl.int64) * features + cols[None, :]
-    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_rows(ptr, x, rows, cols, count, features):
-    mask = (rows[:, None] < count) & (cols[None, :] < features)
-    offsets = rows[:, None].to(tl.int64) * features + cols[None, :]
-    tl.store(ptr + offsets, cast(x, ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_vector(ptr, cols, features):
-    """A vector as float32, zero past its end: [1, BLOCK_N]."""
-    return tl.load(ptr + cols, mask=cols < features, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -189,17 +162,6 @@ def _forward_fake(
     return y, torch.empty_like(x) if keep else x.new_empty(0), rstd
 
 
-def dropout_arguments(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, stream: int) -> dict[str, Any]:
-    """The arguments by which every kernel draws its dropout. An absent seed is stood in for by x, never read."""
-    return {
-        "seed_ptr": x if seed is None else seed,
-        "site": stream,
-        "keep_threshold": reference.dropout_threshold(dropout_p),
-        "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
-        "HAS_DROPOUT": dropout_p > 0.0,
-    }
-
-
 def _launch_forward(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -270,7 +232,7 @@ def forward_in_place(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, to
     return y, x, rstd
 
 
-def _backward_plan(dy: torch.Tensor, count: int, has_bias: bool) -> tuple[dict[str, Any], torch.Tensor]:
+def _backward_plan(dy: torch.Tensor, count: int, has_bias: bool) -> tuple[Tiles, torch.Tensor]:
     """Tiles of the backward pass, and the memory of its partial sums."""
     features = int(dy.shape[-1])  # of a graph's symbol, the number
     shipped = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
@@ -445,6 +407,20 @@ def _check(
     )
 
 
+class OpArguments(NamedTuple):
+    """The arguments of the op, as `add_layer_norm` names them, but for `keep`."""
+
+    x: torch.Tensor
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+    weight: torch.Tensor
+    norm_bias: torch.Tensor
+    eps: float
+    dropout_p: float
+    seed: torch.Tensor | None
+    stream: int
+
+
 def op_arguments(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -455,8 +431,8 @@ def op_arguments(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
-) -> tuple[Any, ...]:
-    """The arguments of `add_layer_norm` as its op takes them, checked: all but `keep`."""
+) -> OpArguments:
+    """The arguments of `add_layer_norm` as its op takes them, checked."""
     _check(x, bias, residual, weight, norm_bias, dropout_p, seed)
     if x.shape[-1] > MAX_FEATURES:
         raise ValueError(f"add_layer_norm has kernels for rows up to {MAX_FEATURES}, got {x.shape[-1]}")
@@ -464,4 +440,4 @@ def op_arguments(
         raise ValueError(f"add_layer_norm with dropout_p={dropout_p} needs a seed: an int64 scalar on {x.device}")
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return x, bias, residual, weight.contiguous(), norm_bias.contiguous(), eps, dropout_p, seed, stream
+    return OpArguments(x, bias, residual, weight.contiguous(), norm_bias.contiguous(), eps, dropout_p, seed, stream)

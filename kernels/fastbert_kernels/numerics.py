@@ -43,6 +43,27 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def load_rows(ptr, rows, cols, count, features):
+    """A tile of a row-major matrix as float32, zero outside it: [BLOCK_M, BLOCK_N]."""
+    mask = (rows[:, None] < count) & (cols[None, :] < features)
+    offsets = rows[:, None].to(tl.int64) * features + cols[None, :]
+    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(ptr, x, rows, cols, count, features):
+    mask = (rows[:, None] < count) & (cols[None, :] < features)
+    offsets = rows[:, None].to(tl.int64) * features + cols[None, :]
+    tl.store(ptr + offsets, cast(x, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(ptr, cols, features):
+    """A vector as float32, zero past its end: [1, BLOCK_N]."""
+    return tl.load(ptr + cols, mask=cols < features, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _kept_halves(seed_ptr, stream, plane, rows, groups, threshold):
     """What dropout keeps by the eight 16-bit halves of the four words of a Philox-4x32 call, bool [..., 2, 2, 2].
 

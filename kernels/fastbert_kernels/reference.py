@@ -7,6 +7,9 @@ Dropout comes from torch's generator, or from an explicit `keep` mask (True wher
 the tests hand the kernels' own mask to the definition.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -36,6 +39,7 @@ def dropout(x: torch.Tensor, p: float, keep: torch.Tensor | None = None) -> torc
     return torch.where(keep, x / (1.0 - p), 0.0) if p < 1.0 else x * 0.0
 
 
+@functools.cache
 def dropout_threshold(p: float) -> int:
     """The 16-bit draw below which an element is dropped, for dropout probability p, kept in steps of 2**-16."""
     return min(round(p * 2**16), 2**16 - 1)
@@ -210,17 +214,35 @@ def _fused(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
 
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+#: The activations that there are, by name. "gelu" is the erf form.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def check_activation(name: str) -> None:
+    """Raise ValueError for an unknown activation."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: the kernels have {', '.join(ACTIVATIONS)}")
+
+
 def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """f(x + bias), in x's dtype: x (..., features), bias (features,) or None, f one of gelu, gelu_tanh, relu, silu."""
+    """f(x + bias), in x's dtype: x (..., features), bias (features,) or None, f one of `ACTIVATIONS`.
+
+    Raises:
+        ValueError: for an unknown activation.
+    """
+    check_activation(activation)
     # On half precision torch's own activations, too, compute in float32 and round once.
     z = x if bias is None else upcast(x) + bias
-    if activation == "gelu":
-        y = F.gelu(z)
-    elif activation == "gelu_tanh":
-        y = F.gelu(z, approximate="tanh")
-    else:
-        y = F.relu(z) if activation == "relu" else F.silu(z)
-    return in_dtype(y, x.dtype)
+    return in_dtype(ACTIVATIONS[activation](z), x.dtype)
 
 
 def feed_forward(

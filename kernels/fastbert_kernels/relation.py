@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from .attention import blocked_length, check_lengths
-from .backend import cdiv, check_same_device, forbid_double_backward, register_op, uses_triton, wrap_triton
+from .backend import check_same_device, uses_triton
+from .launch import cdiv, forbid_double_backward, register_op, wrap_triton
 from .relation_blocks import INSTEAD_OF_SECOND_DERIVATIVE, relation_loss_by_blocks
 from .relation_kernels import relation_backward_a, relation_backward_b, relation_forward
+from .sequences import batch_size, blocked_length, check_lengths
 from .tiles import block_width, relation_tiles
 
 MAX_RELATION_DIM = 128
@@ -52,10 +53,6 @@ def _arguments(
         "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_SOFTMAX": kind == "kl",
     }
-
-
-def _batch(x: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int) -> int:
-    return x.shape[0] // max_seqlen if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _forward_fake(
@@ -91,7 +88,7 @@ def _forward(
     loss = student_a.new_empty(heads, tokens, dtype=torch.float32)
     lse = student_a.new_empty(2 if kind == "kl" else 0, heads, tokens, dtype=torch.float32)
     tiles = relation_tiles("forward", student_a, teacher_a)
-    grid = (cdiv(max_seqlen, tiles["BLOCK_M"]) * heads * _batch(student_a, cu_seqlens, max_seqlen),)
+    grid = (cdiv(max_seqlen, tiles["BLOCK_M"]) * heads * batch_size(student_a, cu_seqlens, max_seqlen),)
     if grid[0] > 0:
         wrap_triton(relation_forward)[grid](
             loss_ptr=loss,
@@ -145,7 +142,7 @@ def _backward(
     dB takes it relative to the largest.
     """
     heads = student_a.shape[1]
-    batch = _batch(student_a, cu_seqlens, max_seqlen)
+    batch = batch_size(student_a, cu_seqlens, max_seqlen)
     operands = (student_a, student_b, teacher_a, teacher_b)
     da, db = student_a.new_empty(student_a.shape), student_b.new_empty(student_b.shape)
     if student_a.numel() == 0:
@@ -223,7 +220,7 @@ def relation_loss(
     operands = (student_a, student_b, teacher_a, teacher_b)
     # Both decide, so that a teacher in a dtype without a kernel is named too.
     if not (uses_triton(student_a) and uses_triton(teacher_a)):
-        batch = _batch(student_a, cu_seqlens, max_seqlen)
+        batch = batch_size(student_a, cu_seqlens, max_seqlen)
         lengths = [max_seqlen] * batch if cu_seqlens is None else cu_seqlens.diff().tolist()
         return relation_loss_by_blocks(*operands, lengths, kind, student_scale, teacher_scale)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()

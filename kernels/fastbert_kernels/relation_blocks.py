@@ -37,7 +37,7 @@ def _sequences(lengths: list[int]) -> Iterator[slice]:
         start += length
 
 
-class _RowBlocks(torch.autograd.Function):
+class RelationLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         *operands, lengths, kind, student_scale, teacher_scale = inputs
@@ -59,11 +59,11 @@ class _RowBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        da, db = _RowBlocksBackward.apply(dloss, *ctx.saved_tensors, *ctx.scalars)
+        da, db = RelationLossBackward.apply(dloss, *ctx.saved_tensors, *ctx.scalars)
         return da, db, *[None] * 6
 
 
-class _RowBlocksBackward(torch.autograd.Function):
+class RelationLossBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dloss: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         *operands, lengths, kind, scales = inputs
@@ -102,4 +102,4 @@ def relation_loss_by_blocks(
 ) -> torch.Tensor:
     """`reference.relation_loss`, in memory that grows with the tokens: blocks of the scores come and go, and the
     backward pass computes them again. Gradients for the student only, and only once."""
-    return _RowBlocks.apply(student_a, student_b, teacher_a, teacher_b, lengths, kind, student_scale, teacher_scale)
+    return RelationLoss.apply(student_a, student_b, teacher_a, teacher_b, lengths, kind, student_scale, teacher_scale)

@@ -7,17 +7,15 @@ number of tokens from which on the feed-forward block's products are fused.
 """
 
 import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from . import reference
 from .backend import arch
-from .tuned import Product, tuned_start, tuned_tiles
-
-#: Launch parameters: the tile sizes a kernel takes, and how it is compiled.
-Tiles = dict[str, Any]
+from .catalogue import Product, Tiles
+from .tuned import tuned_start, tuned_tiles
 
 
 def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tiles:
@@ -211,7 +209,7 @@ _FEED_FORWARD_INTERPRETED = _product(64, 64, 32, 4, 1, descriptors=True)
 _FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 512, "sm_90": 768}
 
 #: With these activations: gelu_tanh's derivative spills in the backward pass on sm_90.
-FEED_FORWARD_ACTIVATIONS = ("gelu", "relu", "silu")
+FEED_FORWARD_ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name != "gelu_tanh")
 
 #: Tokens from which on. With fewer, tiles leave multiprocessors without work in the last round: at 8,192 tokens and
 #: 1536 columns, 768 tiles are 2.9 rounds of an H200.

@@ -18,97 +18,24 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 
 from .backend import KERNEL_DTYPES
+from .catalogue import FUSED, TUNABLE, Launch, Product, Tiles, dtype_name
 
 logger = logging.getLogger("fastbert")
 
 #: Of the file: raised when what it says is read differently.
 FORMAT = 2
 
-_TILES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in KERNEL_DTYPES}
+_TILE_KEYS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+_DTYPES = {dtype_name(dtype): dtype for dtype in KERNEL_DTYPES}
 
-#: Kernels whose tiles can be measured; what is not named here keeps the shipped ones.
-KERNELS = (
-    *("attention_forward", "attention_backward_dq", "attention_backward_dkv"),
-    *("relation_forward", "relation_backward_a", "relation_backward_b"),
-    *("add_layer_norm_forward", "add_layer_norm_backward", "embed_forward", "embed_backward"),
-    *("bias_activation_forward", "bias_activation_backward", "feed_forward_forward", "feed_forward_backward"),
-)
-
-#: In a file the name of what is said of a `Product`; not a kernel.
-FUSED = "feed_forward_fused"
-
-
-class Launch(NamedTuple):
-    """What tiles are chosen by.
-
-    Attributes:
-        kernel: one of `KERNELS`.
-        dtype: of the activations, or of a backward pass's incoming gradient.
-        width: head_dim of an attention kernel, the larger dim of a relation kernel, hidden size of a feed-forward
-            kernel, features of the others.
-        maps: whether an attention kernel reads or writes (seq, seq) planes.
-    """
-
-    kernel: str
-    dtype: torch.dtype
-    width: int
-    maps: bool = False
-
-    @property
-    def attends(self) -> bool:
-        """Whether this kernel has heads, and works by tiles of rows and columns of scores."""
-        return self.kernel.startswith(("attention_", "relation_"))
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether this kernel multiplies matrices, so that no side of a tile is under 16."""
-        return self.attends or self.kernel.startswith("feed_forward_")
-
-    @property
-    def whole_rows(self) -> bool:
-        """Whether a program holds whole rows, so that BLOCK_N is no choice."""
-        return self.kernel.startswith(("add_layer_norm_", "embed_"))
-
-    def __str__(self) -> str:
-        return f"{self.kernel} {dtype_name(self.dtype)} {self.width}{' with maps' if self.maps else ''}"
-
-
-class Product(NamedTuple):
-    """What decides, beside the number of tokens, whether the feed-forward block's products are fused.
-
-    Attributes:
-        dtype: of the products.
-        hidden: the hidden size.
-        activation: one of `tiles.FEED_FORWARD_ACTIVATIONS`.
-    """
-
-    dtype: torch.dtype
-    hidden: int
-    activation: str
-
-    @property
-    def kernel(self) -> str:
-        """A name beside those of `KERNELS`."""
-        return FUSED
-
-    def __str__(self) -> str:
-        return f"{FUSED} {dtype_name(self.dtype)} {self.hidden} {self.activation}"
-
-
-Tiles = dict[str, int]
 #: Launch -> its tiles. Product -> the number of tokens from which on it is fused, None for never.
 Table = dict[Launch | Product, Any]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def folder() -> Path:
@@ -195,16 +122,16 @@ def _read_product(entry: dict[str, Any]) -> tuple[Product, int | None]:
 
 def _read_launch(entry: dict[str, Any]) -> tuple[Launch, Tiles]:
     launch = Launch(entry["kernel"], _DTYPES[entry["dtype"]], entry["width"], entry["maps"])
-    tiles = {name: entry["tiles"][name] for name in _TILES}
-    sizes = [tiles[name] for name in _TILES[:3]]
+    tiles = {name: entry["tiles"][name] for name in _TILE_KEYS}
+    sizes = [tiles[name] for name in _TILE_KEYS[:3]]
     sound = (
-        launch.kernel in KERNELS
+        launch.kernel in TUNABLE
         and type(launch.width) is int
         and type(launch.maps) is bool
         and all(type(value) is int and value > 0 for value in tiles.values())
         and all(size & (size - 1) == 0 for size in sizes)
-        and tiles["BLOCK_N"] >= (launch.width if launch.whole_rows else 16)
-        and (tiles["BLOCK_M"] >= 16 or not launch.multiplies)
+        and tiles["BLOCK_N"] >= (launch.width if launch.traits.whole_rows else 16)
+        and (tiles["BLOCK_M"] >= 16 or not launch.traits.multiplies)
         and tiles["num_warps"] <= 32
     )
     if not sound:
@@ -276,10 +203,8 @@ def in_force(device: torch.device, table: Table) -> Iterator[None]:
             _tables[device] = before
 
 
-def tuned_tiles(
-    kernel: str, x: torch.Tensor, width: int, shipped: dict[str, Any], maps: bool = False
-) -> dict[str, Any]:
-    """The tiles of a launch on the device of `x`: measured there, or else the shipped ones. See `Launch`."""
+def tuned_tiles(kernel: str, x: torch.Tensor, width: int, shipped: Tiles, maps: bool = False) -> Tiles:
+    """The tiles of a launch on the device of `x`: measured there, or else the shipped ones. See `catalogue.Launch`."""
     return measured(x.device).get((kernel, x.dtype, width, maps), shipped)  # type: ignore[call-overload]
 
 

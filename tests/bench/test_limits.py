@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bench.static.cases import KERNELS, cases
+from bench.static.cases import COMPILED, cases
 from bench.static.limits import PEAKS, Cost, cost, floor
 
 TOKENS = 64 * 512
@@ -113,7 +113,7 @@ def test_measured_rates_take_the_place_of_peaks() -> None:
     assert floor(call, slow, "bfloat16").microseconds == pytest.approx(call.bytes / 1e6)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", COMPILED)
 def test_every_kernel_has_a_cost(kernel: str) -> None:
     costs = [case.cost() for case in cases(full=True) if case.kernel == kernel]
     assert min(call.bytes for call in costs) > 0

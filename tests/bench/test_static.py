@@ -23,7 +23,7 @@ from bench.static.report import Report
 from bench.static.table import reasons, table
 from fastbert.tuning.neighbours import shipped_tiles
 from fastbert_kernels import tuned
-from fastbert_kernels.tuned import Launch
+from fastbert_kernels.catalogue import TUNABLE, Launch
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 PRODUCTS = ("attention_", "relation_", "feed_forward_")
@@ -62,7 +62,7 @@ def _of(written: dict[str, Any], target: str, *kernels: str) -> list[dict[str, A
 @pytest.mark.parametrize("target", static.TARGETS)
 def test_every_kernel_compiles(written: dict[str, Any], target: str) -> None:
     compiled = _of(written, target, "")
-    assert {r["case"]["kernel"] for r in compiled} == set(static.KERNELS)
+    assert {r["case"]["kernel"] for r in compiled} == set(static.COMPILED)
     assert len(compiled) == len(static.cases(full=False))
 
 
@@ -95,7 +95,7 @@ def test_loops_copy_their_tiles_asynchronously(written: dict[str, Any], target: 
 def test_bandwidth_bound_kernels_move_128_bits_at_a_time(written: dict[str, Any], target: str) -> None:
     device = static.DEVICES[target]
     bound = [r for r in _of(written, target, "") if r["floors"][device]["bound"] == "bandwidth"]
-    assert {r["case"]["kernel"] for r in bound} >= {k for k in static.KERNELS if not k.startswith(PRODUCTS)}
+    assert {r["case"]["kernel"] for r in bound} >= {k for k in static.COMPILED if not k.startswith(PRODUCTS)}
     assert [r["name"] for r in bound if r["machine"]["wide_loads"] + r["machine"]["wide_async"] == 0] == []
     streaming = [r for r in bound if r["case"]["kernel"].startswith(("add_layer_norm", "bias_activation", "embed"))]
     assert [r["name"] for r in streaming if r["machine"]["wide_stores"] == 0] == []
@@ -260,8 +260,8 @@ def test_loops_are_found_in_machine_code(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_compiled_is_what_ships_whatever_a_user_measured() -> None:
     for case in static.cases(full=True):
         launch = Launch(case.kernel, static.DTYPES[case.dtype], case.width)
-        launch = launch._replace(maps=not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags) and launch.attends)
-        if launch.kernel not in tuned.KERNELS:
+        launch = launch._replace(maps=not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags) and launch.traits.attends)
+        if launch.kernel not in TUNABLE:
             continue
         table = {launch: {"BLOCK_M": 1, "BLOCK_N": 1, "num_warps": 1, "num_stages": 1}}
         for target in static.TARGETS:

@@ -15,7 +15,7 @@ from fastbert.benchmark.timing import Run, Times
 from fastbert.cli import app
 from fastbert.tuning import choice, neighbours, problems, tuner
 from fastbert_kernels import tuned
-from fastbert_kernels.tuned import Launch, Product
+from fastbert_kernels.catalogue import Launch, Product
 
 KERNEL = ("--kernel", "bias_activation_forward", "--dtype", "float32")
 

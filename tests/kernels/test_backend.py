@@ -1,17 +1,14 @@
-"""Which life of the ops runs: the tensor's device decides, FASTBERT_BACKEND overrides."""
+"""Which backend the ops run on: the tensor's device decides, FASTBERT_BACKEND overrides."""
 
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert_kernels
-from fastbert_kernels import bias_activation, bias_gelu, get_backend, reference, set_backend, uses_triton
+from fastbert_kernels import bias_activation, get_backend, reference, set_backend, uses_triton
 from fastbert_kernels.backend import arch, check_interpreter, check_mode, check_same_device
 
 
@@ -122,56 +119,6 @@ def test_check_same_device() -> None:
 
 def test_arch_of_a_cpu_is_the_interpreter() -> None:
     assert arch(torch.device("cpu")) == "interpreter"
-
-
-class Dispatched(TorchDispatchMode):
-    """The names of the ops that reach the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-def gelu_and_gradient(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x = x.detach().requires_grad_()
-    y = bias_activation(x, None)
-    return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
-
-
-def test_an_op_is_called_past_the_dispatcher_where_nobody_watches(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x = torch.randn(3, 8, device=device)
-    with fastbert_kernels.backend("triton"):
-        with Dispatched() as watcher:
-            watched = gelu_and_gradient(x)
-        assert {"fastbert::bias_activation", "fastbert::bias_activation_backward"} <= watcher.names
-        for op in (bias_gelu._forward, bias_gelu._backward):
-            monkeypatch.setattr(op, "registered", None)
-        alone = gelu_and_gradient(x)
-        with torch.inference_mode():
-            assert torch.equal(bias_activation(x, None), alone[0])
-    assert all(torch.equal(a, b) for a, b in zip(watched, alone, strict=True))
-
-
-def test_tracers_see_the_op(device: torch.device) -> None:
-    x = torch.randn(3, 8, device=device)
-    with fastbert_kernels.backend("triton"):
-        scripted = torch.jit.trace(lambda x: bias_activation(x, None), x, check_trace=False)
-        wanted = bias_activation(x + 1, None)
-    assert "fastbert::bias_activation" in str(scripted.graph)
-    assert torch.equal(scripted(x + 1), wanted)
-
-
-def test_fake_tensors_take_the_fake_op(device: torch.device) -> None:
-    with FakeTensorMode() as mode, fastbert_kernels.backend("triton"):
-        fake = mode.from_tensor(torch.empty(3, 8, device=device))
-    with fastbert_kernels.backend("triton"):
-        assert bias_activation(fake, None).shape == (3, 8)
 
 
 @pytest.mark.parametrize(

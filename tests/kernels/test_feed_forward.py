@@ -10,8 +10,9 @@ import torch
 from two_references import DTYPES, two_references
 
 from fastbert_kernels import ACTIVATIONS, backend, feed_forward, feed_forward_is_fused, reference, tiles
+from fastbert_kernels.catalogue import Launch, Product
 from fastbert_kernels.feed_forward_kernels import _tile
-from fastbert_kernels.tuned import Launch, Product, in_force
+from fastbert_kernels.tuned import in_force
 
 
 @pytest.fixture

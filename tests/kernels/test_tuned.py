@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastbert.tuning.problems import COMPILED
 from fastbert_kernels import tuned
-from fastbert_kernels.tuned import KERNELS, Launch, Product
+from fastbert_kernels.catalogue import KERNELS, TUNABLE, Launch, Product
 
 TILES = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 LAUNCH = Launch("attention_forward", torch.bfloat16, 64)
@@ -200,11 +201,19 @@ def test_another_table_for_a_block(tuned_folder: Path, device: torch.device) -> 
 
 
 def test_every_kernel_named_is_one_that_attends_or_holds_rows_or_neither() -> None:
-    launches = [Launch(kernel, torch.float32, 8) for kernel in KERNELS]
-    assert {x.kernel for x in launches if not x.attends and not x.whole_rows} == {
+    kernels = [KERNELS[name] for name in TUNABLE]
+    assert {x.name for x in kernels if not x.attends and not x.whole_rows} == {
         "bias_activation_forward",
         "bias_activation_backward",
         "feed_forward_forward",
         "feed_forward_backward",
     }
-    assert not any(x.multiplies and x.whole_rows for x in launches)
+    assert not any(x.multiplies and x.whole_rows for x in kernels)
+
+
+def test_the_catalogue_has_a_row_for_every_kernel() -> None:
+    assert set(KERNELS) == set(COMPILED)
+    for name, kernel in KERNELS.items():
+        assert COMPILED[name].__name__.removeprefix("_") == name == kernel.name
+        assert name in (kernel.op, f"{kernel.op}_{kernel.step}")
+        assert kernel.backward == ("backward" in name or name == "column_sums")

@@ -12,7 +12,7 @@ from fastbert.tuning.choice import Choice, choose
 from fastbert.tuning.launches import COMMON, Widths, launches, products
 from fastbert.tuning.problems import Sizes
 from fastbert_kernels import backend, feed_forward, feed_forward_is_fused, tiles, tuned
-from fastbert_kernels.tuned import Launch, Product
+from fastbert_kernels.catalogue import Launch, Product
 
 GELU = Product(torch.bfloat16, 16, "gelu")
 

@@ -1,7 +1,7 @@
 """The tuner: what reaches a launch, and what is kept of tiles that are fast, wrong, slow or broken."""
 
 import functools
-import importlib
+import sys
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +16,14 @@ from fastbert.tuning.neighbours import neighbours, shipped_tiles
 from fastbert.tuning.problems import Sizes, all_switches, checked_problem, timed_switches
 from fastbert.tuning.tuner import FLOOR, Outcome, tune, words
 from fastbert_kernels import reference, tuned
-from fastbert_kernels.backend import arch, wrap_triton
-from fastbert_kernels.tiles import Tiles
-from fastbert_kernels.tuned import KERNELS, Launch
+from fastbert_kernels.backend import arch
+from fastbert_kernels.catalogue import TUNABLE, Launch, Tiles
+from fastbert_kernels.launch import wrap_triton
 
 SMALL = Sizes(lengths=(6, 5), tokens=12, heads=1, ragged=(1, 17), even=(17, 17), rows=20, vocabulary=9)
 TILE_KEYS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 GELU = Launch("bias_activation_forward", torch.float32, 16)
 NORM = Launch("add_layer_norm_forward", torch.float32, 16)
-
-_MODULES = ("attention", "relation", "bias_gelu", "layer_norm", "embedding", "feed_forward")
 
 Change = Callable[[str, dict[str, Any]], dict[str, Any]]
 
@@ -48,8 +46,9 @@ def on_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
                 name = self.kernel.fn.__name__.lstrip("_")
                 return lambda **arguments: wrap_triton(self.kernel)[grid](**change(name, arguments))
 
-        for module in _MODULES:
-            monkeypatch.setattr(importlib.import_module(f"fastbert_kernels.{module}"), "wrap_triton", Spied)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("fastbert_kernels.") and hasattr(module, "wrap_triton"):
+                monkeypatch.setattr(module, "wrap_triton", Spied)
 
     return install
 
@@ -81,7 +80,7 @@ def measure(launch: Launch, device: torch.device, rows: tuple[int, ...], timer: 
 # Launches
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", TUNABLE)
 def test_measured_tiles_reach_their_launch_and_no_other(
     tuned_folder: Any, cuda_index: torch.device, on_launch: Callable[[Change], None], kernel: str
 ) -> None:
@@ -98,7 +97,7 @@ def test_measured_tiles_reach_their_launch_and_no_other(
     table = shipped_tiles(launch, arch(cuda_index))
     assert seen[kernel] == [{key: table[key] for key in TILE_KEYS}]
     others, before = {name: tiles for name, tiles in seen.items() if name != kernel}, seen[kernel][0]
-    tiles = before | {"BLOCK_M": before["BLOCK_M"] // 2 if launch.attends else before["BLOCK_M"] * 2}
+    tiles = before | {"BLOCK_M": before["BLOCK_M"] // 2 if launch.traits.attends else before["BLOCK_M"] * 2}
     entry = {"kernel": kernel, "dtype": "float32", "width": 16, "maps": False, "tiles": tiles}
     tuned.write(tuned.kind(cuda_index), [entry], {})
     tuned._tables.clear()
@@ -118,12 +117,12 @@ def test_a_models_launches() -> None:
     }
     full = launches(COMMON, torch.bfloat16, full=True)
     assert len(full) == len(set(full))
-    assert {x.kernel for x in full} == set(KERNELS)
+    assert {x.kernel for x in full} == set(TUNABLE)
     assert {(x.width, x.maps) for x in full if x.kernel == "attention_forward"} == {
         (width, maps) for width in (32, 64) for maps in (False, True)
     }
     assert {x.kernel for x in launches(COMMON, torch.bfloat16, full=True, named=("relation", "embed_f"))} == {
-        *(kernel for kernel in KERNELS if kernel.startswith("relation_")),
+        *(kernel for kernel in TUNABLE if kernel.startswith("relation_")),
         "embed_forward",
     }
 
@@ -133,7 +132,7 @@ def test_all_neighbours_are_tiles_that_a_file_may_hold() -> None:
         for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
             shipped = shipped_tiles(launch, target)
             for tiles in neighbours(launch, target, shipped):
-                assert tiles["num_warps"] >= 4 or not launch.multiplies or target not in ("sm_90", "sm_100")
+                assert tiles["num_warps"] >= 4 or not launch.traits.multiplies or target not in ("sm_90", "sm_100")
                 entry = Outcome(launch, shipped, tiles, kept=True).entry()
                 assert tuned.read_entry(entry) == (launch, {key: tiles[key] for key in TILE_KEYS})
 
@@ -354,15 +353,15 @@ def test_wrong_shipped_tiles_end_the_launch_and_not_the_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", TUNABLE)
 def test_every_call_has_its_definition(cuda_index: torch.device, kernel: str) -> None:
     for maps in (False, True) if kernel.startswith("attention_") else (False,):
         launch = Launch(kernel, torch.bfloat16, 16, maps)
         shipped = shipped_tiles(launch, arch(cuda_index))
-        rows = shipped["BLOCK_M"] // 2 if launch.attends else shipped["BLOCK_M"] * 2
+        rows = shipped["BLOCK_M"] // 2 if launch.traits.attends else shipped["BLOCK_M"] * 2
         outcome = measure(launch, cuda_index, (rows,), timer_of({rows: 0.5}))
         assert (outcome.kept, outcome.refused) == (True, [])
-        assert {on for call in all_switches(launch) for on in call} >= {"CU_SEQLENS"} if launch.attends else True
+        assert {on for call in all_switches(launch) for on in call} >= {"CU_SEQLENS"} if launch.traits.attends else True
 
 
 @pytest.mark.gpu

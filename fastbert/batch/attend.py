@@ -1,0 +1,46 @@
+"""What the attention of every layer needs to know of a batch."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .first_tokens import FirstTokens
+from .prefix import Prefix
+from .records import Movable
+
+
+@dataclass(frozen=True)
+class Attend(Movable):
+    """How attention reads the tokens of a batch. The additive mask goes beside it, as with Hugging Face's modules.
+
+    Attributes:
+        cu_seqlens: int32 (sequences + 1,), the packed sequences, or None: the batch has its own shape.
+        max_seqlen: tokens in the longest sequence, or None: that of the hidden states.
+        order: int32 (sequences,), the packed sequences from the longest to the shortest, where that is known.
+        map_seq: the side of the maps, or None: that of the hidden states.
+        map_columns: int32 (tokens,), each token's column in its map; None: its place in its sequence.
+        seed: int64 scalar on the device, of all dropout in a forward pass; None: each module draws its own.
+        prefix: what each sequence sees before itself. The other attributes count it in.
+        first: compute the last layer for these tokens only.
+    """
+
+    cu_seqlens: torch.Tensor | None = None
+    max_seqlen: int | None = None
+    order: torch.Tensor | None = None
+    map_seq: int | None = None
+    map_columns: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    prefix: Prefix | None = None
+    first: FirstTokens | None = None
+
+    def map_side(self, seq: int) -> int:
+        """The side of the maps, of hidden states of so many columns."""
+        return seq if self.map_seq is None else self.map_seq
+
+    def whole(self) -> "Attend":
+        """The same of a layer that computes all tokens."""
+        return self if self.first is None else replace(self, first=None)
+
+    def reseeded(self) -> "Attend":
+        """The same without a seed: each module draws its own."""
+        return replace(self, seed=None)

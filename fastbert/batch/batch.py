@@ -1,0 +1,295 @@
+"""A batch on its way in, checked and laid out, and on its way out, unpacked and zeroed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch._subclasses import FakeTensor
+from torch.nn import CrossEntropyLoss
+
+from fastbert.notices import warn_once
+from fastbert_kernels.backend import check_same_device
+
+from .attend import Attend
+from .first_tokens import FirstTokens, first_tokens
+from .layout import Layout, dense_layout, pack_unless
+from .masks import dense_bias, layer_head_masks, token_mask
+from .prefix import Prefix, place_prefix, prefix_length
+
+#: The label of what has none.
+UNLABELLED: int = CrossEntropyLoss().ignore_index
+
+#: What a caller that packs its own batches passes: Hugging Face's names.
+PACKED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A call's arguments, as they came; `EncoderModel.forward` says what each may be.
+
+    Attributes:
+        packed: those of `PACKED_KEYWORDS` that are not None.
+    """
+
+    input_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    token_type_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
+    head_mask: torch.Tensor | None = None
+    past_key_values: Any = None
+    packed: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Positions(Protocol):
+    """Which positions tokens have that come without: a family's rule."""
+
+    def positions(self, words: torch.Tensor, before: int = 0) -> torch.Tensor:
+        """Of words (batch, seq), ids or (batch, seq, hidden) vectors, after a prefix of length `before`: int64
+        (batch | 1, seq)."""
+
+    def packed_positions(self, words: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """Of words (1, tokens) in packed sequences: int64 (1, tokens)."""
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """What a batch is checked against, and laid out for.
+
+    Attributes:
+        name: of the model, in messages.
+        layers, heads, head_dim: of the encoder.
+        longest: tokens in the longest sequence that the position table has room for.
+        weight: a tensor where inputs have to be; None: unknown, as of embeddings that are sharded.
+        pools: whether the first column is read by a pooler.
+        rule: which positions tokens have.
+    """
+
+    name: str
+    layers: int
+    heads: int
+    head_dim: int
+    longest: int
+    weight: torch.Tensor | None
+    pools: bool
+    rule: Positions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A checked batch in the layout the encoder works on.
+
+    Attributes:
+        layout: how tokens lie.
+        bias: additive float32 (batch | 1, heads | 1, seq | 1, seq), or None.
+        zeroed: bool (batch, seq), False where the outputs are to be zero because the padding was not dropped.
+        embeddings: the keyword arguments of the embeddings, in the layout.
+        head_masks: one (heads,) or None a layer.
+        prefix: what each sequence sees before itself, counted in by `bias`.
+        first: the tokens that the last layer computes; None: all.
+    """
+
+    layout: Layout
+    bias: torch.Tensor | None
+    zeroed: torch.Tensor | None
+    embeddings: dict[str, torch.Tensor | None]
+    head_masks: list[torch.Tensor | None]
+    prefix: Prefix | None = None
+    first: FirstTokens | None = None
+
+    def attend(self, seed: torch.Tensor | None) -> Attend:
+        """What the attention of every layer needs to know."""
+        lies = self.layout if self.prefix is None else self.prefix.layout
+        return Attend(
+            lies.cu_seqlens, lies.max_seqlen, lies.order, lies.seq, lies.columns, seed, self.prefix, self.first
+        )
+
+    def check_out(self, hidden: torch.Tensor, first: FirstTokens | None = None) -> torch.Tensor:
+        """Hidden states in the layout as (batch, seq, hidden), or (batch, 1, hidden) of the first tokens; zero at
+        padding. A batch that its caller packed stays packed."""
+        if first is None:
+            hidden = self.layout.unpack(hidden)
+        elif first.absent is not None:
+            hidden = hidden.masked_fill(first.absent[:, None], 0.0)
+            hidden = hidden if self.layout.indices is None else hidden.transpose(0, 1)
+        return hidden if self.zeroed is None else hidden.masked_fill(~self.zeroed[:, : hidden.shape[1], None], 0.0)
+
+    def check_out_map(self, probs: torch.Tensor) -> torch.Tensor:
+        """Probabilities (batch, heads, seq, seq), zero at padding; its columns already are."""
+        return probs if self.zeroed is None else probs.masked_fill(~self.zeroed[:, None, :, None], 0.0)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What is to become of padding.
+
+    Attributes:
+        drops: whether it may be dropped; asked where a batch may have some.
+        zeroes: where it is not, outputs are to be zero there all the same.
+        eager: it is not where somebody could read it: where a row starts with it, which a pooler would read, or where
+            `labels` are other than -100.
+        labels: int (batch, seq), of rows that are read.
+    """
+
+    drops: Callable[[], bool]
+    zeroes: bool = False
+    eager: bool = False
+    labels: torch.Tensor | None = None
+
+    def is_read(self, mask: torch.Tensor) -> torch.Tensor:
+        """Whether somebody reads rows of padding, as a bool scalar on the device of the mask (batch, seq)."""
+        if not self.eager:
+            return mask.new_zeros(())
+        read = ~mask[:, 0].all()
+        if self.labels is not None and self.labels.shape == mask.shape:
+            read = read | ((self.labels != UNLABELLED) & ~mask).any()
+        return read
+
+
+def check_in(inputs: Inputs, shape: EncoderShape, padding: Padding, reads_first: bool = False) -> Batch:
+    """Check a call's arguments, choose the layout, and bring ids or vectors into it.
+
+    Args:
+        inputs: the arguments.
+        shape: of the model.
+        padding: what becomes of it.
+        reads_first: the last layer is to compute the first token of each sequence only.
+
+    Raises:
+        ValueError: for arguments that contradict each other or the model; the message names them.
+    """
+    words = _exactly_one(inputs.input_ids, inputs.inputs_embeds, shape.name)
+    batch, seq = words.shape[:2]
+    before = prefix_length(inputs.past_key_values, shape.layers) or 0
+    check_same_device(
+        shape.name, model=shape.weight, inputs=words, attention_mask=inputs.attention_mask,
+        token_type_ids=inputs.token_type_ids, position_ids=inputs.position_ids, head_mask=inputs.head_mask,
+        past_key_values=inputs.past_key_values.layers[0].keys if before else None,
+    )  # fmt: skip
+    embeddings = {
+        "input_ids": inputs.input_ids,
+        "inputs_embeds": inputs.inputs_embeds,
+        "token_type_ids": _broadcast_ids("token_type_ids", inputs.token_type_ids, batch, seq),
+        "position_ids": _broadcast_ids("position_ids", inputs.position_ids, batch, seq),
+    }
+    bias = zeroed = None
+    if inputs.packed:
+        layout = _lay_callers(inputs, embeddings, words, shape, before)
+    else:
+        layout, bias, zeroed = _lay(inputs.attention_mask, embeddings, words, shape, before, padding)
+    if layout.indices is not None:
+        embeddings = {name: value if value is None else layout.pack(value) for name, value in embeddings.items()}
+    prefix = None
+    if before:
+        prefix = place_prefix(inputs.past_key_values, layout, shape.heads, shape.head_dim)
+        bias = None if bias is None else prefix.widen(bias)
+    return Batch(
+        layout,
+        bias,
+        zeroed,
+        embeddings,
+        layer_head_masks(inputs.head_mask, shape.layers, shape.heads),
+        prefix,
+        first_tokens(layout, words.shape[1] if inputs.packed else layout.tokens) if reads_first else None,
+    )
+
+
+def _lay(
+    mask: torch.Tensor | None,
+    embeddings: dict[str, torch.Tensor | None],
+    words: torch.Tensor,
+    shape: EncoderShape,
+    before: int,
+    padding: Padding,
+) -> tuple[Layout, torch.Tensor | None, torch.Tensor | None]:
+    """The layout of a padded batch, its bias, and where its outputs are kept; positions are added where the layout or
+    the prefix needs them."""
+    batch, seq = words.shape[:2]
+    if embeddings["position_ids"] is None:
+        _check_length(before + seq, shape.longest)
+        if before:
+            embeddings["position_ids"] = shape.rule.positions(words, before).expand(batch, seq)
+    layout = dense_layout(batch, seq)
+    if mask is None:
+        return layout, None, None
+    wide = (batch, shape.heads, seq, before + seq)
+    if mask.dim() != 2:
+        return layout, dense_bias(mask, wide), None
+    whole_mask = token_mask(mask, batch, before + seq)
+    mask = whole_mask[:, before:]
+    packed = None
+    known = not (mask.is_meta or isinstance(mask, FakeTensor)) and padding.drops()
+    if known and (not before or bool(whole_mask[:, :before].all())):
+        packed = pack_unless(mask, padding.is_read(mask))
+    if packed is None:
+        return layout, dense_bias(whole_mask[:, None, None, :], wide), mask if padding.zeroes else None
+    layout = packed
+    if layout.columns is not None and shape.pools:
+        warn_once(
+            "fastbert: padding is not at the end of every row; where it is at the start, pooler_output is made of "
+            "padding: pad on the right, or set packing=False"
+        )
+    if layout.indices is not None and embeddings["position_ids"] is None:
+        embeddings["position_ids"] = shape.rule.positions(words).expand(batch, seq)
+    return layout, None, None
+
+
+def _lay_callers(
+    inputs: Inputs, embeddings: dict[str, torch.Tensor | None], words: torch.Tensor, shape: EncoderShape, before: int
+) -> Layout:
+    """The layout of a batch that its caller packed; its positions restart with each sequence."""
+    if before:
+        raise ValueError("a packed batch takes no past_key_values: pass a padded one, or leave them out")
+    layout = _callers_layout(inputs.packed, words, inputs.attention_mask)
+    if embeddings["position_ids"] is None:
+        _check_length(layout.seq, shape.longest)
+        embeddings["position_ids"] = shape.rule.packed_positions(words, inputs.packed["cu_seq_lens_q"])
+    return layout
+
+
+def _callers_layout(packed: Mapping[str, Any], words: torch.Tensor, mask: torch.Tensor | None) -> Layout:
+    missing = [name for name in PACKED_KEYWORDS if name not in packed]
+    if missing:
+        raise ValueError(f"a packed batch needs all of {', '.join(PACKED_KEYWORDS)}: {', '.join(missing)} missing")
+    cu_q, cu_k, longest, longest_k = (packed[name] for name in PACKED_KEYWORDS)
+    if words.shape[0] != 1:
+        raise ValueError(f"a packed batch has inputs of shape (1, tokens), got batch {words.shape[0]}")
+    if mask is not None and not bool(mask.dim() == 2 and mask.to(torch.bool).all()):
+        raise ValueError(f"a packed batch has no padding: leave attention_mask {tuple(mask.shape)} out")
+    check_same_device("a packed batch", inputs=words, cu_seq_lens_q=cu_q, cu_seq_lens_k=cu_k)
+    if int(longest) != int(longest_k) or cu_q.shape != cu_k.shape or (cu_q is not cu_k and not torch.equal(cu_q, cu_k)):
+        raise ValueError("self-attention needs cu_seq_lens_q equal to cu_seq_lens_k and max_length_q to max_length_k")
+    sequences = cu_q.shape[0] - 1
+    return Layout(sequences, int(longest), None, cu_q.to(torch.int32), int(longest), None)
+
+
+def _exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, name: str) -> torch.Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"{name} needs exactly one of input_ids and inputs_embeds, got {given}")
+    words = inputs_embeds if input_ids is None else input_ids
+    assert words is not None
+    if input_ids is not None and (words.dim() != 2 or words.is_floating_point() or words.dtype == torch.bool):
+        raise ValueError(f"input_ids must be integers of shape (batch, seq), got {words.dtype} {tuple(words.shape)}")
+    if input_ids is None and words.dim() != 3:
+        raise ValueError(f"inputs_embeds must have shape (batch, seq, hidden), got {tuple(words.shape)}")
+    if 0 in words.shape[:2]:
+        raise ValueError(f"an empty batch cannot be encoded: got batch {words.shape[0]} and length {words.shape[1]}")
+    return words
+
+
+def _check_length(length: int, longest: int) -> None:
+    if length > longest:
+        raise ValueError(
+            f"sequence length {length} is over the model's max_position_embeddings={longest}: truncate the input "
+            "(tokenizer(..., truncation=True)), or pass position_ids"
+        )
+
+
+def _broadcast_ids(name: str, ids: torch.Tensor | None, batch: int, seq: int) -> torch.Tensor | None:
+    if ids is None:
+        return None
+    if ids.dim() > 2 or ids.shape[-1:] != (seq,) or (ids.dim() == 2 and ids.shape[0] not in (1, batch)):
+        raise ValueError(f"{name} must be ({batch}, {seq}) like the input, or (1, {seq}), got {tuple(ids.shape)}")
+    return ids.expand(batch, seq)

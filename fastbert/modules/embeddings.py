@@ -1,0 +1,123 @@
+"""Embeddings: gathers, LayerNorm and dropout in one kernel."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor
+
+from fastbert.notices import warn_once
+from fastbert_kernels import embed
+
+from .dropout import seed_for
+from .readable import PATCHED, fused_repr, is_plain_embedding, leave, norm_reason, not_plain, wants_grad_output
+from .swap import is_patched
+
+
+class FusedEmbeddings(nn.Module):
+    """Three gathers, LayerNorm and dropout in one kernel. Word embeddings that are not plain are called instead."""
+
+    word_embeddings: Any
+    position_embeddings: Any
+    token_type_embeddings: Any
+    LayerNorm: Any
+    dropout: Any
+    position_ids: torch.Tensor
+    dropout_stream = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest sequence that has positions: as many as the buffer has, and the table."""
+        rows = getattr(self.position_embeddings, "num_embeddings", self.position_ids.shape[1])
+        return min(self.position_ids.shape[1], rows)
+
+    def positions(self, words: torch.Tensor, before: int = 0) -> torch.Tensor:
+        """The positions of words (batch, seq), ids or vectors (batch, seq, hidden), that come without, after a prefix
+        of length `before`: int64 (batch | 1, seq)."""
+        return self.position_ids[:, before : before + words.shape[1]]
+
+    def packed_positions(self, words: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """The positions of words (1, tokens) in packed sequences, each from the first on: int64 (1, tokens)."""
+        tokens = words.shape[1]
+        starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=tokens)
+        return (torch.arange(tokens, device=words.device) - starts)[None]
+
+    def token_types(self, position_ids: torch.Tensor) -> torch.Tensor | None:
+        """The types of tokens at positions (batch | 1, seq) that come without, of the same shape; None: all are 0, as
+        they come."""
+        buffer = self._buffers.get("token_type_ids")
+        if buffer is None or self._are_zero(buffer):
+            return None
+        return buffer[0].take(position_ids)
+
+    def _are_zero(self, types: torch.Tensor) -> bool:
+        """Whether all are, looked at once."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or types.is_meta or isinstance(types, FakeTensor):
+            return False
+        state = id(types), types.data_ptr(), types._version
+        if self.__dict__.get("_zero_types", (None, False))[0] != state:
+            self.__dict__["_zero_types"] = state, not bool(types.any())
+        return self.__dict__["_zero_types"][1]
+
+    def unfused_reason(self) -> str | None:
+        if is_patched(self):
+            return PATCHED
+        for name in ("position_embeddings", "token_type_embeddings"):
+            if not is_plain_embedding(getattr(self, name)):
+                return not_plain(name, getattr(self, name), nn.Embedding)
+        return norm_reason(self.LayerNorm, self.dropout)
+
+    def extra_repr(self) -> str:
+        return fused_repr(self)
+
+    def note(self) -> str | None:
+        if is_plain_embedding(self.word_embeddings):
+            return None
+        return f"word_embeddings ({type(self.word_embeddings).__name__}) called as a module"
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values_length: int = 0,
+        seed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed (batch, seq) ids, or (batch, seq, hidden) vectors: (batch, seq, hidden)."""
+        reason = self.unfused_reason()
+        if reason is not None:
+            leave(self, reason)
+            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+        if inputs_embeds is None and input_ids is None:
+            raise ValueError("the embeddings need input_ids or inputs_embeds, got neither")
+        if inputs_embeds is None and not is_plain_embedding(self.word_embeddings):
+            warn_once("fastbert: word_embeddings are called as a module; the embeddings around them stay fused")
+            inputs_embeds = self.word_embeddings(input_ids)
+        words: Any = input_ids if inputs_embeds is None else inputs_embeds
+        batch, seq = words.shape[:2]
+        if position_ids is None:
+            position_ids = self.positions(words, past_key_values_length)
+        if token_type_ids is None:
+            token_type_ids = self.token_types(position_ids)
+        if token_type_ids is None:
+            token_type_ids = words.new_zeros((1, 1), dtype=torch.long)
+        dropout_p = self.dropout.p if self.dropout.training else 0.0
+        y = embed(
+            words.reshape(batch * seq, *words.shape[2:]),
+            position_ids.expand(batch, seq).reshape(-1),
+            token_type_ids.expand(batch, seq).reshape(-1),
+            self.word_embeddings.weight if inputs_embeds is None else None,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            padding_idx=None if inputs_embeds is not None else self.word_embeddings.padding_idx,
+            dropout_p=dropout_p,
+            seed=seed_for(seed, dropout_p, self.position_embeddings.weight),
+            stream=self.dropout_stream,
+        )
+        if wants_grad_output(self.word_embeddings) and torch.is_grad_enabled() and not y.requires_grad:
+            y.requires_grad_()
+        return y.view(batch, seq, y.shape[1])

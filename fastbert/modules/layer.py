@@ -1,0 +1,194 @@
+"""One encoder layer: a single step of autograd where every module in it can be read, else its blocks and modules."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbert.batch.attend import Attend
+from fastbert_kernels import (
+    AttentionArguments,
+    FeedForwardArguments,
+    attention_block,
+    feed_forward_block,
+    feed_forward_is_fused,
+    layer_block,
+    runs_as_block,
+)
+
+from .attention import MapSlot, attend_from, leave_map, mask_like, wants_map
+from .dropout import seed_for
+from .look import block_arguments, chunk_is_replaced, look_at
+from .readable import is_called, is_capturing
+from .strangers import takes_ours
+from .swap import is_ours, is_patched
+
+
+def _attends_as_block(hidden: torch.Tensor, attend: Attend) -> bool:
+    """Whether a block with the attention in it may run on these hidden states: no block knows a prefix."""
+    return runs_as_block(hidden) and attend.prefix is None and attend.first is None and not is_capturing()
+
+
+def _attention_arguments(
+    block: dict[str, Any],
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    attend: Attend,
+    head_mask: torch.Tensor | None,
+    wants_map: bool,
+) -> AttentionArguments:
+    """The attention block's arguments from its modules' and from those of `FusedSelfAttention.forward`."""
+    seq = hidden.shape[1]
+    return AttentionArguments(
+        **block,
+        cu_seqlens=attend.cu_seqlens,
+        max_seqlen=seq if attend.max_seqlen is None else attend.max_seqlen,
+        mask=mask,
+        head_mask=head_mask,
+        probs_seq=attend.map_side(seq) if wants_map else None,
+        columns=attend.map_columns if wants_map else None,
+        order=attend.order,
+        seed=seed_for(attend.seed, max(block["dropout_p"], block["hidden_dropout_p"]), hidden),
+    )
+
+
+def _feed_forward_arguments(
+    block: dict[str, Any], hidden: torch.Tensor, seed: torch.Tensor | None
+) -> FeedForwardArguments:
+    fused = block["up_bias"] is not None and feed_forward_is_fused(hidden, block["up_weight"], block["activation"])
+    return FeedForwardArguments(**block, fused=fused, seed=seed_for(seed, block["hidden_dropout_p"], hidden))
+
+
+def _refuse_packed(module: nn.Module, attend: Attend, head_mask: torch.Tensor | None) -> None:
+    if attend.cu_seqlens is not None or head_mask is not None:
+        raise ValueError(
+            f"{type(module).__name__} is not fastbert's and knows neither packed sequences nor head_mask: pass a "
+            "padded batch, and leave head_mask out"
+        )
+
+
+def call_output(output: Any, x: torch.Tensor, residual: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+    """A block's output module, ours or someone else's, which knows no seed."""
+    return output(x, residual, seed) if takes_ours(output) else output(x, residual)
+
+
+class FusedAttention(nn.Module):
+    """Self-attention and its output, sharing the forward pass's seed."""
+
+    self: Any
+    output: Any
+    is_cross_attention: bool
+
+    def block_arguments(self) -> dict[str, Any] | None:
+        """What a block needs of this module; None where the module has to be called itself."""
+        if not is_ours(self) or is_called(self) or self.is_cross_attention:
+            return None
+        return block_arguments(self.self, self.output)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        attend: Attend | None = None,
+        head_mask: torch.Tensor | None = None,
+        map_slot: MapSlot | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The block's hidden states and its map or None; the arguments are those of `FusedSelfAttention.forward`."""
+        if self.is_cross_attention or args or is_patched(self):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        attend = attend_from(attend, kwargs)
+        if not takes_ours(self.self):
+            _refuse_packed(self.self, attend, head_mask)
+            context, probs = self.self(
+                hidden_states, attention_mask=mask_like(attention_mask, hidden_states), past_key_values=None, **kwargs
+            )
+            leave_map(map_slot, probs)
+            return call_output(self.output, context, hidden_states, attend.seed), probs
+        if _attends_as_block(hidden_states, attend) and kwargs.get("past_key_values") is None:
+            block = block_arguments(self.self, self.output)
+            if block is not None:
+                wanted = wants_map(map_slot, kwargs)
+                hidden, probs = attention_block(
+                    hidden_states,
+                    _attention_arguments(block, hidden_states, attention_mask, attend, head_mask, wanted),
+                )
+                leave_map(map_slot, probs)
+                return hidden, probs
+        context, probs = self.self(
+            hidden_states, attention_mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
+        )
+        residual = hidden_states if attend.first is None else attend.first.take(hidden_states)
+        return call_output(self.output, context, residual, attend.seed), probs
+
+
+class FusedLayer(nn.Module):
+    """One encoder layer. Returns the hidden states alone, as Hugging Face's does."""
+
+    attention: Any
+    intermediate: Any
+    output: Any
+    is_decoder: bool
+    chunk_size_feed_forward: int
+    seq_len_dim: int
+    feed_forward_chunk: Any
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        attend: Attend | None = None,
+        head_mask: torch.Tensor | None = None,
+        map_slot: MapSlot | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One layer on (batch, seq, hidden), or packed (1, tokens, hidden). The other arguments are those of
+        `FusedSelfAttention.forward`; a decoder's go to Hugging Face's own."""
+        if self.is_decoder or past_key_values is not None or is_patched(self):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        attend = attend_from(attend, kwargs)
+        look = look_at(self) if runs_as_block(hidden_states) and not is_capturing() else None
+        if look is not None and look.whole and attend.prefix is None and attend.first is None:
+            wanted = wants_map(map_slot, kwargs)
+            hidden, probs = layer_block(
+                hidden_states,
+                _attention_arguments(look.attention, hidden_states, attention_mask, attend, head_mask, wanted),
+                _feed_forward_arguments(look.feed_forward, hidden_states, attend.seed),
+            )
+            leave_map(map_slot, probs)
+            return hidden
+        if takes_ours(self.attention):
+            attended, _ = self.attention(
+                hidden_states, attention_mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
+            )
+        else:
+            _refuse_packed(self.attention, attend, head_mask)
+            attended, probs = self.attention(
+                hidden_states, mask_like(attention_mask, hidden_states), past_key_values=None, **kwargs
+            )
+            leave_map(map_slot, probs)
+        return self._feed_forward(attended, attend.seed)
+
+    def _feed_forward(self, attended: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+        if self.chunk_size_feed_forward > 0:
+            # Every chunk draws a seed of its own, or all would drop the same elements.
+            chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
+            return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
+        if chunk_is_replaced(self):
+            return self.feed_forward_chunk(attended)
+        block = block_arguments(self.intermediate, self.output) if runs_as_block(attended) else None
+        if block is None:
+            return call_output(self.output, self.intermediate(attended), attended, seed)
+        return feed_forward_block(attended, _feed_forward_arguments(block, attended, seed))

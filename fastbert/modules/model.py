@@ -1,0 +1,397 @@
+"""The way of a batch through a fused encoder model, on one page: in, embed, layers, out."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from fastbert.batch.batch import PACKED_KEYWORDS, Batch, EncoderShape, Inputs, Padding, check_in
+from fastbert.batch.first_tokens import READ_ROWS
+from fastbert.batch.prefix import prefix_length
+from fastbert.notices import say_once, warn_once
+from fastbert_kernels import uses_triton
+
+from .attention import attends_fused
+from .dropout import draw_seed
+from .explaining import Explanation, explain_encoder
+from .layer import FusedLayer
+from .look import strangers_in
+from .packing import check_packing, find_strangers, named_layers, why_kept, why_read
+from .readable import PATCHED, as_if_gathered, is_plain_embedding
+from .strangers import takes_ours, why_strange
+from .swap import eager_semantics, fuse_modules, is_patched, own_config
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a call asks for besides the last hidden state.
+
+    Attributes:
+        maps, states: which layers' attentions, and which hidden states, 0 being the embeddings.
+        wants_maps, wants_states: whether the output has those tuples, which may be empty.
+        as_dict: not as a tuple.
+    """
+
+    maps: set[int]
+    states: set[int]
+    wants_maps: bool
+    wants_states: bool
+    as_dict: bool
+
+
+class Replay(Protocol):
+    """What may take the place of embeddings and layers: `graphs.inference.Graphed`."""
+
+    def takes(self, model: Any, inputs: Inputs, outputs: Outputs) -> bool:
+        """Whether a call may be replayed, as far as one sees before its batch is checked."""
+
+    def replay(self, batch: Batch) -> torch.Tensor | None:
+        """`last_hidden_state` (batch, seq, hidden) of a packed batch, or None: it has to be computed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a caller inside this package wants of a call.
+
+    Attributes:
+        replay: takes the place of embeddings and layers where it can.
+        labelled: bool (batch, seq), the rows of `last_hidden_state` that are handed out, as (rows, hidden).
+        pools_each: the pooler reads each sequence of a batch that its caller packed.
+        reads: what of the output is read, one of `packing.READS`; None: what the model says of itself.
+        labels: int (batch, seq), of a caller that reads rows whose label is not -100.
+    """
+
+    replay: Replay | None = None
+    labelled: torch.Tensor | None = None
+    pools_each: bool = False
+    reads: str | None = None
+    labels: torch.Tensor | None = None
+
+
+class EncoderModel(nn.Module):
+    """Hugging Face's encoder model on fused modules: same parameters, same call, same outputs.
+
+    What is handed out equals eager's, rows of padding included; besides, `head_mask` works, and attentions come from
+    the fast path.
+    """
+
+    config: Any
+    device: Any
+    embeddings: Any
+    encoder: Any
+    pooler: Any
+
+    #: Whether padding is dropped on the way in: "auto", where nobody reads its rows; True, everywhere, and its rows are
+    #: zero on the way out; False, nowhere.
+    packing: bool | str = "auto"
+    #: What of the output is read, where nobody says it for a call: one of `packing.READS`.
+    reads: str = "all"
+    #: Which rows of `last_hidden_state` are read: "all", or "first", that of each sequence's first position. The last
+    #: layer then computes no others, and `last_hidden_state` is (batch, 1, hidden); all the same where hidden states or
+    #: attentions are asked for. `fastbert.skip_unread` sets it for a head that reads the pooled output only.
+    read_rows: str = "all"
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(own_config(config), *args, **kwargs)
+        fuse_modules(self)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        return eager_semantics(attn_implementation)
+
+    def extra_repr(self) -> str:
+        """What `print` says of the model beside its modules."""
+        return f"fused by fastbert, packing={self.packing}"
+
+    @property
+    def layers(self) -> Any:
+        """The encoder's layers."""
+        return self.encoder.layer
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest sequence that it takes without `position_ids`."""
+        return getattr(self.embeddings, "longest", self.config.max_position_embeddings)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        head_mask: torch.Tensor | None = None,
+        output_attentions: bool | int | list[int] | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
+        """Encode a batch.
+
+        Args:
+            input_ids: int (batch, seq). Exactly one of this and `inputs_embeds`.
+            attention_mask: (batch, seq) with 1 at tokens (bool, int, or float 0 and 1); or (batch, seq, seq) or
+                broadcasting to (batch, heads, seq, seq): bool or int with true at visible keys, or additive float.
+            token_type_ids, position_ids: int (batch, seq) or (1, seq).
+            inputs_embeds: (batch, seq, hidden) in place of the word embeddings.
+            encoder_hidden_states, encoder_attention_mask, use_cache: of decoders, which run on Hugging Face's own path.
+            past_key_values: a `DynamicCache` with keys and values (batch, heads, length, head_dim) that every sequence
+                sees before its own in each layer, as prefix tuning passes. Read, never added to. Positions and columns
+                of masks and attentions then start with it: `attention_mask` is (batch, length + seq).
+            head_mask: (heads,) or (layers, heads), factors on the attention probabilities after dropout.
+            output_attentions, output_hidden_states: True for all, or the indices wanted: the tuple keeps its length,
+                with None at the others. Default: the configuration's.
+            return_dict: False for a tuple. Default: the configuration's.
+            cu_seq_lens_q, cu_seq_lens_k: int32 (sequences + 1,), for a batch the caller packed: inputs are then
+                (1, tokens), the outputs (1, tokens, hidden), and the attentions (sequences, heads, max_length_q,
+                max_length_q). Positions restart with each sequence unless `position_ids` says otherwise.
+            max_length_q, max_length_k: the longest of those sequences.
+            read_rows, packing: in place of the attributes of these names, for this call.
+
+        Returns:
+            `last_hidden_state` (batch, seq, hidden), `pooler_output` (batch, hidden), and, when asked,
+            `hidden_states`, layers + 1 times (batch, seq, hidden), and `attentions`, layers times (batch, heads, seq,
+            seq). Where padding was dropped, zero at padding.
+
+        Raises:
+            ValueError: for inputs that contradict each other; the message names them.
+            TypeError: for a dtype that no kernel has.
+        """
+        plan = kwargs.pop("plan", None) or Plan()
+        read_rows = kwargs.pop("read_rows", self.read_rows)
+        packing = kwargs.pop("packing", self.packing)
+        packed = {name: kwargs[name] for name in PACKED_KEYWORDS if kwargs.get(name) is not None}
+        inputs = Inputs(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, head_mask, past_key_values, packed
+        )
+        outputs = self._outputs(output_attentions, output_hidden_states, return_dict)
+        reason = self._leaves_fast_path(encoder_hidden_states, past_key_values)
+        if reason is not None:
+            self._refuse_elsewhere(reason, plan, inputs)
+            return super().forward(
+                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+                position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask, past_key_values=past_key_values, use_cache=use_cache,
+                output_attentions=outputs.wants_maps, output_hidden_states=outputs.wants_states,
+                return_dict=outputs.as_dict, **kwargs,
+            )  # fmt: skip
+        if torch.compiler.is_compiling():
+            self._say_unfused()
+        if kwargs.get("is_causal"):
+            raise ValueError("is_causal=True is for decoders: pass a 4-D attention_mask, or use fastbert.unfuse(model)")
+        reads_first = self._reads_first(read_rows, past_key_values is not None, outputs)
+        if plan.replay is not None and plan.replay.takes(self, inputs, outputs):
+            last = plan.replay.replay(self.check_in(inputs, self._padding(packing, plan, outputs, why_read)))
+            if last is not None:
+                return self._made(last[:, :1] if reads_first else last, None, None, None, outputs, plan)
+        batch = self.check_in(inputs, self._padding(packing, plan, outputs), reads_first)
+        seed = self._draw_seed()
+        self._check_reentrant(outputs, batch)
+        hidden = self._embed(batch, seed)
+        encoded = self.encoder(
+            hidden,
+            self._seen(batch),
+            attend=batch.attend(seed),
+            head_masks=batch.head_masks,
+            state_layers=outputs.states,
+            map_layers=outputs.maps,
+        )
+        last = batch.check_out(encoded.last_hidden_state, batch.first)
+        states = maps = None
+        if outputs.wants_states:
+            states = tuple(None if state is None else batch.check_out(state) for state in encoded.hidden_states[:-1])
+            states = (*states, None if encoded.hidden_states[-1] is None else last)
+        if outputs.wants_maps:
+            maps = tuple(None if probs is None else batch.check_out_map(probs) for probs in encoded.attentions)
+        return self._made(last, states, maps, batch.layout.cu_seqlens, outputs, plan)
+
+    def check_in(self, inputs: Inputs, padding: Padding, reads_first: bool = False) -> Batch:
+        """`batch.check_in` for this model."""
+        positions = self.embeddings.position_embeddings
+        shape = EncoderShape(
+            name=type(self).__name__,
+            layers=len(self.layers),
+            heads=self.config.num_attention_heads,
+            head_dim=self.config.hidden_size // self.config.num_attention_heads,
+            longest=self.longest,
+            weight=positions.weight if is_plain_embedding(positions) else None,
+            pools=getattr(self, "pooler", None) is not None,
+            rule=self.embeddings,
+        )
+        return check_in(inputs, shape, padding, reads_first)
+
+    def _embed(self, batch: Batch, seed: torch.Tensor | None) -> torch.Tensor:
+        """The first hidden states, in the batch's layout."""
+        seeded = {"seed": seed} if takes_ours(self.embeddings) else {}
+        return self.embeddings(**batch.embeddings, **seeded)
+
+    def _seen(self, batch: Batch) -> torch.Tensor | None:
+        """The batch's additive mask; where a stranger may look at it, with all its rows, as Hugging Face makes it."""
+        bias = batch.bias
+        if bias is None or bias.shape[2] > 1 or batch.prefix is not None or not self._has_strangers():
+            return bias
+        return bias.expand(batch.layout.batch, 1, batch.layout.seq, bias.shape[3])
+
+    @torch.compiler.assume_constant_result
+    def _has_strangers(self) -> bool:
+        return any(True for _ in find_strangers(self))
+
+    def _made(
+        self,
+        last: torch.Tensor,
+        states: tuple[torch.Tensor | None, ...] | None,
+        maps: tuple[torch.Tensor | None, ...] | None,
+        cu_seqlens: torch.Tensor | None,
+        outputs: Outputs,
+        plan: Plan,
+    ) -> Any:
+        """Hugging Face's output class, or a tuple."""
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=last if plan.labelled is None else last[plan.labelled],
+            pooler_output=self._pool(last, cu_seqlens if plan.pools_each else None),
+            hidden_states=states,
+            attentions=maps,
+            cross_attentions=() if outputs.wants_maps else None,
+        )
+        return output if outputs.as_dict else output.to_tuple()
+
+    def _outputs(self, attentions: Any, hidden_states: Any, return_dict: bool | None) -> Outputs:
+        """What a call asks for; what it does not say is the configuration's."""
+        attentions = self.config.output_attentions if attentions is None else attentions
+        hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
+        layers = len(self.layers)
+        return Outputs(
+            _selected(attentions, layers),
+            _selected(hidden_states, layers + 1),
+            bool(attentions),
+            bool(hidden_states),
+            getattr(self.config, "return_dict", True) if return_dict is None else return_dict,
+        )
+
+    def _refuse_elsewhere(self, reason: str, plan: Plan, inputs: Inputs) -> None:
+        """Say that a call takes Hugging Face's own path, unless something was asked for that only ours has."""
+        if plan.labelled is not None:
+            raise ValueError(f"read_rows='labelled' has no effect on Hugging Face's own path ({reason}): set 'all'")
+        warn_once(f"fastbert: {type(self).__name__} takes Hugging Face's own path: {reason}")
+        if inputs.packed and not self.config.is_decoder:
+            raise ValueError(f"{reason}, and knows neither packed sequences nor head_mask: pass a padded batch")
+        if inputs.head_mask is not None:
+            raise ValueError(f"head_mask has no effect on Hugging Face's own path ({reason}): leave it out")
+
+    def _padding(
+        self, packing: Any, plan: Plan, outputs: Outputs, why: Callable[..., str | None] = why_kept
+    ) -> Padding:
+        """What becomes of padding in a call."""
+        check_packing(packing)
+        reads = plan.reads or self.reads
+
+        def drops() -> bool:
+            whole = bool(outputs.maps or outputs.states)
+            reason = why(self, packing, reads, plan.labels is not None, whole)
+            if reason is not None and packing is not False:
+                warn_once(f"fastbert: padding is kept: {reason}")
+            return reason is None
+
+        labels = plan.labels if reads == "labelled" else None
+        return Padding(drops, zeroes=packing is True, eager=packing == "auto", labels=labels)
+
+    def _reads_first(self, read_rows: str, prefixed: bool, outputs: Outputs) -> bool:
+        """Whether the last layer is to compute first rows only, and can."""
+        if read_rows not in READ_ROWS:
+            raise ValueError(f"unknown read_rows {read_rows!r}: a BertModel takes one of {', '.join(READ_ROWS)}")
+        if read_rows == "all":
+            return False
+        reason = "it is given past_key_values" if prefixed else self.last_layer_computes_all()
+        if reason is not None:
+            warn_once(f"fastbert: the last layer computes every row, read or not: {reason}")
+        return reason is None and not (outputs.maps or outputs.states)
+
+    @torch.compiler.assume_constant_result
+    def last_layer_computes_all(self) -> str | None:
+        """Why the last layer cannot compute first rows only."""
+        if len(self.layers) == 0:
+            return "there is none"
+        layer: Any = self.layers[-1]
+        if not (isinstance(layer, FusedLayer) and attends_fused(layer)):
+            return f"it is not fused ({type(layer).__name__})"
+        if layer.attention.self.watcher is not None:
+            return "distill.capture looks at it"
+        found = [(f"encoder.layer.{len(self.layers) - 1}{name}", what) for name, what in strangers_in(layer)]
+        found += [("encoder", what) for what in [why_strange(self.encoder)] if what is not None]
+        for name, what in found:
+            return f"forward hooks on {name}" if "hooks" in what else f"{name} ({what}) may look at it"
+        return None
+
+    def _pool(self, last: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor | None:
+        """What the pooler makes of `last` (batch, seq, hidden); or, with cu_seqlens, of each sequence packed in `last`
+        (1, tokens, hidden), an empty one reading zeros as padding does: (batch, hidden)."""
+        if getattr(self, "pooler", None) is None:
+            return None
+        if cu_seqlens is not None:
+            starts = cu_seqlens[:-1].clamp(max=last.shape[1] - 1)
+            last = last[0].index_select(0, starts).masked_fill((cu_seqlens.diff() == 0)[:, None], 0.0)[:, None]
+        return self.pooler(last)
+
+    def _draw_seed(self) -> torch.Tensor | None:
+        """One seed for all dropout of this forward pass, or None where the kernels draw none."""
+        weight = self.embeddings.position_embeddings.weight
+        if not self.training or not uses_triton(weight):
+            return None
+        return draw_seed(weight.device)
+
+    @torch.compiler.assume_constant_result
+    def _say_unfused(self) -> None:
+        """Log once which layers a graph leaves unfused, and why: traced code cannot log, this runs while tracing."""
+        with as_if_gathered():
+            explanation = Explanation(tuple(explain_encoder(self)))
+        if any(part.reason for part in explanation.parts):
+            say_once(f"fastbert: not every part of a compiled model is fused:\n{explanation}")
+
+    def _leaves_fast_path(self, encoder_hidden_states: Any, past_key_values: Any) -> str | None:
+        if self.config.is_decoder:
+            return "it is a decoder (config.is_decoder)"
+        if is_patched(self):
+            return PATCHED
+        if encoder_hidden_states is not None:
+            return "it was given encoder_hidden_states"
+        for name, module in [("encoder", self.encoder), *named_layers(self)]:
+            if not takes_ours(module):
+                return f"{name} ({why_strange(module)}) is not fastbert's"
+        if past_key_values is None:
+            return None
+        if prefix_length(past_key_values, len(self.layers)) is None:
+            return "it was given past_key_values that are not one prefix a layer"
+        unfused = [i for i, layer in enumerate(self.layers) if not attends_fused(layer)]
+        return f"it was given past_key_values, and attention is not fused in layers {unfused}" if unfused else None
+
+    def _check_reentrant(self, outputs: Outputs, batch: Batch) -> None:
+        """Reentrant checkpointing gives a gradient to the hidden states alone."""
+        if not (self.training and torch.is_grad_enabled()) or len(self.layers) == 0:
+            return
+        layer: Any = self.layers[0]
+        if not (layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant")):
+            return
+        if batch.prefix is not None:
+            raise ValueError(
+                "reentrant gradient checkpointing gives past_key_values no gradient: use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if outputs.maps:
+            warn_once(
+                "fastbert: reentrant gradient checkpointing detaches attentions, so no gradient will reach the model "
+                "through them: use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+
+def _selected(wanted: bool | int | Iterable[int] | None, count: int) -> set[int]:
+    """The indices an `output_*` argument selects among `count`; those out of range select nothing."""
+    if wanted is None or wanted is False or wanted is True:
+        return set(range(count)) if wanted else set()
+    indices = ([wanted] if wanted else []) if isinstance(wanted, int) else wanted
+    return {i % count for i in indices if -count <= i < count}

@@ -1,0 +1,90 @@
+"""What inside an encoder is not known to be ours, untouched and unwatched.
+
+Packed rows, (1, tokens, hidden) without a mask, go only where they are understood: into a family's own modules, and
+into what works row by row, as a Linear does, a wrapped one too. Anything else gets a batch as Hugging Face lays it out.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import activation
+
+from .readable import GLOBAL_HOOKS, foreign_hooks, is_infrastructure
+from .swap import is_patched, ours_of
+
+#: Where torch.compile, torch's checkpoint_wrapper and FSDP keep the layer that they stand in front of.
+_LAYER_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+#: torch's modules whose rows are independent of each other.
+_ROW_BY_ROW: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Embedding, nn.Identity)
+
+#: Libraries whose modules in the place of these are row by row too: adapters, quantization, parametrization.
+_LIBRARIES = (
+    "peft.", "bitsandbytes.", "torchao.", "torch.ao.", "torch.nn.utils.parametri", "torch.nn.modules.container",
+    "torch.distributed.", "transformers.activations", "transformers.integrations.", "optimum.quanto", "deepspeed.",
+    "accelerate.",
+)  # fmt: skip
+
+#: Activations whose output at one place depends on others.
+_MIXING = (
+    "MultiheadAttention", "Softmax", "Softmax2d", "LogSoftmax", "Softmin", "GLU",
+)  # fmt: skip
+
+
+def unwrapped(layer: Any) -> Any:
+    """A layer without torch's wrappers before it."""
+    for wrapper in _LAYER_WRAPPERS:
+        layer = getattr(layer, wrapper, layer) if type(layer).__module__.startswith("torch.") else layer
+    return layer
+
+
+def takes_ours(module: nn.Module) -> bool:
+    """Whether a module is of a family's class with the forward of that class, and so knows our arguments."""
+    return ours_of(type(module)) is not None and not is_patched(module) and not _is_replaced(module)
+
+
+def strangers(root: nn.Module, name: str) -> Iterator[tuple[str, str]]:
+    """The modules under one, itself included, that are not known, by name, each with what it is; of a stranger, nothing
+    inside.
+
+    Args:
+        root: between packing and unpacking.
+        name: of the root.
+    """
+    why = why_strange(root)
+    if why is not None:
+        yield name, why
+        return
+    for child_name, child in root.named_children():
+        yield from strangers(child, f"{name}.{child_name}")
+
+
+def why_strange(module: nn.Module) -> str | None:
+    """What a module is if it is not known, whatever is inside."""
+    kind = type(module)
+    if any(GLOBAL_HOOKS):
+        return f"{kind.__name__} under a global hook"
+    if foreign_hooks(module):
+        return f"{kind.__name__} with hooks"
+    if _is_replaced(module):
+        return f"{kind.__name__} whose forward was replaced"
+    if is_patched(module):
+        return f"{kind.__name__} whose class has another forward than Hugging Face's"
+    if "feed_forward_chunk" in module.__dict__:
+        return f"{kind.__name__} whose feed_forward_chunk was replaced"
+    if ours_of(kind) is not None or _is_row_by_row(kind):
+        return None
+    return kind.__name__
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether someone put a `forward` of their own on a module; accelerate's only moves what goes in and out."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not is_infrastructure(getattr(forward, "func", forward))
+
+
+def _is_row_by_row(kind: type[nn.Module]) -> bool:
+    if kind in _ROW_BY_ROW or kind.__module__.startswith(_LIBRARIES):
+        return True
+    return kind.__module__ == activation.__name__ and kind.__name__ not in _MIXING

@@ -1,0 +1,87 @@
+"""A class of ours in the place of Hugging Face's, on the instances of one model, and the attention's name there.
+
+Families say which class of theirs stands for which of Hugging Face's (`register`); the modules here know no family.
+"""
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from fastbert.notices import warn_once
+
+#: Hugging Face's class -> ours, of every family.
+FUSED: dict[type[nn.Module], type[nn.Module]] = {}
+
+#: Our classes, each with Hugging Face's and the forward that it had when ours was registered.
+_OURS: dict[type[nn.Module], tuple[Any, Any]] = {}
+
+
+def hugging_face_class(ours: type) -> type:
+    """The class of Hugging Face's that a class derives from."""
+    return next(base for base in ours.__mro__ if base.__module__.startswith("transformers."))
+
+
+def register(*classes: type[nn.Module]) -> None:
+    """Let each class stand for the one of Hugging Face's that it derives from."""
+    for ours in classes:
+        theirs = hugging_face_class(ours)
+        FUSED[theirs] = ours
+        _OURS[ours] = theirs, theirs.forward  # type: ignore[attr-defined]
+        # Hugging Face keeps, by class, what its own path may record; a model fused in place never passed its
+        # constructor.
+        if str(theirs) in _CAN_RECORD_REGISTRY or hasattr(theirs, "_can_record_outputs"):
+            _CAN_RECORD_REGISTRY.setdefault(str(ours), theirs._can_record_outputs)  # type: ignore[attr-defined]
+
+
+def ours_of(kind: type) -> type[nn.Module] | None:
+    """The family's class that a class is, or that FSDP2 derives it from; what a user derives from one is not ours."""
+    if kind in _OURS or not kind.__module__.startswith("torch.distributed."):
+        return kind if kind in _OURS else None
+    return next((base for base in kind.__bases__ if base in _OURS), None)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module is exactly of a family's class, and Hugging Face's class is as it was: it may be read."""
+    return type(module) in _OURS and not is_patched(module)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether someone replaced the forward of Hugging Face's class that a module of ours derives from."""
+    ours = ours_of(type(module))
+    if ours is None:
+        return False
+    theirs, forward = _OURS[ours]
+    return theirs.forward is not forward
+
+
+def fuse_modules(encoder: Any) -> None:
+    """Swap the classes of the modules inside one encoder model, unless it is a decoder, which stays as it is."""
+    if encoder.config.is_decoder:
+        return
+    for module in encoder.modules():
+        fused = FUSED.get(type(module))
+        if fused is not None and module is not encoder:
+            module.__class__ = fused
+    stream = 1  # the embeddings have stream 0
+    for layer in encoder.layers:
+        for site in (layer.attention.self, layer.attention.output, layer.output):
+            site.dropout_stream = stream
+            stream += 1
+        if is_ours(layer.attention.self):
+            layer.attention.self.rehome()
+
+
+def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration whose attention name we may set: another model may share this one and want its own."""
+    return config if config._attn_implementation in (None, "eager") else copy.deepcopy(config)
+
+
+def eager_semantics(requested: str | None) -> str:
+    """The attention name our models carry: their semantics are eager's, and only under that name does Hugging Face
+    allow attentions."""
+    if requested not in (None, "eager"):
+        warn_once(f"fastbert: attn_implementation={requested!r} is not used: attention runs on fastbert's own kernels")
+    return "eager"

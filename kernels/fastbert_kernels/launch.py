@@ -1,0 +1,190 @@
+"""How ops are registered, and how their kernels are launched."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
+from triton.compiler import CompiledKernel
+
+from . import reference
+from .backend import INTERPRETED
+
+#: Functions of one kernel, whose arguments are put in: what a launch is looked up by, and the launch.
+_LAUNCH = """
+def key({names}, **options):
+    return {device}, {parts}, *options.values()
+
+def launch(grid, {names}, **options):
+    compiled = find(({device}, {parts}, *options.values()))
+    if compiled is None or {device}.index != current_device():
+        look_up(grid, {arguments} | options)
+    else:
+        compiled[grid]({names})
+"""
+
+
+class _Launcher:
+    """A kernel to be launched on its tensors' device, with the compile options whose defaults Triton may change.
+
+    What Triton compiled for such arguments is looked up here: its own lookup takes longer than all else in a launch. As
+    Triton does for that, this writes a function for the kernel, which knows its arguments by name.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+        names = [p.name for p in kernel.params]
+        self.functions: dict[str, Any] = {
+            "find": self.compiled.get,
+            "look_up": self.look_up,
+            "current_device": lambda: torch.cuda.current_device(),
+        }
+        source = _LAUNCH.format(
+            names=", ".join(names),
+            device=f"{names[0]}.device",
+            parts=", ".join(map(_varies, kernel.params)),
+            arguments="{" + ", ".join(f"{name!r}: {name}" for name in names) + "}",
+        )
+        exec(source, self.functions)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return functools.partial(self.functions["launch"], (*grid, 1, 1)[:3])
+
+    def look_up(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        """Launch by Triton itself, and keep what it launches."""
+        device = arguments[self.kernel.arg_names[0]].device
+        guard = contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+        with guard:
+            compiled = self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
+        # Not on HIP, for which Triton compiles by the sizes of tensors, too.
+        if type(compiled) is CompiledKernel and not torch.version.hip:
+            self.compiled[self.functions["key"](**arguments)] = compiled
+
+
+def _varies(parameter: Any) -> str:
+    """An expression of what Triton compiles a kernel for in an argument: of a tensor its dtype and whether it starts at
+    a multiple of 16 bytes; of an integer whether it is wider than 32 bits, and if told to, 1 or a multiple of 16."""
+    name = parameter.name
+    if parameter.is_constexpr:
+        return name
+    if name.endswith("_ptr"):
+        return f"{name}.dtype, {name}.data_ptr() & 15"
+    of_number = f"{name} >> 31" if parameter.do_not_specialize else f"({name} == 1, {name} & 15 == 0, {name} >> 31)"
+    return f"{of_number} if type({name}) is int else type({name})"
+
+
+#: By the kernel's id: its hash is that of its source. No kernel is ever freed.
+_launchers: dict[int, _Launcher] = {}
+
+
+def is_traced() -> bool:
+    """Whether a compiler, a tracer or a functorch transform is to see what runs, and not only torch's dispatcher."""
+    return torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing()
+
+
+def is_watched() -> bool:
+    """Whether any of these, or a dispatch mode, is to see ops, and not what they are made of."""
+    return is_traced() or _len_torch_dispatch_stack() > 0
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """Make a kernel visible to `torch.compile`, which has its own compile options; else ready to launch."""
+    if INTERPRETED:
+        return kernel
+    wrapped = torch.library.wrap_triton(kernel) if is_watched() else kernel
+    if wrapped is not kernel:
+        return wrapped
+    launcher = _launchers.get(id(kernel))
+    if launcher is None:
+        launcher = _launchers[id(kernel)] = _Launcher(kernel)
+    return launcher
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, which device code may call too, costs a few microseconds here."""
+    return (a + b - 1) // b
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has, for grids that fill it once; the interpreter has two."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def dropout_arguments(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, stream: int) -> dict[str, Any]:
+    """The arguments by which every kernel draws its dropout. An absent seed is stood in for by x, never read."""
+    return {
+        "seed_ptr": x if seed is None else seed,
+        "site": stream,
+        "keep_threshold": reference.dropout_threshold(dropout_p),
+        "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
+        "HAS_DROPOUT": dropout_p > 0.0,
+    }
+
+
+class Op:
+    """The torch op `fastbert::name`, called past the dispatcher where nobody watches: its Python costs more there than
+    a launch.
+
+    Compiled kernels are a `triton_op`, which `torch.compile` sees into; interpreted ones an opaque `custom_op`.
+    """
+
+    def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        register: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+        self.name = name
+        self.fn = self.recorded = fn
+        self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=())
+        self.registered.register_fake(fake)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """As `torch.library.register_autograd`, with the same arguments."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        fn = self.fn
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = fn(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        # With a `setup_context` of its own an autograd.Function inspects its signature in each call.
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        # By the class autograd names the step: add_layer_norm's is AddLayerNormBackward.
+        class_name = self.name.title().replace("_", "")
+        function = type(class_name, (torch.autograd.Function,), methods)
+        # Its `apply` first looks whether functorch, which `is_watched` rules out, has wrapped an argument.
+        self.recorded = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def __call__(self, *args: Any) -> Any:
+        if is_watched() or type(args[0]) is not torch.Tensor:
+            return self.registered(*args)
+        return self.recorded(*args) if torch.is_grad_enabled() else self.fn(*args)
+
+
+def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
+    """Register a function that launches kernels as the torch op `fastbert::name`.
+
+    Args:
+        name: the op's name in the namespace `torch.ops.fastbert`.
+        fake: the op on fake tensors: same signature, outputs of the right shape, dtype and device.
+    """
+    return lambda fn: Op(name, fn, fake)
+
+
+def second_derivative_error(
+    name: str, instead: str = "run plain PyTorch with FASTBERT_BACKEND=torch, or fastbert.unfuse(model)"
+) -> NotImplementedError:
+    return NotImplementedError(
+        f"fastbert's {name} kernel has no second derivative: for gradients of gradients {instead}"
+    )
+
+
+def forbid_double_backward(op: Op, name: str, *instead: str) -> None:
+    """Make differentiating a backward op an error that says what to do instead, not a silently missing gradient."""
+
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise second_derivative_error(name, *instead)
+
+    op.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)

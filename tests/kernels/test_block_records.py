@@ -1,0 +1,19 @@
+"""The records of a layer's blocks, and the flat tuples that autograd knows."""
+
+import pytest
+
+from fastbert_kernels.block_records import AttentionParameters, FeedForwardParameters, NormSaved, read
+
+
+def test_records_come_back_from_a_flat_tuple() -> None:
+    first, second = FeedForwardParameters(*range(6)), AttentionParameters(*range(10, 21))
+    back = read((*first, *second), FeedForwardParameters, AttentionParameters)
+    assert back == [first, second]
+    assert [type(record) for record in back] == [FeedForwardParameters, AttentionParameters]
+    assert (back[0].norm_bias, back[1].head_mask, back[1].value_bias) == (5, 10, 20)
+
+
+@pytest.mark.parametrize("count", [9, 11])
+def test_a_tuple_of_another_length_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"FeedForwardParameters, NormSaved have 10 fields, got {count} values"):
+        read(range(count), FeedForwardParameters, NormSaved)

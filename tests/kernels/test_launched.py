@@ -1,0 +1,37 @@
+"""What Triton itself makes of a launch: it takes neither every name of an argument nor every option."""
+
+import json
+from typing import Any
+
+import pytest
+from uninterpreted import run_uninterpreted
+
+from fastbert.tuning.problems import COMPILED
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Any]:
+    """How often each kernel was launched, pairs of keys of arguments, and kernels compiled for batches."""
+    return json.loads(run_uninterpreted("-m", "tests.helpers.launched").splitlines()[-1])
+
+
+def test_triton_takes_the_launch_of_every_kernel(found: list[Any]) -> None:
+    launched = found[0]
+    assert set(launched) == {kernel.__name__ for kernel in COMPILED.values()}
+    assert min(launched.values()) > 0
+
+
+def test_what_triton_compiles_apart_is_looked_up_apart(found: list[Any]) -> None:
+    theirs: dict[str, set[str]] = {}
+    for ours, key in found[1]:
+        theirs.setdefault(ours, set()).add(key)
+    assert max(len(keys) for keys in theirs.values()) == 1
+    # Not finer by more than how far a tensor is from where it would be aligned.
+    assert len(theirs) < 2 * len({key for _, key in found[1]})
+    assert len(theirs) < len(found[1]) / 2
+
+
+def test_nothing_is_compiled_for_the_sizes_of_a_batch(found: list[Any]) -> None:
+    first, all_of_them = found[2]
+    assert first > 12
+    assert all_of_them == first

@@ -1,0 +1,240 @@
+"""Padding is dropped where nobody reads it: with the defaults, whatever is handed out equals eager's, every row."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import assert_close, ids, mask_of, pair, randomize, tiny_config
+from torch import nn
+
+import fastbert
+from fastbert.batch import batch as batches
+from fastbert_kernels import backend
+
+LENGTHS = [11, 4, 7]
+HEADS = [
+    "BertForPreTraining", "BertLMHeadModel", "BertForMaskedLM", "BertForNextSentencePrediction",
+    "BertForSequenceClassification", "BertForMultipleChoice", "BertForTokenClassification", "BertForQuestionAnswering",
+]  # fmt: skip
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each batch whose padding might have been dropped, whether it was."""
+    seen: list[bool] = []
+    pack_unless = batches.pack_unless
+
+    def noted(*arguments: torch.Tensor) -> Any:
+        layout = pack_unless(*arguments)
+        seen.append(layout is not None and layout.indices is not None)
+        return layout
+
+    monkeypatch.setattr(batches, "pack_unless", noted)
+    return seen
+
+
+def heads(name: str, device: torch.device | str = "cpu") -> tuple[Any, Any]:
+    """One of Hugging Face's heads with eager attention, and the same fused in place with the defaults."""
+    torch.manual_seed(2)
+    plain = getattr(transformers, name)(tiny_config()).to(device).eval()
+    randomize(plain)
+    return plain, fastbert.fuse(copy.deepcopy(plain))
+
+
+def batch(name: str, device: torch.device | str = "cpu", at_padding: int = -100) -> dict[str, torch.Tensor]:
+    """A padded batch with the labels that the head's usual collator makes, and `at_padding` at padding."""
+    torch.manual_seed(3)
+    x, mask = ids(3, 11, device), mask_of(LENGTHS, 11, device)
+    given = {"input_ids": x * mask, "attention_mask": mask}
+    if name == "BertForMultipleChoice":
+        given = {key: torch.stack([value, value.flip(0)], 1) for key, value in given.items()}
+        return given | {"labels": torch.tensor([0, 1, 1], device=device)}
+    if name == "BertForQuestionAnswering":
+        at = {"start_positions": torch.tensor([1, 2, 0]), "end_positions": torch.tensor([3, 3, 6])}
+        return given | {key: value.to(device) for key, value in at.items()}
+    if name in ("BertForSequenceClassification", "BertForNextSentencePrediction"):
+        return given | {"labels": torch.tensor([0, 1, 1], device=device)}
+    labels = (x % 2 if name == "BertForTokenClassification" else x).masked_fill(mask == 0, at_padding)
+    given["labels"] = labels
+    if name == "BertForPreTraining":
+        given["next_sentence_label"] = torch.tensor([0, 1, 1], device=device)
+    return given
+
+
+def tensors(output: Any) -> list[torch.Tensor]:
+    found = []
+    for value in output.values():
+        found += [value] if isinstance(value, torch.Tensor) else [each for each in value if each is not None]
+    return found
+
+
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+@pytest.mark.parametrize("life", ["torch", "triton"])
+def test_a_bare_model_hands_out_eagers_rows(device: torch.device, life: str, side: str) -> None:
+    plain, fused = pair(device, packing="auto")
+    x, mask = ids(3, 11, device), mask_of(LENGTHS, 11, device)
+    if side == "left":
+        mask = mask.flip(1)
+    if side == "holes":
+        mask[0, 4:6] = 0
+    with backend(life), torch.no_grad():
+        for asked in ({}, {"output_hidden_states": True, "output_attentions": True}):
+            ours, theirs = fused(x, mask, **asked), plain(x, mask, **asked)
+            for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+                assert_close(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_padding", [-100, 0])
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("life", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_every_heads_loss_and_gradients_are_eagers(device: torch.device, life: str, name: str, at_padding: int) -> None:
+    plain, fused = heads(name, device)
+    given = batch(name, device, at_padding)
+    with backend(life):
+        ours, theirs = fused(**given), plain(**given)
+        assert_close(ours.loss, theirs.loss, atol=1e-5)
+        ours.loss.backward()
+        theirs.loss.backward()
+    for (where, p), q in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), where
+        if q.grad is not None:
+            assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-5, where
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_heads_outputs_are_eagers_without_labels(device: torch.device, name: str) -> None:
+    plain, fused = heads(name, device)
+    given = {key: value for key, value in batch(name, device).items() if key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        for asked in ({}, {"output_hidden_states": True, "output_attentions": True}):
+            for a, b in zip(tensors(fused(**given, **asked)), tensors(plain(**given, **asked)), strict=True):
+                assert_close(a, b, atol=1e-5)
+
+
+def _train(model: nn.Module, step: Callable[[Any], torch.Tensor]) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = step(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_question_answering_trains_as_eager_does() -> None:
+    plain, fused = heads("BertForQuestionAnswering")
+    given = batch("BertForQuestionAnswering")
+    ours, theirs = (_train(model, lambda m: m(**given).loss) for model in (fused, plain))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert theirs[-1] < theirs[0] - 0.1
+
+
+class Tagger(nn.Module):
+    """A BiLSTM on an encoder's last hidden states, which runs over padding too."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.bert = bert
+        self.lstm = nn.LSTM(32, 16, bidirectional=True, batch_first=True)
+        self.out = nn.Linear(32, 3)
+
+    def forward(self, **given: torch.Tensor) -> torch.Tensor:
+        return self.out(self.lstm(self.bert(**given).last_hidden_state)[0])
+
+
+def test_a_tagger_with_an_lstm_trains_as_eager_does() -> None:
+    plain, fused = pair(packing="auto")
+    mask = mask_of(LENGTHS, 11)
+    given, target = {"input_ids": ids() * mask, "attention_mask": mask}, ids() % 3
+
+    def step(model: Tagger) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(**given)[mask.bool()], target[mask.bool()])
+
+    ours, theirs = (_train(Tagger(model), step) for model in (fused, plain))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+#: What is called, with which arguments besides ids and a mask -> whether padding is dropped under "auto".
+CALLS: list[tuple[str, dict[str, Any], bool]] = [
+    ("BertModel", {}, False),
+    ("BertModel", {"output_attentions": True}, False),
+    ("BertForSequenceClassification", {}, True),
+    ("BertForSequenceClassification", {"labels": True}, True),
+    ("BertForSequenceClassification", {"output_hidden_states": True}, False),
+    ("BertForSequenceClassification", {"output_attentions": [0]}, False),
+    ("BertForNextSentencePrediction", {}, True),
+    ("BertForMultipleChoice", {}, True),
+    ("BertForTokenClassification", {}, False),
+    ("BertForTokenClassification", {"labels": True}, True),
+    ("BertForTokenClassification", {"labels": 0}, False),
+    ("BertForMaskedLM", {"labels": True}, True),
+    ("BertForMaskedLM", {"labels": 0}, False),
+    ("BertForMaskedLM", {}, False),
+    ("BertForPreTraining", {"labels": True}, True),
+    ("BertForPreTraining", {"labels": 0}, False),
+    ("BertForQuestionAnswering", {}, False),
+    ("BertForQuestionAnswering", {"labels": True}, False),
+    ("BertLMHeadModel", {"labels": True}, False),
+]
+
+
+@pytest.mark.parametrize(("name", "asked", "drops"), CALLS)
+def test_which_calls_drop_padding(packed: list[bool], name: str, asked: dict[str, Any], drops: bool) -> None:
+    model = heads(name)[1]
+    labels = asked.get("labels")
+    given = batch(name, at_padding=0 if labels == 0 else -100)
+    if labels is None:
+        given = {key: value for key, value in given.items() if key in ("input_ids", "attention_mask")}
+    model(**given, **{key: value for key, value in asked.items() if key != "labels"})
+    assert any(packed) is drops
+    packed.clear()
+    model(**given, packing=True)
+    assert packed == [True]
+    packed.clear()
+    model(**given, packing=False)
+    assert not any(packed)
+
+
+def test_a_row_that_starts_with_padding_is_kept_for_the_pooler(packed: list[bool]) -> None:
+    plain, fused = heads("BertForSequenceClassification")
+    given = batch("BertForSequenceClassification")
+    given["attention_mask"] = given["attention_mask"].flip(1)
+    assert_close(fused(**given).logits, plain(**given).logits)
+    assert packed == [False]
+
+
+def test_packing_true_leaves_paddings_logits_out_of_question_answering() -> None:
+    plain, fused = heads("BertForQuestionAnswering")
+    fused.bert.packing = True
+    given = batch("BertForQuestionAnswering")
+    ours, theirs = fused(**given), plain(**given)
+    real = given["attention_mask"].bool()
+    assert_close(ours.start_logits, theirs.start_logits, real)
+    assert (ours.end_logits[~real] == torch.finfo(torch.float32).min).all()
+    wanted = [
+        nn.functional.cross_entropy(logits.masked_fill(~real, -torch.inf), given[at])
+        for logits, at in ((theirs.start_logits, "start_positions"), (theirs.end_logits, "end_positions"))
+    ]
+    assert_close(ours.loss, sum(wanted) / 2)
+    as_tuple = fused(**given, return_dict=False)
+    assert_close(as_tuple[0], ours.loss)
+    assert len(as_tuple) == 3
+
+
+def test_packing_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match="packing must be one of 'auto', True, False, got 'yes'"):
+        fastbert.fuse(transformers.BertModel(tiny_config()), packing="yes")
+
+
+def test_explain_tells_what_becomes_of_padding() -> None:
+    classifier = heads("BertForSequenceClassification")[1]
+    assert "padding is dropped, only the pooled output is read" in str(fastbert.explain(classifier))
+    assert "padding is kept: every row of last_hidden_state is handed out" in str(fastbert.explain(classifier.bert))
+    classifier.bert.packing = False
+    assert "padding is kept: packing=False" in str(fastbert.explain(classifier))
