@@ -1,6 +1,8 @@
 """A user's words as objects: a checkpoint, a batch of text, a dtype and a device, each checked before any work."""
 
 import os
+import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BertModel
+from transformers.activations import ACT2FN
+
+from fastbert_kernels import uses_triton
+
+#: [CLS], one token, [SEP].
+MIN_LENGTH = 3
+
+#: The fields of a configuration that say how large a model is.
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("max_position_embeddings", "type_vocab_size"),
+)
+#: Weights of an encoder in a checkpoint, also of one with a head. The two buffers were saved by old versions.
+_OF_ENCODER = re.compile(r"(bert\.)?(encoder\.|embeddings\.(?!position_ids$|token_type_ids$))")
 
 #: English of very different lengths, so that a batch of it is mostly padding.
 SENTENCES: tuple[str, ...] = (
@@ -89,25 +105,57 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
+def check_backend(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether ops on such tensors run as Triton kernels; InputError where the chosen backend cannot run them."""
+    try:
+        return uses_triton(torch.empty(0, dtype=dtype, device=device))
+    except (RuntimeError, TypeError) as error:
+        raise InputError(str(error)) from error
+
+
 def load_config(model: str | os.PathLike[str]) -> Any:
     """The configuration of a BERT checkpoint: a folder saved by transformers, or a name on the Hugging Face hub.
 
     Raises:
-        InputError: when there is none under that name.
+        InputError: when there is none under that name, and for sizes that no BERT has.
     """
-    folder = Path(model)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise InputError(f"no checkpoint in {str(model)!r}: it has no config.json; name a folder saved by transformers")
+    name = str(model)
+    try:
+        here = Path(model).exists()
+        if here and not (Path(model) / "config.json").is_file():
+            raise InputError(f"no checkpoint in {name!r}: it has no config.json; name a folder saved by transformers")
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"model {name!r} cannot be read: {_in_one_line(error)}") from error
     try:
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file fails in many ways
+        if here:
+            raise InputError(f"cannot use config.json of {name!r}: {_in_one_line(error)}") from error
         raise InputError(
-            f"model {str(model)!r} not found: name a folder with a BERT checkpoint, or a model on the Hugging Face hub "
-            f"that this machine can reach ({_first_line(error)})"
+            f"model {name!r} not found: name a folder with a BERT checkpoint, or a model on the Hugging Face hub "
+            f"that this machine can reach ({_in_one_line(error)})"
         ) from error
     if config.model_type != "bert":
-        raise InputError(f"model {str(model)!r} is of type {config.model_type!r}, not 'bert': fastbert takes BERT only")
+        raise InputError(f"model {name!r} is of type {config.model_type!r}, not 'bert': fastbert takes BERT only")
+    _check_config(name, config)
     return config
+
+
+def _check_config(name: str, config: Any) -> None:
+    """InputError for what no BERT has and Hugging Face's own checks let through."""
+    for field in _SIZES:
+        value = getattr(config, field, None)
+        if type(value) is not int or value < 1:
+            raise InputError(f"config.json of {name!r}: {field} is {value!r}, which has to be a whole number from 1 on")
+    if config.hidden_act not in ACT2FN:
+        raise InputError(f"config.json of {name!r}: hidden_act {config.hidden_act!r} is no activation of transformers")
+    if type(chunk := config.chunk_size_feed_forward) is not int:
+        raise InputError(f"config.json of {name!r}: chunk_size_feed_forward is {chunk!r}, not a whole number")
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"config.json of {name!r}: hidden_size {config.hidden_size} does not divide into num_attention_heads "
+            f"{config.num_attention_heads}"
+        )
 
 
 def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertModel, Any]:
@@ -120,9 +168,11 @@ def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertMode
         dropout: keep the checkpoint's dropout probabilities; else they are 0.
 
     Raises:
-        InputError: when there is no BERT checkpoint with a tokenizer under that name.
+        InputError: when there is no BERT checkpoint with a tokenizer under that name, when weights miss, when there
+            are some that the configuration has no place for, or when one is not finite.
     """
-    load_config(model)
+    config = load_config(model)
+    name = str(model)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -136,11 +186,55 @@ def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertMode
         bert, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # every storage format has its own way of being broken
-        raise InputError(f"cannot load {str(model)!r}: {_first_line(error)}") from error
+        raise InputError(f"cannot load {name!r}: {_in_one_line(error)}") from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise InputError(f"{str(model)!r} is not a whole BERT checkpoint: {len(missing)} weights miss, as {missing[0]}")
+        raise InputError(f"{name!r} is not a whole BERT checkpoint: {len(missing)} weights miss, as {missing[0]}")
+    unread = sorted(key for key in info["unexpected_keys"] if _OF_ENCODER.match(key))
+    if unread:
+        raise InputError(
+            f"{name!r} has {len(unread)} weights that its config.json has no place for, as {unread[0]}: mend the "
+            f"configuration, whose num_hidden_layers is {config.num_hidden_layers}"
+        )
+    check_finite(bert, name)
+    check_tokenizer(tokenizer, config.vocab_size, name)
     return bert, tokenizer
+
+
+def check_finite(bert: torch.nn.Module, name: str) -> None:
+    """InputError for a model with a parameter that is not finite: whatever it computes is not a number either."""
+    for key, parameter in bert.named_parameters():
+        if not parameter.isfinite().all():
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(f"{name!r} cannot be used in {dtype}: its weight {key} has NaN or infinite values")
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int, name: str) -> None:
+    """Whether a tokenizer fits a model of `vocab_size` words.
+
+    Raises:
+        InputError: when it has no words, which is what transformers makes of a folder without its files; when it has
+            token ids that the model has no embedding for; when its `model_max_length` is no length.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.keys() <= set(tokenizer.all_special_tokens):
+        raise InputError(
+            f"the tokenizer of {name!r} has no words: add its files (tokenizer.json or vocab.txt, and "
+            "tokenizer_config.json), as tokenizer.save_pretrained writes them"
+        )
+    largest = max(vocabulary.values())
+    if largest >= vocab_size:
+        raise InputError(
+            f"the tokenizer of {name!r} has token ids up to {largest}, the model takes them to {vocab_size - 1}: take "
+            "the tokenizer that the model was trained with"
+        )
+    longest = tokenizer.model_max_length
+    whole = type(longest) is int or (isinstance(longest, float) and longest.is_integer())
+    if not whole or longest < MIN_LENGTH:
+        raise InputError(
+            f"the tokenizer of {name!r} has model_max_length {longest!r}: write a whole number of at least "
+            f"{MIN_LENGTH} in tokenizer_config.json"
+        )
 
 
 def check_max_length(max_length: int | None, limit: int) -> int:
@@ -150,8 +244,8 @@ def check_max_length(max_length: int | None, limit: int) -> int:
         InputError: for one outside 3 .. limit.
     """
     length = limit if max_length is None else max_length
-    if not 3 <= length <= limit:  # [CLS], one token, [SEP]
-        raise InputError(f"max length {length} is out of range: this model takes 3 to {limit}")
+    if not MIN_LENGTH <= length <= limit:
+        raise InputError(f"max length {length} is out of range: this model takes {MIN_LENGTH} to {limit}")
     return length
 
 
@@ -159,13 +253,15 @@ def tokenize(tokenizer: Any, sentences: Sequence[str], max_length: int | None, l
     """Tokenize sentences into one batch of at most `limit` positions, padded on the right to the longest.
 
     Raises:
-        InputError: for no sentences, an empty one, or a `max_length` outside 3 .. limit.
+        InputError: for no sentences, one that is empty or not UTF-8, or a `max_length` outside 3 .. limit.
     """
     if not sentences:
         raise InputError("no text to compare on: give at least one sentence")
     for i, sentence in enumerate(sentences):
         if not sentence.strip():
             raise InputError(f"sentence {i + 1} is empty ({sentence!r}): give it some text")
+        if not is_unicode(sentence):
+            raise InputError(f"sentence {i + 1} is not UTF-8 ({sentence!r:.60}): give it text in UTF-8")
     length = check_max_length(max_length, limit)
     whole = [len(ids) for ids in tokenizer(list(sentences), verbose=False)["input_ids"]]
     encoded = tokenizer(
@@ -186,6 +282,15 @@ def tokenize(tokenizer: Any, sentences: Sequence[str], max_length: int | None, l
     return Tokenized({name: encoded[name] for name in names}, tokens, sum(count > length for count in whole))
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8. Lone surrogates, which stand for bytes that were not, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _in_one_line(error: BaseException) -> str:
+    """What an error says, cut to what a reader takes in; its type where it says nothing."""
+    return textwrap.shorten(str(error), 300) or type(error).__name__

@@ -4,7 +4,9 @@ Without a GPU the Triton kernels run in Triton's interpreter, which must be chos
 """
 
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -90,6 +92,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Callable[[Path], str]:
+    """What a real browser makes of a page, as HTML, once its scripts have run."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("there is no chromium here")
+    off = ("gpu", "quic", "background-networking", "component-update", "sync")
+    options = [*(f"--disable-{name}" for name in off), f"--user-data-dir={tmp_path / 'user'}"]
+    options += ["--headless", "--no-sandbox", "--no-first-run", "--virtual-time-budget=5000", "--dump-dom"]
+
+    def dump(page: Path) -> str:
+        done = subprocess.run([program, *options, page.as_uri()], capture_output=True, timeout=300, check=True)
+        return done.stdout.decode()
+
+    return dump
 
 
 @pytest.fixture

@@ -108,7 +108,15 @@ def speedup_bars(
         for i, key in enumerate(band):
             left = 0.12 + _NAMES + i * (panel + _GUTTER)
             axes = figure.add_axes((left / width, (top - inches) / height, panel / width, inches / height))
-            axes.set_title(f"{cut(key[0], 36)}, {key[1]}", fontsize=10, color=INK, loc="left", weight="bold", pad=5)
+            axes.set_title(
+                f"{cut(key[0], 36)}, {key[1]}",
+                fontsize=10,
+                color=INK,
+                loc="left",
+                weight="bold",
+                pad=5,
+                parse_math=False,
+            )
             _frame(axes, limits, inches)
             _fill(axes, by_workload, panels[key])
             if i == 0:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from fastbert.inputs import InputError, load, parse_device, parse_dtype, tokenize
+from fastbert.inputs import InputError, check_backend, load, parse_device, parse_dtype, tokenize
 
 from .contenders import named as named_contenders
 from .measure import Field
@@ -67,6 +67,7 @@ def measure(
             chosen = named_workloads(workloads or _DEFAULT[where.type], known)
     except ValueError as error:
         raise InputError(str(error)) from error
+    check_backend(working, where)
     tell(f"loading {model}")
     bert, tokenizer = load(model, dropout=True)
     longest = bert.config.max_position_embeddings

@@ -8,6 +8,7 @@ import typer
 
 from .attend import attend
 from .bench import bench
+from .common import check_environment
 from .encode import encode
 from .tune import tune
 from .verify import verify
@@ -23,3 +24,4 @@ app.command()(tune)
 @app.callback()
 def main() -> None:
     """fastbert: a drop-in Hugging Face BertModel on fused Triton kernels."""
+    check_environment()

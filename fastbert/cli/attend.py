@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import MODEL_HELP, check_writable, default_model, fail, quiet
+from .common import MODEL_HELP, check_unicode, check_writable, default_model, fail, printable, quiet, writing
 
 #: End of the output's name -> the package that makes it, and the extra that brings that.
 _NEEDS = {".png": ("matplotlib", "plot"), ".html": ("bertviz", "viz")}
@@ -32,20 +32,22 @@ def attend(
     _check_out(out)
     if not text.strip():
         fail(f"the text {text!r} is empty: give it some words")
+    check_unicode("the text", text)
     model = model or default_model()
 
     import torch
 
     from fastbert.fusing import fuse
-    from fastbert.inputs import InputError, load, parse_device, tokenize
+    from fastbert.inputs import InputError, check_backend, load, parse_device, tokenize
     from fastbert.maps.heatmap import attention_heatmap
     from fastbert.maps.page import VIEWS, attention_page
 
     if view not in VIEWS:
         fail(f"unknown view {view!r}: choose from {', '.join(VIEWS)}")
-    title = f"fastbert attentions, {Path(model).name}"
+    title = f"fastbert attentions, {printable(Path(model).name)}"
     try:
         on = parse_device(device)
+        check_backend(torch.float32, on)
         with quiet():
             bert, tokenizer = load(model)
         count = bert.config.num_hidden_layers
@@ -57,14 +59,15 @@ def attend(
         with torch.inference_mode():
             attentions = fuse(bert).to(on)(**inputs, output_attentions=layer or True).attentions
         (tokens,) = batch.tokens
-        if out.suffix.lower() == ".png":
-            attention_heatmap(attentions, tokens, out, title=title)
-        else:
-            attention_page(attentions, tokens, out, view=view, title=title)
+        with writing("--out", out):
+            if out.suffix.lower() == ".png":
+                attention_heatmap(attentions, tokens, out, title=title)
+            else:
+                attention_page(attentions, tokens, out, view=view, title=title)
     except (InputError, ValueError) as error:
         fail(str(error))
     cut = ", its end cut off" if batch.truncated else ""
-    typer.echo(f"{len(tokens)} tokens{cut}: {out}")
+    typer.echo(f"{len(tokens)} tokens{cut}: {printable(out)}")
 
 
 def _check_out(out: Path) -> None:

@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import MODEL_HELP, check_targets, default_model, fail, quiet, read_sentences, write_json
+from .common import (
+    MODEL_HELP,
+    check_targets,
+    default_model,
+    fail,
+    printable,
+    quiet,
+    read_sentences,
+    telling,
+    write_json,
+    writing,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +64,7 @@ def bench(
     from fastbert.benchmark.users import measure
     from fastbert.inputs import InputError
 
-    with quiet(), Console(stderr=True).status("starting") as status:
+    with quiet(), telling("starting") as tell:
         try:
             results = measure(
                 model,
@@ -65,15 +76,16 @@ def bench(
                 dtype=dtype,
                 device=device,
                 seconds=seconds,
-                tell=lambda message: status.update(f"{message} ..."),
+                tell=tell,
             )
         except InputError as error:
             fail(str(error))
     _show(console, results)
     write_json(json_file, results.to_json())
     if plot is not None:
-        _draw(results, plot)
-        console.print(f"plot: {plot}", markup=False)
+        with writing("--plot", plot):
+            _draw(results, plot)
+        console.print(f"plot: {printable(plot)}", markup=False)
     if any(group.ours is None for group in results.groups()):
         raise typer.Exit(1)
 

@@ -4,8 +4,9 @@ import contextlib
 import importlib.util
 import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,9 +20,42 @@ MODEL_HELP = (
 )
 
 
+#: Variables of the environment -> what they may be.
+VARIABLES = {
+    "FASTBERT_BACKEND": ("auto", "torch", "triton"),
+    "FASTBERT_CHECK": ("0", "1"),
+    "FASTBERT_TUNED": ("0", "1"),
+}
+
+
+#: The exit code of what Ctrl-C ended.
+INTERRUPTED = 130
+
+
 def fail(message: str) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(2)
+
+
+def check_environment() -> None:
+    """Fail on a variable that says nothing known: it would be ignored, or stop an import."""
+    for name, known in VARIABLES.items():
+        value = os.environ.get(name, known[0])
+        if value not in known:
+            fail(f"the environment has {name}={value!r}: use {', '.join(known[:-1])} or {known[-1]}, or unset it")
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    """A path or a name as a terminal can show it: bytes that are not UTF-8 as question marks."""
+    return os.fspath(text).encode(errors="replace").decode()
+
+
+def check_unicode(option: str, text: str) -> None:
+    """Fail on a text from the command line with bytes that are not UTF-8, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        fail(f"{option} {text!r} is not UTF-8: give it text in UTF-8")
 
 
 def read_sentences(text: list[str] | None, file: Path | None) -> list[str]:
@@ -30,12 +64,16 @@ def read_sentences(text: list[str] | None, file: Path | None) -> list[str]:
     for sentence in sentences:
         if not sentence.strip():
             fail(f"--text {sentence!r} is empty: give it some text")
+        check_unicode("--text", sentence)
     if file is not None:
         try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            content = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             fail(f"cannot read --file {str(file)!r} ({reason}): name a UTF-8 text file, one sentence a line")
+        if "\0" in content:
+            fail(f"--file {str(file)!r} has NUL characters, as UTF-16 has: save it as UTF-8, one sentence a line")
+        lines = [line.strip() for line in content.splitlines()]
         if not any(lines):
             fail(f"--file {str(file)!r} has no text: write one sentence a line")
         sentences += [line for line in lines if line]
@@ -74,26 +112,39 @@ def check_targets(json_file: str | None, picture: tuple[str, Path | None]) -> No
 
 def check_writable(option: str, path: Path) -> None:
     """Fail on a file that cannot be written. Folders on the way may be missing."""
-    if path.is_dir():
-        fail(f"{option} {str(path)!r} is a folder: name a file")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
-        fail(f"{option} {str(path)!r} cannot be written: choose another place")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()  # whose error says, on every Python, why there can be no such file
+        if path.is_dir():
+            fail(f"{option} {str(path)!r} is a folder: name a file")
+        if path.exists():
+            if not os.access(path, os.W_OK):
+                fail(f"{option} {str(path)!r} cannot be written: choose another place")
+        else:  # permissions alone do not tell, such as of /proc
+            above = next(parent for parent in path.absolute().parents if parent.exists())
+            tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        fail(f"{option} {str(path)!r} cannot be written: choose another place ({error.strerror or error})")
+
+
+@contextlib.contextmanager
+def writing(option: str, path: Path | str) -> Iterator[None]:
+    """Fail in one line where a file cannot be written after all, such as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{option} {str(path)!r} cannot be written: choose another place ({error.strerror or error})")
 
 
 def write_json(target: str | None, content: str) -> None:
-    """Write JSON text where --json says: a file, whose folders are made, or stdout for -. None: nowhere.
-
-    A reader, or an interruption, never sees half a file.
-    """
+    """Write JSON text where --json says: a file, whose folders are made, or stdout for -. None: nowhere."""
     if target == "-":
         sys.stdout.write(content)
     elif target is not None:
         path = Path(target)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.part")
-        beside.write_text(content, encoding="utf-8")
-        beside.replace(path)
+        with writing("--json", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
 
 
 def choose_interpreter(backend: str, device: str | None) -> None:
@@ -110,6 +161,17 @@ def choose_interpreter(backend: str, device: str | None) -> None:
 
     if not INTERPRETED:
         fail("--backend triton on the CPU needs Triton's interpreter: set TRITON_INTERPRET=1 before starting")
+
+
+@contextlib.contextmanager
+def telling(first: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr, while it lasts, of what is going on; what it yields is told what that is from now on."""
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(first) as status:
+        # As text, for a model's name may look like markup.
+        yield lambda message: status.update(Text(f"{printable(message)} ..."))
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 import contextlib
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import check_writable, fail, quiet
+from .common import INTERRUPTED, check_writable, fail, printable, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fastbert.encode.files import Summary
+
+
+#: What a run that stops ends with saying.
+_KEPT = "; what is finished is kept, the same command goes on from there"
 
 
 def encode(
@@ -41,14 +46,17 @@ def encode(
     """Embed every row of a file into a Parquet file, in its order: columns row (from 0), embedding and problem.
 
     Whatever stops it, the same command goes on where it stopped: what is finished waits in OUT.parts. A bad row (empty,
-    null, not UTF-8) is reported, its problem is named, its embedding is NaN, and the rest goes on.
+    null, not UTF-8, with NUL characters, with more or fewer cells than a CSV file's heading, with an embedding that is
+    not finite) is reported, its problem is named, its embedding is NaN, and the rest goes on.
 
-    Exit code 0: every row has an embedding; 1: there are bad rows; 2: the input cannot be used, or it had to stop.
+    Exit code 0: every row has an embedding; 1: there are bad rows; 2: the input cannot be used, or it had to stop;
+    130: interrupted.
     """
     if importlib.util.find_spec("pyarrow") is None:
         fail("encode needs pyarrow, which is not installed: pip install 'fastbert[encode]'")
     _check_paths(input_file, out)
 
+    import torch
     from rich.console import Console
 
     from fastbert.encode import Encoder
@@ -74,9 +82,14 @@ def encode(
     except InputError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"stopped: {error.strerror or error}; what is finished is kept, the same command goes on from there")
+        fail(f"stopped: {error.strerror or error}{_KEPT}")
+    except torch.OutOfMemoryError:
+        fail(f"stopped: out of memory: give fewer --tokens to a batch{_KEPT}")
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: interrupted{_KEPT}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
-    _show(console, summary, f"embeddings of {encoder.hidden} numbers: {out}")
+    _show(console, summary, f"embeddings of {encoder.hidden} numbers: {printable(out)}")
 
 
 def _show(console: "Console", summary: "Summary", written: str) -> None:
@@ -98,13 +111,14 @@ def _show(console: "Console", summary: "Summary", written: str) -> None:
 
 def _check_paths(input_file: Path, out: Path) -> None:
     """Fail before the work on paths that cannot be read or written."""
-    if not input_file.is_file():
+    if not os.path.isfile(input_file):
         fail(f"no file {str(input_file)!r}: name a .csv, .parquet or text file")
     if out.suffix.lower() != ".parquet":
         fail(f"--out {str(out)!r} is not a Parquet file: let its name end in .parquet")
+    check_writable("--out", out)
     if out.exists() and out.samefile(input_file):
         fail(f"--out {str(out)!r} is the input: choose another name")
-    check_writable("--out", out)
+    check_writable("--out", out.with_name(f"{out.name}.parts") / "journal")  # a longer name
 
 
 @contextlib.contextmanager

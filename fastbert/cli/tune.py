@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import check_writable, fail, quiet
+from .common import INTERRUPTED, check_writable, fail, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from fastbert.tuning.launches import Widths
     from fastbert.tuning.tuner import Outcome
     from fastbert_kernels.catalogue import Launch, Product
-
-_INTERRUPTED = 130
 
 
 def tune(
@@ -91,7 +89,7 @@ def tune(
     except KeyboardInterrupt:
         console.print("interrupted: what is finished is kept", style="yellow")
         _report(console, outcomes, gpu)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     _report(console, outcomes, gpu)
 
 

@@ -13,9 +13,12 @@ from .common import (
     choose_interpreter,
     default_model,
     fail,
+    printable,
     quiet,
     read_sentences,
+    telling,
     write_json,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ def verify(
     from fastbert.verify.compare import compare
     from fastbert_kernels import backend as use_backend
 
-    with quiet(), Console(stderr=True).status("starting") as status:
+    with quiet(), telling("starting") as tell:
         try:
             report = compare(
                 model,
@@ -73,7 +76,7 @@ def verify(
                 train=train,
                 repeats=repeats,
                 max_length=max_length,
-                progress=lambda message: status.update(f"{message} ..."),
+                progress=tell,
             )
         except InputError as error:
             fail(str(error))
@@ -84,8 +87,9 @@ def verify(
 
     _show(console, report, explanation)
     if heatmap is not None:
-        _draw(report, heatmap)
-        console.print(f"\nheatmap: {heatmap}", markup=False)
+        with writing("--heatmap", heatmap):
+            _draw(report, heatmap)
+        console.print(f"\nheatmap: {printable(heatmap)}", markup=False)
     write_json(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
     if not report.ok:
         raise typer.Exit(1)
@@ -115,7 +119,7 @@ def _show_setting(console: "Console", report: "Report") -> None:
     fill = f"{about['tokens']} tokens in {about['sentences']} x {about['seq']} positions (fill {about['fill']:.0%})"
     cut = f", {about['truncated']} cut to length" if about["truncated"] else ""
     lines = {
-        "model": f"{about['model']}: {about['layers']} layers, {heads} heads of {size}",
+        "model": f"{printable(about['model'])}: {about['layers']} layers, {heads} heads of {size}",
         "batch": f"{fill}{cut}",
         "runs as": f"{about['dtype']} on {about['device']}, kernels: {about['backend']}",
         "versions": ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value),
@@ -253,7 +257,8 @@ def _draw(report: "Report", path: Path) -> None:
     lengths = [len(tokens) for tokens in report.tokens]
     fitting = [length for length in lengths if length <= HEATMAP_TOKENS]
     sentence = lengths.index(max(fitting) if fitting else min(lengths))
-    title = f"fastbert attentions, {Path(report.provenance['model']).name}, {report.provenance['dtype']}"
+    name = printable(Path(report.provenance["model"]).name)
+    title = f"fastbert attentions, {name}, {report.provenance['dtype']}"
     attention_heatmap(report.attentions, report.tokens[sentence], path, sentence=sentence, title=title)
 
 

@@ -1,6 +1,7 @@
 """Embeddings of text in bulk: sorted by length, packed into batches of so many tokens, nothing padded."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,14 +11,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BertModel
+from transformers import BertModel, PretrainedConfig
 
 from fastbert.fusing import fuse
-from fastbert.inputs import InputError, check_max_length, load, parse_device, parse_dtype
+from fastbert.inputs import (
+    InputError,
+    check_backend,
+    check_finite,
+    check_max_length,
+    check_tokenizer,
+    is_unicode,
+    load,
+    parse_device,
+    parse_dtype,
+)
 from fastbert.modules.model import EncoderModel
 
 #: Tokens of a batch: enough to keep the products of a GPU busy, few enough for the memory of any.
 TOKENS = 8192
+
+#: Of a configuration or a tokenizer: where it came from, which says nothing of what it does.
+_NAMES = ("_name_or_path", "name_or_path", "transformers_version", "is_local", "local_files_only")
 
 
 def _mean(hidden: Tensor, lengths: Tensor) -> Tensor:
@@ -63,8 +77,9 @@ class Encoder:
         device: cpu, cuda or cuda:N. Default: the GPU if there is one.
 
     Raises:
-        InputError: for an unknown pooling, dtype or device, a length or a number of tokens out of range, and when there
-            is no BERT checkpoint under that name.
+        InputError: for an unknown pooling, dtype or device, a length or a number of tokens out of range, when there is
+            no BERT checkpoint under that name, and for one that cannot be used: with a tokenizer that does not fit, or
+            a weight that is not finite in that dtype.
     """
 
     def __init__(
@@ -84,18 +99,20 @@ class Encoder:
         if tokens < 1:
             raise InputError(f"a batch of {tokens} tokens holds no text: give at least 1")
         self.dtype, self.device = parse_dtype(dtype), parse_device(device)
+        check_backend(self.dtype, self.device)
         if isinstance(model, BertModel):
             if tokenizer is None:
                 raise InputError("a BertModel comes without a tokenizer: pass its tokenizer too")
-            bert = model
+            bert, name = model, type(model).__name__
+            check_tokenizer(tokenizer, bert.config.vocab_size, name)
         elif tokenizer is not None:
             raise InputError(f"{str(model)!r} brings its own tokenizer: pass a tokenizer with a BertModel only")
         else:
             bert, tokenizer = load(model)
-            bert.pooler = None
-        limit = min(bert.config.max_position_embeddings, tokenizer.model_max_length)
-        length = check_max_length(max_length, limit)
+            bert.pooler, name = None, str(model)
+        length = check_max_length(max_length, int(min(bert.config.max_position_embeddings, tokenizer.model_max_length)))
         self.bert = fuse(bert).to(self.device, self.dtype).eval()
+        check_finite(self.bert, name)  # in its dtype: float16 ends at 65504
         if not isinstance(self.bert, EncoderModel) or bert.config.is_decoder:
             raise InputError(
                 f"{type(bert).__name__} is a decoder or overrides BertModel: only BERT encoders take packed text"
@@ -113,17 +130,24 @@ class Encoder:
 
         Raises:
             TypeError: for one that is not a str.
+            InputError: for one with lone surrogates, which no tokenizer takes.
         """
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{i}] is {type(text).__name__}, not str: {text!r:.60}")
+            if not is_unicode(text):
+                raise InputError(f"texts[{i}] has lone surrogates, as bytes have that are not UTF-8: {text!r:.60}")
         embeddings = np.empty((len(texts), self.hidden), np.float32)
         for batch in self.batches(texts):
             embeddings[batch.rows] = self.embed(batch)
         return embeddings
 
     def batches(self, texts: Sequence[str]) -> list[PackedTexts]:
-        """Tokenize texts and divide them, sorted by length, into batches of at most `tokens` tokens."""
+        """Tokenize texts and divide them, sorted by length, into batches of at most `tokens` tokens.
+
+        Raises:
+            InputError: for a text without tokens, where the tokenizer adds none of its own.
+        """
         if not len(texts):
             return []
         ids: list[list[int]] = self.tokenizer(
@@ -133,6 +157,9 @@ class Encoder:
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
+        for row, tokens in enumerate(ids):
+            if not tokens:
+                raise InputError(f"texts[{row}] has no tokens ({texts[row]!r:.60}): use a tokenizer that adds [CLS]")
         batches: list[PackedTexts] = []
         room = 0
         for row in sorted(range(len(ids)), key=lambda row: -len(ids[row])):
@@ -165,18 +192,55 @@ class Encoder:
         return pooled.cpu().numpy()
 
     def settings(self) -> dict[str, Any]:
-        """What an embedding depends on besides its text, JSON-ready; weights and vocabulary as digests."""
-        weights = hashlib.sha256()
-        for name, tensor in self.bert.state_dict().items():
-            weights.update(name.encode())
-            weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        vocabulary = repr(sorted(self.tokenizer.get_vocab().items())).encode()
+        """All that an embedding depends on besides its text, JSON-ready; what is long as a digest.
+
+        Left out is what moves last digits only: the device, and the versions of the libraries.
+        """
         return {
-            "model": weights.hexdigest(),
-            "vocabulary": hashlib.sha256(vocabulary).hexdigest(),
+            "model": _digest_model(self.bert),
+            "config": _digest_config(self.bert.config),
+            "tokenizer": _digest_tokenizer(self.tokenizer),
             "pooling": self.pooling,
             "normalize": self.normalize,
             "max_length": self.max_length,
             "tokens": self.tokens,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+def _digest_model(bert: torch.nn.Module) -> str:
+    """Of a model's tensors, buffers that are not saved among them, and of what its modules are."""
+    digest = hashlib.sha256()
+    for name, module in bert.named_modules():
+        digest.update(f"{name} {type(module).__qualname__}\n".encode())
+    for name, tensor in (*bert.named_parameters(), *bert.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest_config(config: PretrainedConfig) -> str:
+    """Of a model's configuration: heads and activation leave no trace in its weights."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in _NAMES}
+    return _digest_json(fields)
+
+
+def _digest_tokenizer(tokenizer: Any) -> str:
+    """Of a tokenizer's vocabulary and rules: its normalizer, the tokens it adds, the side on which it cuts."""
+    rules: dict[str, Any] = {
+        "kind": type(tokenizer).__qualname__,
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": tokenizer.special_tokens_map,
+        "cuts": tokenizer.truncation_side,
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Cutting and padding are what the last call asked for, not rules.
+        rules["backend"] = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+    else:
+        rules["arguments"] = {k: v for k, v in tokenizer.init_kwargs.items() if k not in _NAMES and "file" not in k}
+    return _digest_json(rules)
+
+
+def _digest_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

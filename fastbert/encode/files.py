@@ -1,20 +1,16 @@
 """Files of any size to embeddings, a batch at a time: what is finished survives a kill, and the next run goes on.
 
-Beside the output lies a folder until all is done: every finished batch's embeddings, each at its row's place, and a
-journal that says how far the run is. The output appears whole or not at all. Needs the `encode` extra.
+Beside the output lies a folder until all is done, see `parts`. The output appears whole or not at all. Needs the
+`encode` extra.
 """
 
 import collections
-import errno
-import fcntl
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +19,7 @@ import pyarrow.parquet as pq
 from fastbert.inputs import InputError
 
 from .encoder import Encoder
+from .parts import Parts
 from .rows import Problem, Row, Texts, check_column
 
 #: A chunk is what is sorted by length together, and a row group of the output. It ends at the first of the two.
@@ -66,47 +63,101 @@ def encode_file(
 ) -> Summary:
     """Embed every row of a file into a Parquet file, in the order of the input, with the columns `row` (int64, from 0),
     `text` (when kept), `embedding` (fixed-size list of float32) and `problem` (string, null where there is none). A bad
-    row's embedding is all NaN.
+    row's embedding is all NaN. A row whose embedding is not finite, as in float16 it may be, is bad too.
 
     Args:
         encoder: embeds.
         texts: the input.
         out: the Parquet file. Beside it, `OUT.parts` holds what is finished until all is.
-        keep_text: write the text too; null for a bad row.
+        keep_text: write the text too; null where there is none.
         tell: called with how many rows are done, and how many there are.
 
     Raises:
-        InputError: when `OUT.parts` belongs to another input or other settings, or to a run that still goes on.
+        InputError: when `OUT.parts` belongs to another input or other settings, to a run that still goes on or to
+            nobody known, and when the input is changed while it is read.
         OSError: when the disk is full, for one. What is finished is kept.
     """
     out = Path(out)
-    with texts.path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = {"input": digest, "column": texts.column, "chunk_rows": CHUNK_ROWS} | encoder.settings()
-    summary, total, done = Summary(), len(texts), 0
-    with _Parts(out.with_name(f"{out.name}.parts"), settings, encoder.hidden) as parts:
+    settings = {
+        "input": texts.digest(),
+        "kind": texts.kind,
+        "column": texts.column,
+        "chunk_rows": CHUNK_ROWS,
+        "chunk_characters": CHUNK_CHARACTERS,
+    } | encoder.settings()
+    summary, total = Summary(), len(texts)
+    with Parts(out.with_name(f"{out.name}.parts"), settings, encoder.hidden) as parts:
+        start = 0
         for number, rows in enumerate(_chunks(texts)):
-            for i, row in enumerate(rows):
-                if isinstance(row, Problem):
-                    summary.note(summary.rows + i, row)
-            good = [i for i, row in enumerate(rows) if isinstance(row, str)]
-            if number < parts.chunk:
-                batches = []
+            if parts.has_chunk(number, start, len(rows)):
                 summary.resumed += len(rows)
             else:
-                batches = encoder.batches([row for row in rows if isinstance(row, str)])
-            done += len(rows) - sum(len(batch.rows) for batch in batches)
-            for k, batch in enumerate(batches):
-                if number == parts.chunk and k < parts.batches:
-                    summary.resumed += len(batch.rows)
-                else:
-                    parts.add([summary.rows + good[i] for i in batch.rows], encoder.embed(batch), number, k + 1)
-                done += len(batch.rows)
-                tell(done, total)
-            summary.rows += len(rows)
-            tell(done, total)
-        parts.write(out, texts, keep_text, {name: value for name, value in settings.items() if name != "input"})
+                summary.resumed += _embed_chunk(encoder, parts, number, start, rows, lambda done: tell(done, total))
+            start += len(rows)
+            tell(start, total)
+        whole = parts.folder / "whole.parquet"
+        about = {name: value for name, value in settings.items() if name != "input"}
+        _write(whole, encoder, parts, texts, keep_text, about, summary)
+        if texts.digest() != settings["input"]:
+            raise InputError(f"{str(texts.path)!r} was changed while it was read: run on a file that stays as it is")
+        whole.replace(out)
+        parts.remove()
     return summary
+
+
+def _embed_chunk(
+    encoder: Encoder, parts: Parts, number: int, start: int, rows: Sequence[Row], tell: Callable[[int], object]
+) -> int:
+    """Embed what is not finished of a chunk, whose first row is `start`. Returns how many rows were finished before."""
+    good = [i for i, row in enumerate(rows) if isinstance(row, str)]
+    done, resumed = start + len(rows) - len(good), 0
+    for k, batch in enumerate(encoder.batches([row for row in rows if isinstance(row, str)])):
+        places = [start + good[i] for i in batch.rows]
+        if parts.has_batch(number, k, places):
+            resumed += len(places)
+        else:
+            parts.add_batch(number, k, places, encoder.embed(batch))
+        done += len(places)
+        tell(done)
+    parts.add_chunk(number, start, len(rows))
+    return resumed
+
+
+def _write(
+    path: Path,
+    encoder: Encoder,
+    parts: Parts,
+    texts: Texts,
+    keep_text: bool,
+    about: dict[str, Any],
+    summary: Summary,
+) -> None:
+    """Write what is finished as a Parquet file, and count rows and bad rows."""
+    fields = {
+        "row": pa.int64(),
+        "text": pa.string(),
+        "embedding": pa.list_(pa.float32(), encoder.hidden),
+        "problem": pa.string(),
+    }
+    if not keep_text:
+        del fields["text"]
+    schema = pa.schema(fields, {"fastbert": json.dumps(about)})
+    with path.open("wb") as file, pq.ParquetWriter(file, schema, use_dictionary=False) as writer:
+        for number, rows in enumerate(_chunks(texts)):
+            values = parts.embeddings(number, summary.rows, len(rows))
+            problems = _problems(values, rows, encoder)
+            columns = {
+                "row": pa.array(range(summary.rows, summary.rows + len(rows)), pa.int64()),
+                "text": pa.array([row if isinstance(row, str) else None for row in rows], pa.string()),
+                **_columns(values, problems),
+            }
+            writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
+            for i, problem in enumerate(problems):
+                if problem is not None:
+                    summary.note(summary.rows + i, problem)
+            summary.rows += len(rows)
+    with path.open("rb+") as written:
+        os.fsync(written.fileno())
 
 
 def embed_column(encoder: Encoder, column: pa.ChunkedArray | pa.Array, name: str) -> dict[str, pa.Array]:
@@ -118,15 +169,24 @@ def embed_column(encoder: Encoder, column: pa.ChunkedArray | pa.Array, name: str
     rows = list(check_column(column, name))
     values = np.empty((len(rows), encoder.hidden), np.float32)
     values[[isinstance(row, str) for row in rows]] = encoder([row for row in rows if isinstance(row, str)])
-    return _columns(values, rows)
+    return _columns(values, _problems(values, rows, encoder))
 
 
-def _columns(values: np.ndarray, rows: Sequence[Row]) -> dict[str, pa.Array]:
+def _problems(values: np.ndarray, rows: Sequence[Row], encoder: Encoder) -> list[Problem | None]:
+    """What is wrong with each row, its embedding, float32 (rows, hidden), included."""
+    finite = np.isfinite(values).all(1)
+    overflow = Problem(f"not finite in {str(encoder.dtype).removeprefix('torch.')}")
+    return [
+        row if isinstance(row, Problem) else None if good else overflow for row, good in zip(rows, finite, strict=True)
+    ]
+
+
+def _columns(values: np.ndarray, problems: Sequence[Problem | None]) -> dict[str, pa.Array]:
     # NaN, for before version 26 pyarrow neither writes nor reads a null among lists of fixed size.
-    values[[isinstance(row, Problem) for row in rows]] = np.nan
+    values[[problem is not None for problem in problems]] = np.nan
     return {
         "embedding": pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]),
-        "problem": pa.array([row.reason if isinstance(row, Problem) else None for row in rows], pa.string()),
+        "problem": pa.array([None if problem is None else problem.reason for problem in problems], pa.string()),
     }
 
 
@@ -141,97 +201,3 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-class _Parts:
-    """The folder of what is finished.
-
-    `settings.json` says of what run; `embeddings` holds float32 (rows, hidden) with each finished row at its place;
-    `journal` has a line `chunk batches` for each finished batch: so many batches of that chunk are finished, and all
-    of the chunks before it. A line is written after the embeddings it speaks of.
-
-    Attributes:
-        chunk, batches: how far an earlier run came.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any], hidden: int) -> None:
-        self.folder, self.hidden = folder, hidden
-        folder.mkdir(parents=True, exist_ok=True)
-        self._journal = (folder / "journal").open("a+b")
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it, whatever ends us
-        except OSError:
-            self._journal.close()
-            raise InputError(
-                f"another run is writing to {str(folder)!r}: wait for it, or choose another --out"
-            ) from None
-        known = folder / "settings.json"
-        if known.exists():
-            _compare(folder, json.loads(known.read_text(encoding="utf-8")), settings)
-        else:
-            self._journal.truncate(0)
-            written = folder / "settings.json.part"
-            written.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            written.replace(known)
-        self._journal.seek(0)
-        lines = self._journal.read().split(b"\n")
-        self._journal.truncate(sum(len(line) + 1 for line in lines[:-1]))  # a line that was cut off says nothing
-        self.chunk, self.batches = map(int, lines[-2].split()) if len(lines) > 1 else (0, 0)
-        self._data = os.open(folder / "embeddings", os.O_RDWR | os.O_CREAT, 0o666)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._data)
-        self._journal.close()
-
-    def add(self, rows: Sequence[int], embeddings: np.ndarray, chunk: int, batches: int) -> None:
-        """Keep a finished batch: its rows and their embeddings."""
-        width = 4 * self.hidden
-        for row, embedding in zip(rows, embeddings, strict=True):
-            _all(os.pwrite(self._data, embedding.tobytes(), row * width), width)
-        line = b"%d %d\n" % (chunk, batches)
-        _all(os.write(self._journal.fileno(), line), len(line))
-
-    def write(self, out: Path, texts: Texts, keep_text: bool, about: dict[str, Any]) -> None:
-        """Write the output, whole or not at all, and remove the folder."""
-        kind = pa.list_(pa.float32(), self.hidden)
-        fields = {"row": pa.int64(), "text": pa.string(), "embedding": kind, "problem": pa.string()}
-        if not keep_text:
-            del fields["text"]
-        schema = pa.schema(fields, {"fastbert": json.dumps(about)})
-        whole = self.folder / "whole.parquet"
-        start, width = 0, 4 * self.hidden
-        with pq.ParquetWriter(whole, schema, use_dictionary=False) as writer:
-            for rows in _chunks(texts):
-                held = os.pread(self._data, len(rows) * width, start * width).ljust(len(rows) * width, b"\0")
-                columns = {
-                    "row": pa.array(range(start, start + len(rows)), pa.int64()),
-                    "text": pa.array([row if isinstance(row, str) else None for row in rows], pa.string()),
-                    **_columns(np.frombuffer(held, np.float32).reshape(-1, self.hidden).copy(), rows),
-                }
-                writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
-                start += len(rows)
-        with whole.open("rb") as file:
-            os.fsync(file.fileno())
-        whole.replace(out)
-        shutil.rmtree(self.folder)
-
-
-def _all(written: int, wanted: int) -> None:
-    """A full disk may take a part without an error."""
-    if written != wanted:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _compare(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise InputError unless the settings are the same."""
-    changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if changed:
-        long = {"input", "model", "vocabulary"}  # digests
-        named = [f"another {n}" if n in long else f"{n} {there.get(n)!r}, now {here.get(n)!r}" for n in changed]
-        raise InputError(
-            f"{str(folder)!r} holds an unfinished run with {'; '.join(named)}: give it what it had, delete the folder, "
-            "or choose another --out"
-        )

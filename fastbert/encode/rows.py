@@ -1,6 +1,8 @@
 """Rows of text in files and in Arrow columns, and what is wrong with the bad ones. Needs the `encode` extra."""
 
 import csv
+import hashlib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ def check(value: str | bytes | None) -> Row:
         text.encode()
     except UnicodeError:
         return Problem("not UTF-8")
+    if "\0" in text:  # which tokenizers drop
+        return Problem("has NUL characters, as UTF-16 read as UTF-8 has")
     return text if text.strip() else Problem("empty")
 
 
@@ -62,7 +66,8 @@ def _is_text(kind: pa.DataType) -> bool:
 class Texts:
     """The rows of a file, in its order: text lines, or a column of a `.csv` or `.parquet` file.
 
-    Bytes that are not UTF-8 make a row bad, not the file. Blank lines are rows of a text file, and none of a CSV file.
+    Bytes that are not UTF-8, NUL characters, fewer or more cells than the heading make a row bad, not the file. Blank
+    lines are rows of a text file, and none of a CSV file.
 
     Args:
         path: the file; what it is follows from the end of its name.
@@ -72,7 +77,8 @@ class Texts:
         column: the column's name; empty for lines.
 
     Raises:
-        InputError: for a file that cannot be read, and a column that is not there, which lists those that are.
+        InputError: for a file that cannot be read, UTF-16 among them, and a column that is not there, which lists those
+            that are, or there twice. While rows are read, for a CSV file whose quotes do not close.
     """
 
     def __init__(self, path: Path, column: str | None = None) -> None:
@@ -80,15 +86,17 @@ class Texts:
         self.kind = path.suffix.lower() if path.suffix.lower() in (".csv", ".parquet") else ".txt"
         try:
             if self.kind == ".parquet":
-                schema = pq.read_schema(path)
+                with path.open("rb") as file:  # pyarrow itself opens names in UTF-8 only
+                    schema = pq.read_schema(file)
                 self.column = _choose(path, column, schema.names, [f.name for f in schema if _is_text(f.type)])
                 check_column(pa.nulls(0, schema.field(self.column).type), self.column)
             elif self.kind == ".csv":
                 with self._open() as file:
-                    header = next(csv.reader(file), [])
+                    header = next(self._records(file), [])
                 self.column = _choose(path, column, header, header)
             else:
-                self._open().close()
+                with self._open() as file:
+                    file.read(0)
                 self.column = ""
                 if column is not None:
                     raise InputError(f"{str(path)!r} is read as lines of text, which have no column {column!r}")
@@ -97,12 +105,23 @@ class Texts:
 
     def __len__(self) -> int:
         """How many rows; reads the file unless it says so."""
-        return pq.read_metadata(self.path).num_rows if self.kind == ".parquet" else sum(1 for _ in self)
+        if self.kind != ".parquet":
+            return sum(1 for _ in self)
+        with self.path.open("rb") as file:
+            return pq.read_metadata(file).num_rows
+
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def __iter__(self) -> Iterator[Row]:
         return {".parquet": self._parquet, ".csv": self._csv, ".txt": self._lines}[self.kind]()
 
     def _open(self) -> Any:
+        with self.path.open("rb") as file:
+            if file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
+                raise InputError(f"{str(self.path)!r} is UTF-16: save it as UTF-8, such as by iconv -f UTF-16 -t UTF-8")
         newline = "" if self.kind == ".csv" else "\n"
         return self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
@@ -112,18 +131,38 @@ class Texts:
                 yield check(line.rstrip("\r\n"))
 
     def _csv(self) -> Iterator[Row]:
-        csv.field_size_limit(_LONGEST_CELL)
         with self._open() as file:
-            records = csv.reader(file)
-            place = next(records).index(self.column)
+            records = self._records(file)
+            header = next(records)
+            place = header.index(self.column)
             for record in records:
+                if place >= len(record):
+                    yield Problem("fewer cells than the heading")
+                elif any(record[len(header) :]):  # a comma outside quotes cuts a text
+                    yield Problem("more cells than the heading")
+                else:
+                    yield check(record[place])
+
+    def _records(self, file: Any) -> Iterator[list[str]]:
+        """The records of a CSV file that are not blank lines."""
+        csv.field_size_limit(_LONGEST_CELL)
+        reader = csv.reader(file, strict=True)
+        line = 1
+        try:
+            for record in reader:
                 if record:
-                    yield check(record[place]) if place < len(record) else Problem("fewer cells than the heading")
+                    yield record
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise InputError(
+                f"cannot read {str(self.path)!r}, the record in line {line}: {error}; a quoted cell has to end in a "
+                "quote, and quotes inside it are doubled"
+            ) from error
 
     def _parquet(self) -> Iterator[Row]:
         try:
-            with pq.ParquetFile(self.path) as file:
-                for part in file.iter_batches(1024, columns=[self.column]):
+            with self.path.open("rb") as file:
+                for part in pq.ParquetFile(file).iter_batches(1024, columns=[self.column]):
                     yield from check_column(part.column(0), self.column)
         except pa.ArrowException as error:
             raise InputError(f"cannot read {str(self.path)!r} to its end: {_reason(error)}") from error
@@ -132,11 +171,13 @@ class Texts:
 def _choose(path: Path, column: str | None, known: list[str], text: list[str]) -> str:
     listed = ", ".join(known) or "none"
     if column is None and len(text) == 1:
-        return text[0]
+        column = text[0]
     if column is None:
         raise InputError(f"{str(path)!r} has {len(text)} columns of text: name the column to embed (it has {listed})")
     if column not in known:
         raise InputError(f"{str(path)!r} has no column {column!r}: choose from {listed}")
+    if known.count(column) > 1:
+        raise InputError(f"{str(path)!r} has {known.count(column)} columns {column!r}: give each a name of its own")
     return column
 
 

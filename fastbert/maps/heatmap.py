@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -164,16 +164,17 @@ def _name_layer(figure: "Figure", first: "Axes", layer: int, grid: _Grid) -> Non
 def _name_tokens(axes: "np.ndarray", tokens: Sequence[str], heads: int) -> None:
     """The tokens, left of each first panel and below the panels of the last row, of which there are `heads`."""
     places = range(len(tokens))
+    style: dict[str, Any] = {"fontsize": _LABEL_POINTS, "family": "monospace", "parse_math": False}  # $ is a token too
     for row in axes:
-        row[0].set_yticks(places, tokens, fontsize=_LABEL_POINTS, family="monospace")
+        row[0].set_yticks(places, tokens, **style)
     for axis in axes[-1][:heads]:
-        axis.set_xticks(places, tokens, fontsize=_LABEL_POINTS, family="monospace", rotation=90)
+        axis.set_xticks(places, tokens, rotation=90, **style)
 
 
 def _write_texts(figure: "Figure", grid: _Grid, title: str, length: int) -> None:
     """The title above the panels, and below them how to read one."""
     left = grid.left / grid.width
-    figure.text(left, 1 - 0.32 / grid.height, title, fontsize=15, weight="bold", va="center")
+    figure.text(left, 1 - 0.32 / grid.height, title, fontsize=15, weight="bold", va="center", parse_math=False)
     hint = "each panel: a row per query token, a column per key token"
     hint += "" if grid.labelled else f" ({length} tokens, too many to name)"
     figure.text(left, 0.1 / grid.height, hint, fontsize=10, color="#666666", va="bottom")

@@ -1,6 +1,7 @@
 """Attention maps as a page to look around in. Needs bertviz, which the `viz` extra brings."""
 
 import html
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ MOST_PROBABILITIES = 5_000_000
 
 #: bertviz's scripts ask require.js for these two, from servers far away. They get them from the page.
 _SCRIPTS = ("d3.min.js", "jquery.min.js")
+#: What stands before the data in bertviz's script.
+_DATA = "const params = "
 _LOADER = "window.require = {config() {}}; window.requirejs = (names, start) => start(window.jQuery, window.d3);"
 
 
@@ -70,7 +73,7 @@ def attention_page(
     # bertviz counts heads on the first layer, shown or not.
     filled = [maps[layers[0]] if layer is None else layer for layer in maps]
     made: Any = getattr(bertviz, VIEWS[view])(filled, list(tokens), include_layers=layers, html_action="return")
-    body, loaders = re.subn(r"<script src=[^>]*require[^>]*></script>", "", made.data)
+    body, loaders = re.subn(r"<script src=[^>]*require[^>]*></script>", "", _escape(made.data))
     if loaders != 1:
         raise ValueError(f"bertviz's page loads require.js {loaders} times, where once is known how to replace")
     scripts = [resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8") for name in _SCRIPTS]
@@ -80,3 +83,19 @@ def attention_page(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _escape(page: str) -> str:
+    """bertviz's page with its data as a script may hold it.
+
+    bertviz puts tokens into its script as JSON, in which `</script>` would end the script, and puts them once more into
+    the comment that follows, which is left out.
+    """
+    before, found, rest = page.partition(_DATA)
+    if not found:
+        raise ValueError(f"bertviz's page has no {_DATA!r}, after which its data is known to stand")
+    _, end = json.JSONDecoder().raw_decode(rest)
+    data, (_, line_end, after) = rest[:end], rest[end:].partition("\n")
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return f"{before}{_DATA}{data};{line_end}{after}"

@@ -23,9 +23,8 @@ from transformers import BertModel
 from fastbert import fusing
 from fastbert.benchmark.provenance import device_name, versions
 from fastbert.benchmark.timing import interleaved
-from fastbert.inputs import SENTENCES, InputError, Tokenized, load, parse_device, parse_dtype, tokenize
+from fastbert.inputs import SENTENCES, InputError, Tokenized, check_backend, load, parse_device, parse_dtype, tokenize
 from fastbert_kernels import backend as use_backend
-from fastbert_kernels import uses_triton
 from fastbert_kernels.backend import INTERPRETED
 
 from .report import Check, Report, Timing
@@ -134,11 +133,7 @@ class _Trio:
 
 def _backend_here(dtype: torch.dtype, device: torch.device) -> str:
     """What runs the ops of such tensors, in words; InputError where nothing can."""
-    try:
-        triton_runs = uses_triton(torch.empty(0, dtype=dtype, device=device))
-    except (RuntimeError, TypeError) as error:
-        raise InputError(str(error)) from error
-    if not triton_runs:
+    if not check_backend(dtype, device):
         return "torch"
     return _INTERPRETED if INTERPRETED else "triton, compiled"
 

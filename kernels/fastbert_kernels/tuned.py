@@ -32,6 +32,8 @@ logger = logging.getLogger("fastbert")
 FORMAT = 2
 
 _TILE_KEYS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+#: Far above what is shipped, or tried by `fastbert tune`. More would not compile, or not fit on any GPU.
+_LONGEST_SIDE, _MOST_STAGES = 512, 8
 _DTYPES = {dtype_name(dtype): dtype for dtype in KERNEL_DTYPES}
 
 #: Launch -> its tiles. Product -> the number of tokens from which on it is fused, None for never.
@@ -132,7 +134,10 @@ def _read_launch(entry: dict[str, Any]) -> tuple[Launch, Tiles]:
         and all(size & (size - 1) == 0 for size in sizes)
         and tiles["BLOCK_N"] >= (launch.width if launch.traits.whole_rows else 16)
         and (tiles["BLOCK_M"] >= 16 or not launch.traits.multiplies)
+        and tiles["BLOCK_N"] <= (2 * max(launch.width, 16) if launch.traits.whole_rows else _LONGEST_SIDE)
+        and tiles["BLOCK_M"] <= _LONGEST_SIDE
         and tiles["num_warps"] <= 32
+        and tiles["num_stages"] <= _MOST_STAGES
     )
     if not sound:
         raise ValueError(f"it is damaged: {launch.kernel!r} of width {launch.width!r} cannot have {tiles}")

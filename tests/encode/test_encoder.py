@@ -1,11 +1,14 @@
 """Embeddings in bulk: right and in order, whatever the lengths."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+import torch
 import transformers
 from embedded import TEXTS, plain_embeddings
 from transformers import AutoTokenizer
@@ -67,3 +70,41 @@ def test_what_no_encoder_is_made_of(tiny: Path) -> None:
 def test_the_encoder_is_reached_from_the_package_which_alone_is_light() -> None:
     code = "import sys, fastbert\nassert 'torch' not in sys.modules\nfastbert.encode.Encoder"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_cls_takes_first_tokens_where_the_last_layer_computes_all(tiny: Path) -> None:
+    encoder = Encoder(tiny, pooling="cls", tokens=150, device="cpu")
+    rows: list[int] = []
+    encoder.bert.register_forward_hook(lambda module, args, output: rows.append(output.last_hidden_state.shape[1]))
+    fused = encoder(TEXTS)
+    few = rows.copy()
+    encoder.bert.encoder.layer[-1].register_forward_hook(lambda module, args, output: None)
+    rows.clear()
+    watched = encoder(TEXTS)
+    assert sum(few) == len(TEXTS) < sum(rows)
+    np.testing.assert_allclose(watched, plain_embeddings(tiny, TEXTS, "cls"), atol=2e-6)
+    np.testing.assert_allclose(watched, fused, atol=2e-6)
+
+
+def test_texts_and_tokenizers_that_no_model_takes(tiny: Path) -> None:
+    encoder = Encoder(tiny, device="cpu")
+    with pytest.raises(InputError, match=r"texts\[1\] has lone surrogates"):
+        encoder(["rain", "\udcff"])
+    model, tokenizer = transformers.BertModel.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens(["fastbert"])
+    with pytest.raises(InputError, match="token ids up to 30522, the model takes them to 30521"):
+        Encoder(model, tokenizer, device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.Sequence([])
+    with pytest.raises(InputError, match=r"texts\[1\] has no tokens \('\\x01'\)"):
+        Encoder(model, tokenizer, device="cpu")(["rain", "\x01"])
+
+
+def test_weights_that_are_not_finite_are_no_model(tiny: Path) -> None:
+    model, tokenizer = transformers.BertModel.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[3, 4] = 1e5
+    message = "cannot be used in float16: its weight encoder.layer.1.output.dense.weight has NaN or infinite"
+    with pytest.raises(InputError, match=message):
+        Encoder(copy.deepcopy(model), tokenizer, dtype="float16", device="cpu")
+    assert np.isfinite(Encoder(model, tokenizer, device="cpu")(TEXTS)).all()

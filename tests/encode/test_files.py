@@ -8,17 +8,15 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from embedded import TEXTS, plain_embeddings
+from embedded import TEXTS, Stop, encode, plain_embeddings, same, stop_after
 from typer.testing import CliRunner, Result
 
 from fastbert.cli import app
 from fastbert.encode import Encoder
-from fastbert.encode.encoder import PackedTexts
 from fastbert.inputs import InputError
 
 pytest.importorskip("pyarrow", reason="pip install 'fastbert[encode]'")
@@ -28,18 +26,6 @@ import pyarrow.parquet as pq
 
 from fastbert.encode import files
 from fastbert.encode.rows import Texts
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "CHUNK_ROWS", 12)
-
-
-@pytest.fixture
-def lines(tmp_path: Path) -> Path:
-    path = tmp_path / "texts.txt"
-    path.write_text("\n".join([*TEXTS[:20], "", *TEXTS[20:]]), encoding="utf-8")
-    return path
 
 
 def run(*arguments: str | Path) -> Result:
@@ -82,36 +68,6 @@ def test_good_rows_end_with_0_and_bad_input_with_2(tiny: Path, lines: Path, tmp_
         assert result.exit_code == 2, result.output
         assert message in result.stderr
     assert out.read_bytes() == before
-
-
-def encode(tiny: Path, lines: Path, out: Path, **settings: Any) -> files.Summary:
-    return files.encode_file(Encoder(tiny, tokens=100, device="cpu", **settings), Texts(lines), out)
-
-
-def same(one: Path, other: Path) -> bool:
-    """Whether two files hold the same, bit for bit."""
-    tables = [pq.read_table(path) for path in (one, other)]
-    bits = [np.array(table["embedding"].to_pylist(), np.float32).tobytes() for table in tables]
-    return bits[0] == bits[1] and tables[0].drop("embedding").equals(tables[1].drop("embedding"))
-
-
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
-    """Make the encoder fail after so many batches; the list tells how many it did."""
-    done = [0]
-    right = Encoder.embed
-
-    def embed(self: Encoder, batch: PackedTexts) -> np.ndarray:
-        if done[0] == count:
-            raise Stop
-        done[0] += 1
-        return right(self, batch)
-
-    monkeypatch.setattr(Encoder, "embed", embed)
-    return done
 
 
 @pytest.mark.usefixtures("small_chunks")

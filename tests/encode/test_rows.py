@@ -50,3 +50,70 @@ def test_files_and_columns_that_are_not_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             Texts(tmp_path / name, column)
+
+
+def read(path: Path, content: bytes | str, column: str | None = None) -> list[object]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    texts = Texts(path, column)
+    rows = list(texts)
+    assert len(texts) == len(rows)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('id,text\n1,one\n2,"two\n3,three\n4,four\n', 3),
+        ('id,text\n1,one\n\n2,two\n3,"three, \n', 5),
+        ('id,text\n1,"one\nand more"\n2,"two "2" two"\n', 4),
+        ('id,"text\n1,one\n', 1),
+    ],
+)
+def test_a_quote_that_does_not_close_is_told_with_its_line(tmp_path: Path, content: str, line: int) -> None:
+    with pytest.raises(InputError, match=rf"a\.csv', the record in line {line}: .*quotes inside it are doubled"):
+        read(tmp_path / "a.csv", content, "text")
+
+
+def test_columns_of_one_name_are_told(tmp_path: Path) -> None:
+    for column in ("text", None):
+        with pytest.raises(InputError, match=r"2 columns 'text': give each a name|2 columns of text: name the column"):
+            read(tmp_path / "a.csv", "text,text\none,two\n", column)
+    assert read(tmp_path / "a.csv", "n,text,n\n1,one,2\n", "text") == ["one"]
+    table = pa.table([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="2 columns 'text'"):
+        Texts(tmp_path / "a.parquet", "text")
+
+
+def test_rows_of_another_width_than_the_heading(tmp_path: Path) -> None:
+    more, fewer = Problem("more cells than the heading"), Problem("fewer cells than the heading")
+    rows = read(tmp_path / "a.csv", "id,text\n1,one\n2,two, three\n3\n4,four,,\n", "text")
+    assert rows == ["one", more, fewer, "four"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+@pytest.mark.parametrize("kind", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_told(tmp_path: Path, name: str, kind: str) -> None:
+    content = "text\nrain\nwind".encode(kind)
+    if kind == "utf-16":
+        with pytest.raises(InputError, match=rf"{name}' is UTF-16: save it as UTF-8"):
+            read(tmp_path / name, content)
+    else:  # without a mark at its begin
+        rows = read(tmp_path / name, content)
+        assert all(isinstance(row, Problem) and "NUL" in row.reason for row in rows)
+
+
+def test_nul_characters_make_a_row_bad(tmp_path: Path) -> None:
+    bad = Problem("has NUL characters, as UTF-16 read as UTF-8 has")
+    assert read(tmp_path / "a.txt", "one\nt\0wo\n\0\n") == ["one", bad, bad]
+    assert read(tmp_path / "a.csv", "text\none\nt\0wo\n") == ["one", bad]
+    pq.write_table(pa.table({"text": ["one", "t\0wo"]}), tmp_path / "a.parquet")
+    assert list(Texts(tmp_path / "a.parquet")) == ["one", bad]
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "\udcff.parquet"
+    with path.open("wb") as file:
+        pq.write_table(pa.table({"text": ["one"]}), file)
+    assert list(Texts(path)) == ["one"]
+    assert len(Texts(path)) == 1

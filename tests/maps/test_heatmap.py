@@ -65,3 +65,7 @@ def test_what_cannot_be_drawn(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         attention_heatmap(attentions, tokens, tmp_path / "x.png", sentence=sentence)
+
+
+def test_dollars_are_tokens_and_no_formula(tmp_path: Path) -> None:
+    attention_heatmap(maps(seq=2), ["$\\frac$", "$"], tmp_path / "x.png", title="$\\frac$")
