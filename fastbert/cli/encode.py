@@ -56,16 +56,14 @@ def encode(
         fail("encode needs pyarrow, which is not installed: pip install 'fastbert[encode]'")
     _check_paths(input_file, out)
 
-    import torch
     from rich.console import Console
 
     from fastbert.encode import Encoder
     from fastbert.encode.files import encode_file
     from fastbert.encode.rows import Texts
-    from fastbert.inputs import InputError
 
     console = Console(stderr=True, highlight=False)
-    try:
+    with _stops():
         texts = Texts(input_file, column)
         with quiet(), console.status("starting ..."):
             encoder = Encoder(
@@ -79,6 +77,18 @@ def encode(
             )
         with _progress(console) as tell:
             summary = encode_file(encoder, texts, out, keep_text=keep_text, tell=tell)
+    _show(console, summary, f"embeddings of {encoder.hidden} numbers: {printable(out)}")
+
+
+@contextlib.contextmanager
+def _stops() -> "Iterator[None]":
+    """End with one line, and the exit code that belongs to it, for whatever stops the work."""
+    import torch
+
+    from fastbert.inputs import InputError
+
+    try:
+        yield
     except InputError as error:
         fail(str(error))
     except OSError as error:
@@ -88,8 +98,6 @@ def encode(
     except KeyboardInterrupt:
         typer.echo(f"stopped: interrupted{_KEPT}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-
-    _show(console, summary, f"embeddings of {encoder.hidden} numbers: {printable(out)}")
 
 
 def _show(console: "Console", summary: "Summary", written: str) -> None:

@@ -161,14 +161,14 @@ class Encoder:
             if not tokens:
                 raise InputError(f"texts[{row}] has no tokens ({texts[row]!r:.60}): use a tokenizer that adds [CLS]")
         batches: list[PackedTexts] = []
-        room = 0
+        left = 0
         for row in sorted(range(len(ids)), key=lambda row: -len(ids[row])):
-            if not batches or len(ids[row]) > room:
+            if not batches or len(ids[row]) > left:
                 batches.append(PackedTexts([], []))
-                room = self.tokens
+                left = self.tokens
             batches[-1].rows.append(row)
             batches[-1].ids.append(ids[row])
-            room -= len(ids[row])
+            left -= len(ids[row])
         return batches
 
     @torch.inference_mode()

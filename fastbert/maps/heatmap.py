@@ -104,7 +104,7 @@ class _Grid:
 
     @classmethod
     def of(cls, maps: dict[int, Tensor], tokens: Sequence[str]) -> "_Grid":
-        """The grid for these maps, with room for the labels where they can be read."""
+        """The grid for these maps, with space for the labels where they can be read."""
         wanted = len(tokens) * _LINE_INCHES
         panel = min(max(_PANEL_INCHES[0], wanted), _PANEL_INCHES[1])
         labelled = wanted <= panel + 1e-6
