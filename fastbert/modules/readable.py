@@ -70,10 +70,10 @@ def wants_grad_output(module: nn.Module) -> bool:
 
 
 def is_capturing() -> bool:
-    """Whether Hugging Face's own path records what modules return, maps among them."""
-    if torch.compiler.is_compiling():  # which cannot trace a context variable
-        return _active_collector.global_var is not None
-    return _active_collector.get() is not None
+    """Whether Hugging Face's own path records the attentions that modules return."""
+    # Code that is traced cannot read a context variable.
+    recorded = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
+    return recorded is not None and "attentions" in recorded
 
 
 #: Why a module whose Hugging Face class has another forward than its own runs that.
