@@ -86,10 +86,16 @@ class Graphed(Replayed):
             self._count_plain(reason)
         return reason is None
 
+    def refuse(self, reason: str) -> None:
+        """Count a call that is not replayed; what keeps the model from being recorded at all goes before the reason."""
+        self._reached = True
+        with self._lock:
+            self._count_plain(self._settle() or reason)
+
     def replay(self, batch: Batch) -> torch.Tensor | None:
         """`last_hidden_state` (batch, seq, hidden) of a packed batch; None, and counted, where nothing is replayed."""
         if batch.bias is not None:
-            self._count_plain("its padding is kept: fuse(model, packing=True) drops it")
+            self.refuse("its padding is kept: fuse(model, packing=True) drops it")
             return None
         layout = batch.layout
         bucket = choose_bucket(self.buckets, layout.tokens, layout.batch, layout.max_seqlen)

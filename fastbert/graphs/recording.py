@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fastbert.families import MODELS
 from fastbert.fusing import explain
 from fastbert.modules.attention import FusedSelfAttention
+from fastbert.modules.look import forget
 from fastbert.modules.model import EncoderModel
 from fastbert.notices import warn_once
 from fastbert_kernels.backend import check_mode, get_backend
@@ -228,6 +229,8 @@ class Replayed:
         """Look at the whole model: say why it cannot be recorded, or forget recordings of what it no longer is."""
         if self._looked is None or self._looked[0].moved() or self._looked[0].changed():
             for module in self._bert.modules():  # not in a forward pass: nothing may move from here on
+                forget(module)
+            for module in self._bert.modules():
                 if isinstance(module, FusedSelfAttention):
                     module.rehome()
             self._looked = self._make_watch(), self._why_unrecordable()

@@ -127,9 +127,15 @@ def strangers_in(module: nn.Module) -> list[tuple[str, str]]:
     return _look(module, LayerLook if hasattr(module, "feed_forward_chunk") else Look).strangers
 
 
+def forget(module: nn.Module) -> None:
+    """Let go of what a module was, and of the memory that it holds."""
+    module.__dict__.pop("_look", None)
+
+
 def _look(module: nn.Module, kind: type[Any]) -> Any:
     look: Any = module.__dict__.get("_look")
     if type(look) is not kind or not look.holds(module):
+        module.__dict__["_look"] = look = None  # or it would hold the memory of parameters that have to move
         look = module.__dict__["_look"] = kind(module)
     return look
 

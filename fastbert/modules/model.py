@@ -48,6 +48,9 @@ class Replay(Protocol):
     def takes(self, model: Any, inputs: Inputs, outputs: Outputs) -> bool:
         """Whether a call may be replayed, as far as one sees before its batch is checked."""
 
+    def refuse(self, reason: str) -> None:
+        """Count a call that takes Hugging Face's own path."""
+
     def replay(self, batch: Batch) -> torch.Tensor | None:
         """`last_hidden_state` (batch, seq, hidden) of a packed batch, or None: it has to be computed."""
 
@@ -174,6 +177,8 @@ class EncoderModel(nn.Module):
         reason = self._leaves_fast_path(encoder_hidden_states, past_key_values)
         if reason is not None:
             self._refuse_elsewhere(reason, plan, inputs)
+            if plan.replay is not None:
+                plan.replay.refuse(reason)
             return super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
                 position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,

@@ -281,7 +281,7 @@ HEADS = [
 def test_every_head_is_replayed(name: str, own: bool) -> None:
     head = getattr(fastbert if own else transformers, name)(tiny_config())
     randomize(head)
-    model = fastbert.fuse(head.eval())
+    model = fastbert.fuse(head.eval(), packing=True)
     x, mask = ids(4, 11), mask_of([11, 3, 7, 1], 11)
     if name == "BertForMultipleChoice":
         x, mask = x.view(2, 2, 11), mask.view(2, 2, 11)
@@ -296,6 +296,7 @@ def test_every_head_is_replayed(name: str, own: bool) -> None:
 
 def test_rows_that_nothing_reads_are_left_out_of_what_is_returned() -> None:
     ours = fastbert.BertForSequenceClassification(tiny_config()).eval()
+    ours.bert.packing = True
     mask = gaps()[:2]
     x = ids(*mask.shape)
     whole = ours.bert(x, mask).last_hidden_state

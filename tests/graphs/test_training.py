@@ -229,6 +229,7 @@ def test_labels_count_where_there_are_tokens_and_may_be_missing() -> None:
 
 def test_empty_sequences_are_what_they_are_to_the_model() -> None:
     _, fused = heads("BertForSequenceClassification")
+    fused.bert.packing = True
     other = copy.deepcopy(fused)
     batches = [batch_of("BertForSequenceClassification", lengths, 5) for lengths in ([0, 5, 0], [3, 0], [0, 0])]
     step = rerun(fused, sgd(fused))
@@ -560,6 +561,7 @@ def test_what_no_recording_has_is_a_plain_step_that_says_so(
 ) -> None:
     notices.say_once.cache_clear()
     _, fused = heads("BertForMaskedLM")
+    fused.bert.packing = True
     other, batch = copy.deepcopy(fused), batch_of("BertForMaskedLM", [5, 3], 5)
     batch |= arguments(batch)
     step = rerun(fused, sgd(fused))
