@@ -140,6 +140,7 @@ def _backward_fake(
     stream: int,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
+    whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dhead_mask = qkv.new_empty(0) if head_mask is None else torch.empty_like(head_mask)
     return torch.empty_like(qkv), dhead_mask
@@ -162,6 +163,7 @@ def _backward(
     stream: int,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
+    whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of qkv and of the head mask.
 
@@ -172,8 +174,12 @@ def _backward(
         dS    = P * (dP - delta)
         dQ = scale * dS K,  dK = scale * dS^T Q,  dV = P~^T dO,  dg = sum(D * P * dP~)
 
+    `whole`: dprobs is all of dP~, with dO V^T in it already, so that delta = rowsum(P~ * dprobs). `out` is not read.
+
     P is recomputed from the log-sum-exp. Two launches, no atomics: the result is the same every time.
     """
+    if whole and dprobs is None:
+        raise ValueError("attention's backward pass was told that dprobs is whole, but there is none")
     heads = qkv.shape[2]
     batch = batch_size(qkv, cu_seqlens, max_seqlen)
     dout = dout.contiguous()
@@ -188,6 +194,7 @@ def _backward(
         "qkv_ptr": qkv,
         "stats_ptr": stats,
         "HAS_DPROBS": dprobs is not None,
+        "HAS_WHOLE_DPROBS": whole,
     }
     maps = bias is not None or dprobs is not None
     tiles = attention_tiles("backward_dq", qkv, maps)
