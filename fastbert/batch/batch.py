@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import CrossEntropyLoss
 
 from fastbert.notices import warn_once
+from fastbert_kernels.attention_map import in_graph
 from fastbert_kernels.backend import check_same_device
 
 from .attend import Attend
@@ -115,9 +116,23 @@ class Batch:
             hidden = hidden if self.layout.indices is None else hidden.transpose(0, 1)
         return hidden if self.zeroed is None else hidden.masked_fill(~self.zeroed[:, : hidden.shape[1], None], 0.0)
 
-    def check_out_map(self, probs: torch.Tensor) -> torch.Tensor:
-        """Probabilities (batch, heads, seq, seq), zero at padding; its columns already are."""
-        return probs if self.zeroed is None else probs.masked_fill(~self.zeroed[:, None, :, None], 0.0)
+    def hand_out_state(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states in the layout: checked out, and those that the next layer is given, which are made of these."""
+        state = self.check_out(hidden)
+        if state is hidden or not in_graph(hidden):
+            return state, hidden
+        if self.zeroed is None:
+            return state, self.layout.pack(state)
+        return state, torch.where(self.zeroed[:, :, None], state, hidden)
+
+    def hand_out_map(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities (batch, heads, seq, seq), zero at padding, as their columns already are; and those that the
+        context is made of, which are made of these."""
+        if self.zeroed is None:
+            return probs, probs
+        rows = self.zeroed[:, None, :, None]
+        handed = probs.masked_fill(~rows, 0.0)
+        return handed, torch.where(rows, handed, probs) if in_graph(probs) else probs
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from fastbert_kernels.attention_map import HandOut, handed_out, in_graph
+
 from .layout import Layout
 from .records import Movable
 
@@ -51,6 +53,18 @@ class Prefix(Movable):
         rows = pair.permute(0, 3, 2, 1, 4).flatten(0, 1)
         both = qkv.new_empty(qkv.shape[0] + rows.shape[0], *qkv.shape[1:])
         return both.index_copy(0, self.token_rows, qkv).index_copy(0, self.rows, rows)
+
+    def hand_out_map(self, hand_out: HandOut | None) -> HandOut:
+        """Of probabilities (batch, heads, length + seq, length + seq) the tokens' rows, as `hand_out` makes them; and
+        the whole, made of those."""
+
+        def of_tokens(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            handed, inner = handed_out(probs[:, :, self.length :], hand_out)
+            if not in_graph(probs):
+                return handed, probs
+            return handed, torch.cat([probs[:, :, : self.length], inner], dim=2)
+
+        return of_tokens
 
     def widen(self, bias: torch.Tensor) -> torch.Tensor:
         """A bias (batch | 1, heads | 1, seq | 1, length + seq) with rows for the prefix."""

@@ -8,8 +8,10 @@ from torch import nn
 
 from fastbert.batch.attend import Attend
 from fastbert.batch.first_tokens import FirstTokens
+from fastbert.batch.prefix import Prefix
 from fastbert_kernels import attention
 from fastbert_kernels.attention import MAX_HEAD_DIM
+from fastbert_kernels.attention_map import HandOut, handed_out
 
 from .dropout import seed_for
 from .qkv import (
@@ -39,14 +41,35 @@ from .swap import is_ours, is_patched
 
 
 class MapSlot:
-    """Where a layer leaves its attention map. Not a container: wrappers that move or cast arguments rebuild those."""
+    """Where a layer leaves its attention map. Not a container: wrappers that move or cast arguments rebuild those.
+
+    Attributes:
+        probs: the map as it is handed out to the model's caller.
+        hand_out: what makes that of the layer's probabilities.
+    """
 
     probs: torch.Tensor | None = None
 
+    def __init__(self, hand_out: HandOut | None = None) -> None:
+        self.hand_out = hand_out
+
 
 def leave_map(slot: MapSlot | None, probs: torch.Tensor | None) -> None:
+    """Leave a map that was handed out."""
     if slot is not None and slot.probs is None:  # a checkpointed layer comes here twice
         slot.probs = probs
+
+
+def leave_foreign_map(slot: MapSlot | None, probs: torch.Tensor | None) -> None:
+    """Leave a map of attention that is not ours, whose context is made already."""
+    if slot is not None and probs is not None:
+        leave_map(slot, handed_out(probs, slot.hand_out)[0])
+
+
+def hand_out_of(slot: MapSlot | None, prefix: Prefix | None = None) -> HandOut | None:
+    """How a map is handed out: as the slot says, without the rows of a prefix."""
+    hand_out = None if slot is None else slot.hand_out
+    return hand_out if prefix is None else prefix.hand_out_map(hand_out)
 
 
 def mask_like(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -163,7 +186,7 @@ class FusedSelfAttention(nn.Module):
                 )
             attention_mask = mask_like(attention_mask, hidden_states)
             context, probs = super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
-            leave_map(map_slot, probs)
+            leave_foreign_map(map_slot, probs)
             return context, probs
         if attend.first is not None:
             return self._attend_first(hidden_states, attention_mask, head_mask, attend.first), None
@@ -173,7 +196,8 @@ class FusedSelfAttention(nn.Module):
             qkv = qkv.view(-1)  # or a graph is guarded by the number of tokens
         qkv = qkv.view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
         wanted = wants_map(map_slot, kwargs) or foreign_hooks(self)  # Hugging Face's returns a map in any case
-        context, probs = self._attend(qkv, seq, attention_mask, attend, head_mask, wanted)
+        hand_out = hand_out_of(map_slot, attend.prefix)
+        context, probs = self._attend(qkv, seq, attention_mask, attend, head_mask, wanted, hand_out)
         leave_map(map_slot, probs)
         return context.reshape(batch, seq, self.all_head_size), probs
 
@@ -185,6 +209,7 @@ class FusedSelfAttention(nn.Module):
         attend: Attend,
         head_mask: torch.Tensor | None,
         wants_map: bool,
+        hand_out: HandOut | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The context (tokens, heads, head_dim) and the map of projections (tokens, 3, heads, head_dim)."""
         max_seqlen = seq if attend.max_seqlen is None else attend.max_seqlen
@@ -207,10 +232,10 @@ class FusedSelfAttention(nn.Module):
             probs_seq=attend.map_side(seq) if wants_map else None,
             columns=attend.map_columns if wants_map else None,
             order=attend.order,
+            hand_out=hand_out,
         )
         if prefix is not None:
             context = context.index_select(0, prefix.token_rows)
-            probs = None if probs is None else probs[:, :, prefix.length :]
         return context, probs
 
     def block_arguments(self) -> dict[str, Any] | None:

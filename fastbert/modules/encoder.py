@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from fastbert.batch.attend import Attend
 from fastbert.notices import warn_once
+from fastbert_kernels.attention_map import HandOut, handed_out
 
 from .attention import MapSlot
 from .swap import is_patched
@@ -37,6 +38,8 @@ class FusedEncoder(nn.Module):
         head_masks: list[torch.Tensor | None] | None = None,
         state_layers: Collection[int] = (),
         map_layers: Collection[int] = (),
+        hand_out_state: HandOut | None = None,
+        hand_out_map: HandOut | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run the layers on (batch, seq, hidden), or packed (1, tokens, hidden).
@@ -46,20 +49,26 @@ class FusedEncoder(nn.Module):
             head_masks: one (heads,) or None a layer.
             state_layers: which hidden states to return, 0 being the embeddings.
             map_layers: which layers' attentions to return.
+            hand_out_state, hand_out_map: of one of these, what is returned of it, and what the following is made of.
             kwargs: for every layer.
 
         Returns:
-            `last_hidden_state`, and `hidden_states` and `attentions` with None where not asked for.
+            `last_hidden_state`, and `hidden_states` and `attentions` with None where not asked for. The last of the
+            hidden states is not handed out: it is `last_hidden_state`.
         """
         if attend is None or is_patched(self):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        states = [hidden_states if 0 in state_layers else None]
+        states: list[torch.Tensor | None] = []
         maps: list[torch.Tensor | None] = []
         if len(set(self.layer)) < len(self.layer):
             attend = attend.reseeded()  # a layer that is there twice would drop the same elements twice
         inner = attend.whole()
         for i, layer in enumerate(self.layer):
-            slot = MapSlot() if i in map_layers else None
+            state = None
+            if i in state_layers:
+                state, hidden_states = handed_out(hidden_states, hand_out_state)
+            states.append(state)
+            slot = MapSlot(hand_out_map) if i in map_layers else None
             hidden_states = layer(
                 hidden_states,
                 attention_mask,
@@ -68,12 +77,12 @@ class FusedEncoder(nn.Module):
                 map_slot=slot,
                 **kwargs,
             )
-            states.append(hidden_states if i + 1 in state_layers else None)
             if slot is not None and slot.probs is None:
                 raise ValueError(
                     f"layer {i} ({type(layer).__name__}) gave no attentions: leave it out of output_attentions"
                 )
             maps.append(None if slot is None else slot.probs)
+        states.append(hidden_states if len(self.layer) in state_layers else None)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
             hidden_states=tuple(states),

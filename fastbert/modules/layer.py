@@ -15,8 +15,9 @@ from fastbert_kernels import (
     layer_block,
     runs_as_block,
 )
+from fastbert_kernels.attention_map import HandOut
 
-from .attention import MapSlot, attend_from, leave_map, mask_like, wants_map
+from .attention import MapSlot, attend_from, hand_out_of, leave_foreign_map, leave_map, mask_like, wants_map
 from .dropout import seed_for
 from .look import block_arguments, chunk_is_replaced, look_at
 from .readable import is_called, is_capturing
@@ -36,6 +37,7 @@ def _attention_arguments(
     attend: Attend,
     head_mask: torch.Tensor | None,
     wants_map: bool,
+    hand_out: HandOut | None,
 ) -> AttentionArguments:
     """The attention block's arguments from its modules' and from those of `FusedSelfAttention.forward`."""
     seq = hidden.shape[1]
@@ -49,6 +51,7 @@ def _attention_arguments(
         columns=attend.map_columns if wants_map else None,
         order=attend.order,
         seed=seed_for(attend.seed, max(block["dropout_p"], block["hidden_dropout_p"]), hidden),
+        hand_out=hand_out,
     )
 
 
@@ -104,15 +107,15 @@ class FusedAttention(nn.Module):
             context, probs = self.self(
                 hidden_states, attention_mask=mask_like(attention_mask, hidden_states), past_key_values=None, **kwargs
             )
-            leave_map(map_slot, probs)
+            leave_foreign_map(map_slot, probs)
             return call_output(self.output, context, hidden_states, attend.seed), probs
         if _attends_as_block(hidden_states, attend) and kwargs.get("past_key_values") is None:
             block = block_arguments(self.self, self.output)
             if block is not None:
-                wanted = wants_map(map_slot, kwargs)
+                wanted, hand_out = wants_map(map_slot, kwargs), hand_out_of(map_slot)
                 hidden, probs = attention_block(
                     hidden_states,
-                    _attention_arguments(block, hidden_states, attention_mask, attend, head_mask, wanted),
+                    _attention_arguments(block, hidden_states, attention_mask, attend, head_mask, wanted, hand_out),
                 )
                 leave_map(map_slot, probs)
                 return hidden, probs
@@ -161,10 +164,11 @@ class FusedLayer(nn.Module):
         attend = attend_from(attend, kwargs)
         look = look_at(self) if runs_as_block(hidden_states) and not is_capturing() else None
         if look is not None and look.whole and attend.prefix is None and attend.first is None:
-            wanted = wants_map(map_slot, kwargs)
+            wanted, hand_out = wants_map(map_slot, kwargs), hand_out_of(map_slot)
+            block = look.attention
             hidden, probs = layer_block(
                 hidden_states,
-                _attention_arguments(look.attention, hidden_states, attention_mask, attend, head_mask, wanted),
+                _attention_arguments(block, hidden_states, attention_mask, attend, head_mask, wanted, hand_out),
                 _feed_forward_arguments(look.feed_forward, hidden_states, attend.seed),
             )
             leave_map(map_slot, probs)
@@ -178,7 +182,7 @@ class FusedLayer(nn.Module):
             attended, probs = self.attention(
                 hidden_states, mask_like(attention_mask, hidden_states), past_key_values=None, **kwargs
             )
-            leave_map(map_slot, probs)
+            leave_foreign_map(map_slot, probs)
         return self._feed_forward(attended, attend.seed)
 
     def _feed_forward(self, attended: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:

@@ -206,14 +206,16 @@ class EncoderModel(nn.Module):
             head_masks=batch.head_masks,
             state_layers=outputs.states,
             map_layers=outputs.maps,
+            hand_out_state=batch.hand_out_state,
+            hand_out_map=batch.hand_out_map,
         )
         last = batch.check_out(encoded.last_hidden_state, batch.first)
         states = maps = None
         if outputs.wants_states:
-            states = tuple(None if state is None else batch.check_out(state) for state in encoded.hidden_states[:-1])
-            states = (*states, None if encoded.hidden_states[-1] is None else last)
+            *inner, final = encoded.hidden_states
+            states = (*inner, None if final is None else last)
         if outputs.wants_maps:
-            maps = tuple(None if probs is None else batch.check_out_map(probs) for probs in encoded.attentions)
+            maps = encoded.attentions
         return self._made(last, states, maps, batch.layout.cu_seqlens, outputs, plan)
 
     def check_in(self, inputs: Inputs, padding: Padding, reads_first: bool = False) -> Batch:

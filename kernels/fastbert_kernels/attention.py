@@ -16,6 +16,7 @@ import torch
 
 from . import reference
 from .attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
+from .attention_map import AttentionContext, HandOut, handed_out, in_graph, watch
 from .backend import check_mode, check_same_device, uses_triton
 from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, wrap_triton
 from .sequences import batch_size, blocked_length, check_lengths
@@ -79,6 +80,7 @@ def _forward_fake(
     probs_seq: int,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
+    whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(tokens, heads, head_dim)
@@ -101,7 +103,10 @@ def _forward(
     probs_seq: int,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
+    whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The context, the softmax's statistics, and the probabilities. `whole`, of which only the backward pass takes
+    notice, says that their gradient will have the context's part in it: see `attention_map`."""
     tokens, _, heads, head_dim = qkv.shape
     batch = batch_size(qkv, cu_seqlens, max_seqlen)
     out = qkv.new_empty(tokens, heads, head_dim)
@@ -140,6 +145,7 @@ def _backward_fake(
     stream: int,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
+    whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dhead_mask = qkv.new_empty(0) if head_mask is None else torch.empty_like(head_mask)
     return torch.empty_like(qkv), dhead_mask
@@ -162,6 +168,7 @@ def _backward(
     stream: int,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
+    whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of qkv and of the head mask.
 
@@ -172,8 +179,12 @@ def _backward(
         dS    = P * (dP - delta)
         dQ = scale * dS K,  dK = scale * dS^T Q,  dV = P~^T dO,  dg = sum(D * P * dP~)
 
+    `whole`: dprobs is all of dP~, with dO V^T in it already, so that delta = rowsum(P~ * dprobs). `out` is not read.
+
     P is recomputed from the log-sum-exp. Two launches, no atomics: the result is the same every time.
     """
+    if whole and dprobs is None:
+        raise ValueError("attention's backward pass was told that dprobs is whole, but there is none")
     heads = qkv.shape[2]
     batch = batch_size(qkv, cu_seqlens, max_seqlen)
     dout = dout.contiguous()
@@ -188,6 +199,7 @@ def _backward(
         "qkv_ptr": qkv,
         "stats_ptr": stats,
         "HAS_DPROBS": dprobs is not None,
+        "HAS_WHOLE_DPROBS": whole,
     }
     maps = bias is not None or dprobs is not None
     tiles = attention_tiles("backward_dq", qkv, maps)
@@ -222,10 +234,10 @@ forbid_double_backward(_backward, "attention")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, _, columns, order = inputs
+    qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, _, columns, order, *whole = inputs
     out, stats, _ = output
     ctx.save_for_backward(qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns, order)
-    ctx.scalars = (max_seqlen, scale, dropout_p, stream)
+    ctx.scalars = (max_seqlen, scale, dropout_p, stream, any(whole))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
 
@@ -234,29 +246,16 @@ def _autograd(
     ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | None, dprobs: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns, order = ctx.saved_tensors
-    max_seqlen, scale, dropout_p, stream = ctx.scalars
+    max_seqlen, scale, dropout_p, stream, whole = ctx.scalars
     dqkv = dhead_mask = None
     if dout is not None or dprobs is not None:
         dout = torch.zeros_like(out) if dout is None else dout
         dprobs = None if dprobs is None or dprobs.numel() == 0 else dprobs
         dqkv, dhead_mask = _backward(
-            dout,
-            dprobs,
-            qkv,
-            out,
-            stats,
-            cu_seqlens,
-            max_seqlen,
-            bias,
-            head_mask,
-            scale,
-            dropout_p,
-            seed,
-            stream,
-            columns,
-            order,
-        )
-    return dqkv, None, None, None, None if head_mask is None else dhead_mask, *[None] * 7
+            dout, dprobs, qkv, out, stats, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream,
+            columns, order, whole and dprobs is not None,
+        )  # fmt: skip
+    return (dqkv, None, None, None, None if head_mask is None else dhead_mask, *[None] * 8)[: len(ctx.needs_input_grad)]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -276,6 +275,7 @@ def attention(
     probs_seq: int | None = None,
     columns: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
+    hand_out: HandOut | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Multi-head attention of each packed sequence with itself.
 
@@ -296,10 +296,13 @@ def attention(
         columns: int32 (tokens,), each token's row and column in its map. None: its position in its sequence.
         order: int32 (batch,), the sequences in the order in which their work starts; the longest first end together.
             Needs cu_seqlens; the result is the same in any order.
+        hand_out: of the probabilities, what is to be returned, and what the context is made of: something of their
+            shape and values that is made of the former. Without, both are the probabilities.
 
     Returns:
         The context (tokens, heads, head_dim), and, if asked, the probabilities (batch, heads, probs_seq, probs_seq)
-        after dropout and head mask, zero outside the tokens; both in qkv's dtype, both differentiable.
+        after dropout and head mask, zero outside the tokens; both in qkv's dtype, both differentiable. The context is
+        made of the probabilities, so that these have its gradient too, and hooks on them count.
 
     Raises:
         ValueError: for shapes that do not fit each other, a head_dim over 128, a missing seed, mixed devices.
@@ -317,16 +320,22 @@ def attention(
             dropout_p=dropout_p,
             probs_seq=probs_seq,
             columns=columns,
+            hand_out=hand_out,
         )
     if scale <= 0.0:  # the kernels look for the largest score before they scale
         turned = qkv.new_tensor([-1.0 if scale < 0.0 else 0.0, 1.0, 1.0])
         qkv, scale = qkv * turned[:, None, None], abs(scale) or 1.0
-    out, _, probs = _forward(
-        *op_arguments(
-            qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, probs_seq, columns, order
-        )
+    op = op_arguments(
+        qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, probs_seq, columns, order
     )
-    return out, probs if probs_seq is not None else None
+    split = probs_seq is not None and type(qkv) is torch.Tensor and in_graph(op.qkv, op.head_mask)
+    out, _, probs = _forward(*op, split)
+    if probs_seq is None:
+        return out, None
+    handed, inner = handed_out(probs, hand_out)
+    if split:
+        out = AttentionContext.apply(inner, out, op.qkv, op.cu_seqlens, max_seqlen, op.columns, watch(handed))
+    return out, handed
 
 
 class OpArguments(NamedTuple):

@@ -253,6 +253,7 @@ def attention_backward_dq(
     HAS_HEAD_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_DPROBS: tl.constexpr,
+    HAS_WHOLE_DPROBS: tl.constexpr,  # dprobs has dO V^T in it already
 ):
     """One program: dQ of BLOCK_M rows of one head of one sequence, and the rows' delta."""
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
@@ -291,7 +292,10 @@ def attention_backward_dq(
     row_offset = h.to(tl.int64) * tokens + start + rows
     row_max = tl.load(stats_ptr + row_offset, mask=rows < length, other=0.0)
     log_sum = tl.load(stats_ptr + tl.cast(heads, tl.int64) * tokens + row_offset, mask=rows < length, other=0.0)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+    if HAS_WHOLE_DPROBS:
+        delta = tl.zeros([BLOCK_M], dtype=tl.float32)
+    else:
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
 
     if HAS_DPROBS:
         for col_start in range(0, length, BLOCK_N):
@@ -320,8 +324,10 @@ def attention_backward_dq(
             s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
         valid = (rows[:, None] < length) & (cols[None, :] < length)
         p = _softmax_tile(s, row_max[:, None], log_sum[:, None], valid)
-        v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
-        dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
+        dp = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        if not HAS_WHOLE_DPROBS:
+            v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+            dp = dot(dout, tl.trans(v), dp)
         if HAS_DPROBS:
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
             dp += tl.load(dprobs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
@@ -378,6 +384,7 @@ def attention_backward_dkv(
     HAS_HEAD_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_DPROBS: tl.constexpr,
+    HAS_WHOLE_DPROBS: tl.constexpr,
 ):
     """One program: dK and dV of BLOCK_N keys of one head of one sequence, over tiles of BLOCK_M query rows.
 
@@ -431,7 +438,9 @@ def attention_backward_dkv(
             p = tl.exp2(s - row_max[None, :] - log_sum[None, :])
         else:
             p = tl.exp2(s - (row_max + log_sum)[None, :])
-        dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32))
+        dp = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        if not HAS_WHOLE_DPROBS:
+            dp = dot(v, tl.trans(dout), dp)
         if HAS_DPROBS:
             offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
             valid = (rows[:, None] < length) & (cols[None, :] < length)

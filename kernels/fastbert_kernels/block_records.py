@@ -9,24 +9,21 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
+from .attention_map import HandOut
+
 T = TypeVar("T")
 
 
-class AttentionParameters(NamedTuple, Generic[T]):
-    """For each parameter of the attention block one thing: the tensor, whether it needs a gradient, or its gradient.
+class ProjectionParameters(NamedTuple, Generic[T]):
+    """For each parameter of the projections and of the map one thing: the tensor, whether it needs a gradient, or its
+    gradient.
 
     Attributes:
         head_mask: of the probabilities.
-        weight, bias: of the output product.
-        norm_weight, norm_bias: of the norm.
         query_weight, ..., value_bias: of the projections.
     """
 
     head_mask: T
-    weight: T
-    bias: T
-    norm_weight: T
-    norm_bias: T
     query_weight: T
     key_weight: T
     value_weight: T
@@ -35,8 +32,22 @@ class AttentionParameters(NamedTuple, Generic[T]):
     value_bias: T
 
 
+class OutputParameters(NamedTuple, Generic[T]):
+    """`ProjectionParameters` of what the attention block makes of the context.
+
+    Attributes:
+        weight, bias: of the output product.
+        norm_weight, norm_bias: of the norm.
+    """
+
+    weight: T
+    bias: T
+    norm_weight: T
+    norm_bias: T
+
+
 class FeedForwardParameters(NamedTuple, Generic[T]):
-    """`AttentionParameters` of the feed-forward block.
+    """`ProjectionParameters` of the feed-forward block.
 
     Attributes:
         up_weight, up_bias: of the first product.
@@ -61,6 +72,7 @@ class AttentionArguments(NamedTuple):
         weight, bias: (hidden, hidden) and (hidden,), of the output product.
         norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
         mask: the `bias` of `attention.attention`, which says what the others of these names are.
+        hand_out: as there; unused without maps.
         hidden_dropout_p, hidden_stream: of the dropout before the norm; the others are the attention's.
     """
 
@@ -86,13 +98,16 @@ class AttentionArguments(NamedTuple):
     seed: torch.Tensor | None
     stream: int
     hidden_stream: int
+    hand_out: HandOut | None = None
 
-    def parameters(self) -> AttentionParameters[torch.Tensor | None]:
-        """What may have a gradient."""
+    def projection_parameters(self) -> ProjectionParameters[torch.Tensor | None]:
+        """What may have a gradient, up to the map and the context."""
         no_biases = () if self.qkv_bias is not None else (None, None, None)
-        return AttentionParameters(
-            self.head_mask, self.weight, self.bias, self.norm_weight, self.norm_bias, *self.qkv_parameters, *no_biases
-        )
+        return ProjectionParameters(self.head_mask, *self.qkv_parameters, *no_biases)
+
+    def output_parameters(self) -> OutputParameters[torch.Tensor | None]:
+        """What may have a gradient, from there on."""
+        return OutputParameters(self.weight, self.bias, self.norm_weight, self.norm_bias)
 
 
 class FeedForwardArguments(NamedTuple):
@@ -144,24 +159,21 @@ class NormSaved(NamedTuple):
 
 
 class AttentionSaved(NamedTuple):
-    """What the attention block keeps beside its norm.
+    """What the attention block keeps of what lies before the context.
 
     Attributes:
         x: the hidden states in the products' dtype.
-        qkv_weight, weight: as in `AttentionArguments`, in the products' dtype.
+        qkv_weight: as in `AttentionArguments`, in the products' dtype.
         qkv: (tokens, 3, heads, head_dim).
-        context, stats: what the attention op returned.
-        cu_seqlens, mask, head_mask, columns, order: as the op took them.
-        seed: of both dropouts.
+        stats: what the attention op returned.
+        cu_seqlens, mask, head_mask, columns, order, seed: as the op took them.
         key_weight, value_weight: so that autograd tells where they have changed meanwhile: of what qkv_weight is a view
             of, it tells of the query's only. None where qkv_weight is a copy in another dtype.
     """
 
     x: torch.Tensor
     qkv_weight: torch.Tensor
-    weight: torch.Tensor
     qkv: torch.Tensor
-    context: torch.Tensor
     stats: torch.Tensor
     cu_seqlens: torch.Tensor | None
     mask: torch.Tensor | None
@@ -171,6 +183,28 @@ class AttentionSaved(NamedTuple):
     seed: torch.Tensor | None
     key_weight: torch.Tensor | None
     value_weight: torch.Tensor | None
+
+
+class OutputSaved(NamedTuple):
+    """What the attention block keeps of its output product.
+
+    Attributes:
+        context: (tokens, heads, head_dim).
+        weight: as in `AttentionArguments`, in the products' dtype.
+        seed: of the dropout before the norm.
+    """
+
+    context: torch.Tensor
+    weight: torch.Tensor
+    seed: torch.Tensor | None
+
+
+class MapSaved(NamedTuple):
+    """What a step behind a map that was handed out keeps besides: of the op's arguments what dO V^T is made of."""
+
+    qkv: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    columns: torch.Tensor | None
 
 
 class FeedForwardSaved(NamedTuple):

@@ -113,6 +113,7 @@ def attention(
     keep: torch.Tensor | None = None,
     probs_seq: int | None = None,
     columns: torch.Tensor | None = None,
+    hand_out: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Multi-head attention over packed sequences. The op's contract stands in `attention.attention`.
 
@@ -124,7 +125,9 @@ def attention(
         columns: int (tokens,), each token's column in `probs`; None: its position in its sequence.
 
     Returns:
-        The context (tokens, heads, head_dim), and the probabilities (batch, heads, probs_seq, probs_seq) or None.
+        The context (tokens, heads, head_dim), and the probabilities (batch, heads, probs_seq, probs_seq) or None. The
+        context is made of the probabilities that are returned, in half precision the rounded ones, as in eager
+        attention.
     """
     heads = qkv.shape[2]
     if isinstance(lengths, list) and len(set(lengths)) == 1 and lengths[0] > 0:
@@ -134,43 +137,57 @@ def attention(
         bias = additive(bias).expand(batch, heads, -1, -1)
     explicit = probs_seq is not None or head_mask is not None or keep is not None or _hides_rows(bias)
 
-    def attend(
-        part: torch.Tensor, sequences: slice, length: int, places: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Sequences of one length: the part of qkv that holds their tokens, and of the columns."""
-        q, k, v = part.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
-        added = None if bias is None else bias[sequences, :, :length, :length]
-        if not explicit:
-            return as_rows(_fused(q, k, v, added, scale, dropout_p).transpose(1, 2)), None
+    def probabilities(part: torch.Tensor, sequences: slice, length: int) -> torch.Tensor:
+        """Of sequences of one length, the part of qkv that holds their tokens: (batch, heads, length, length)."""
+        q, k, _ = _by_head(part, length)
         scores = upcast(q) @ upcast(k).transpose(2, 3) * scale
-        if added is not None:
-            scores = scores + added
+        if bias is not None:
+            scores = scores + bias[sequences, :, :length, :length]
         probs = torch.softmax(scores, dim=-1)
         probs = dropout(probs, dropout_p, None if keep is None else keep[sequences, :, :length, :length])
-        if head_mask is not None:
-            probs = probs * head_mask[:, None, None]
-        context = as_rows((probs @ upcast(v)).transpose(1, 2)).to(qkv.dtype)
-        if probs_seq is None:
-            return context, None
-        return context, _place(probs, probs_seq, places).to(qkv.dtype)
+        return probs if head_mask is None else probs * head_mask[:, None, None]
 
-    if not isinstance(lengths, list):
-        return attend(qkv, slice(None), lengths, columns)
-    contexts, maps = [], []
-    parts = qkv.split(lengths)  # not slices, each of which would have a gradient as large as qkv
-    places = [None] * batch if columns is None else columns.split(lengths)
-    for b, length in enumerate(lengths):
-        if length > 0:
-            context, probs = attend(parts[b], slice(b, b + 1), length, places[b])
-            contexts.append(context)
-        else:
-            probs = qkv.new_zeros(1, heads, probs_seq, probs_seq) if probs_seq is not None else None
-        if probs is not None:
-            maps.append(probs)
-    context = torch.cat(contexts or [qkv[:, 2]])  # of qkv, so that no token at all still has a gradient
+    def context_of(probs: torch.Tensor, part: torch.Tensor, length: int) -> torch.Tensor:
+        value = _by_head(part, length)[2]
+        return as_rows((upcast(probs) @ upcast(value)).transpose(1, 2)).to(qkv.dtype)
+
+    def attend(part: torch.Tensor, sequences: slice, length: int) -> torch.Tensor:
+        """The context alone."""
+        if explicit:
+            return context_of(probabilities(part, sequences, length), part, length)
+        q, k, v = _by_head(part, length)
+        added = None if bias is None else bias[sequences, :, :length, :length]
+        return as_rows(_fused(q, k, v, added, scale, dropout_p).transpose(1, 2))
+
+    if isinstance(lengths, list):
+        parts = qkv.split(lengths)  # not slices, each of which would have a gradient as large as qkv
+        places = [None] * batch if columns is None else columns.split(lengths)
+        filled = [(b, slice(b, b + 1), length) for b, length in enumerate(lengths) if length > 0]
+    else:
+        parts, places, filled = (qkv,), [columns], [(0, slice(None), lengths)]
     if probs_seq is None:
-        return context, None
-    return context, torch.cat(maps) if maps else qkv.new_zeros(0, heads, probs_seq, probs_seq)
+        return _joined([attend(parts[i], which, length) for i, which, length in filled], qkv[:, 2]), None
+    maps = [qkv.new_zeros(1, heads, probs_seq, probs_seq)] * batch if isinstance(lengths, list) else [qkv]
+    for i, which, length in filled:
+        maps[i] = _place(probabilities(parts[i], which, length), probs_seq, places[i]).to(qkv.dtype)
+    probs = _joined(maps, qkv.new_zeros(0, heads, probs_seq, probs_seq))
+    handed, inner = (probs, probs) if hand_out is None else hand_out(probs)
+    taken = inner.split(1) if isinstance(lengths, list) else (inner,)
+    contexts = [context_of(_take(taken[i], length, places[i]), parts[i], length) for i, _, length in filled]
+    return _joined(contexts, qkv[:, 2]), handed
+
+
+def _joined(parts: list[torch.Tensor], empty: torch.Tensor) -> torch.Tensor:
+    """Rows of all sequences; `empty`, without any, which for the context is of qkv: no token at all has a gradient."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts or [empty])
+
+
+def _by_head(part: torch.Tensor, length: int) -> torch.Tensor:
+    """Query, key and value of sequences of one length, from (tokens, 3, heads, head_dim): each (batch, heads, length,
+    head_dim)."""
+    return part.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)
 
 
 def _hides_rows(bias: torch.Tensor | None) -> bool:
@@ -194,10 +211,22 @@ def _place(probs: torch.Tensor, seq: int, columns: torch.Tensor | None) -> torch
     each of the (batch * length) tokens."""
     batch, heads, length, _ = probs.shape
     if columns is None:
+        if length == seq:
+            return probs
         return F.pad(probs, (0, seq - length, 0, seq - length))
     places = columns.long().view(batch, 1, length, 1)
     rows = probs.new_zeros(batch, heads, length, seq).scatter(3, places.transpose(2, 3).expand_as(probs), probs)
     return rows.new_zeros(batch, heads, seq, seq).scatter(2, places.expand_as(rows), rows)
+
+
+def _take(maps: torch.Tensor, length: int, columns: torch.Tensor | None) -> torch.Tensor:
+    """What `_place` has put inside (batch, heads, seq, seq): (batch, heads, length, length)."""
+    batch, heads, seq, _ = maps.shape
+    if columns is None:
+        return maps if length == seq else maps[:, :, :length, :length]
+    places = columns.long().view(batch, 1, length, 1)
+    rows = maps.gather(2, places.expand(batch, heads, length, seq))
+    return rows.gather(3, places.transpose(2, 3).expand(batch, heads, length, length))
 
 
 def _fused(

@@ -634,8 +634,40 @@ def test_opcheck_backward(device: torch.device) -> None:
         dropout_p, seed, stream, columns, order,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastbert.attention_backward, arguments)
+    torch.library.opcheck(torch.ops.fastbert.attention_backward, (*arguments, True))
     plain = (torch.randn_like(out), None, qkv, out, lse, cu_seqlens, 9, None, None, 0.25, 0.0, None, 0, None, None)
     torch.library.opcheck(torch.ops.fastbert.attention_backward, plain)
+
+
+@pytest.mark.parametrize("features", ["plain", "everything"])
+def test_backward_of_whole_gradients_of_probabilities(
+    device: torch.device, features: str, attention_tile: Tile
+) -> None:
+    attention_tile(16, 16)
+    lengths, side = [20, 5], 20
+    qkv, bounds = random_qkv(lengths, 2, 16, torch.float32, device), offsets(lengths, device)
+    bias = head_mask = columns = seed = None
+    if features == "everything":
+        side = 23
+        bias = torch.randn(2, 2, 20, 20, device=device)
+        head_mask = torch.rand(2, device=device)
+        columns = torch.cat([torch.arange(length) + 3 for length in lengths]).to(device, torch.int32)
+        seed = torch.tensor(SEED, device=device)
+    dropout_p = 0.0 if seed is None else 0.3
+    forward: Any = torch.ops.fastbert.attention
+    backward: Any = torch.ops.fastbert.attention_backward
+    out, stats, probs = forward(qkv, bounds, 20, bias, head_mask, 0.25, dropout_p, seed, STREAM, side, columns, None)
+    dout, dprobs = torch.randn_like(out), torch.randn_like(probs)
+    rest = (stats, bounds, 20, bias, head_mask, 0.25, dropout_p, seed, STREAM, columns, None)
+    want = backward(dout, dprobs, qkv, out, *rest)
+    whole = dprobs.clone()
+    for b, (start, length) in enumerate([(0, 20), (20, 5)]):
+        first = 0 if columns is None else int(columns[start])
+        here, there = slice(start, start + length), slice(first, first + length)
+        whole[b, :, there, there] += torch.einsum("qhd,khd->hqk", dout[here], qkv[here, 2])
+    got = backward(dout, whole, qkv, torch.full_like(out, torch.nan), *rest, True)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
 def test_second_derivative_is_refused(device: torch.device) -> None:

@@ -2,15 +2,15 @@
 
 import pytest
 
-from fastbert_kernels.block_records import AttentionParameters, FeedForwardParameters, NormSaved, read
+from fastbert_kernels.block_records import FeedForwardParameters, NormSaved, ProjectionParameters, read
 
 
 def test_records_come_back_from_a_flat_tuple() -> None:
-    first, second = FeedForwardParameters(*range(6)), AttentionParameters(*range(10, 21))
-    back = read((*first, *second), FeedForwardParameters, AttentionParameters)
+    first, second = FeedForwardParameters(*range(6)), ProjectionParameters(*range(10, 17))
+    back = read((*first, *second), FeedForwardParameters, ProjectionParameters)
     assert back == [first, second]
-    assert [type(record) for record in back] == [FeedForwardParameters, AttentionParameters]
-    assert (back[0].norm_bias, back[1].head_mask, back[1].value_bias) == (5, 10, 20)
+    assert [type(record) for record in back] == [FeedForwardParameters, ProjectionParameters]
+    assert (back[0].norm_bias, back[1].head_mask, back[1].value_bias) == (5, 10, 16)
 
 
 @pytest.mark.parametrize("count", [9, 11])
