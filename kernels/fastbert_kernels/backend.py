@@ -6,7 +6,7 @@ same kernel compiled for a GPU. The tensor's device decides, here and nowhere el
 | device | life |
 |---|---|
 | GPU | the compiled kernel |
-| CPU | plain PyTorch |
+| CPU | plain PyTorch; whole layers by oneDNN |
 | CPU, `FASTBERT_BACKEND=triton` with `TRITON_INTERPRET=1` | the kernel, interpreted |
 
 `FASTBERT_BACKEND=torch` runs plain PyTorch everywhere.
@@ -106,6 +106,18 @@ def uses_triton(tensor: torch.Tensor) -> bool:
             f"{', '.join(map(str, KERNEL_DTYPES))}, or run plain PyTorch with FASTBERT_BACKEND=torch"
         )
     return True
+
+
+def uses_cpu_layers(tensor: torch.Tensor) -> bool:
+    """Whether layers on `tensor`, on which no kernel runs, are those of `cpu_layer.py`, and not the definition."""
+    return (
+        _backend == "auto"
+        and tensor.is_cpu
+        and tensor.dtype in KERNEL_DTYPES
+        and not is_watched()
+        and not torch.is_autocast_enabled("cpu")  # which knows the products of the definition, not oneDNN's
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 def check_mode() -> bool:

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from . import cpu_layer
 from .attention import _backward as attend_backward
 from .attention import _forward as attend_forward
 from .attention import op_arguments as attend_arguments
-from .backend import is_traced, second_derivative_error, uses_triton
+from .backend import is_traced, second_derivative_error, uses_cpu_layers, uses_triton
 from .column_sums import PartialSums, column_sums
 from .feed_forward import in_product_dtype, products, products_backward
 from .layer_norm import _forward as norm_forward
@@ -25,8 +26,9 @@ from .layer_norm import op_arguments as norm_arguments
 
 
 def runs_as_block(x: torch.Tensor) -> bool:
-    """Whether a block may run on x: where kernels run, and no compiler or functorch transform is to see the ops."""
-    return type(x) is torch.Tensor and not is_traced() and uses_triton(x)
+    """Whether a block may run on x: where no compiler or functorch transform is to see the ops, and kernels run, or a
+    CPU's own layers."""
+    return type(x) is torch.Tensor and not is_traced() and (uses_triton(x) or uses_cpu_layers(x))
 
 
 def _run(block: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -404,6 +406,8 @@ def attention_block(hidden: torch.Tensor, attention: AttentionArguments) -> tupl
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
+    if not uses_triton(hidden):
+        return cpu_layer.attention_block(hidden, attention)
     return _run(_AttentionBlock, attention, hidden, *attention.differentiable())
 
 
@@ -421,6 +425,8 @@ def feed_forward_block(hidden: torch.Tensor, feed_forward: FeedForwardArguments)
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
+    if not uses_triton(hidden):
+        return cpu_layer.feed_forward_block(hidden, feed_forward)
     return _run(_FeedForwardBlock, feed_forward, hidden, *feed_forward.differentiable())
 
 
@@ -428,5 +434,7 @@ def layer_block(
     hidden: torch.Tensor, attention: AttentionArguments, feed_forward: FeedForwardArguments
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention_block`, then `feed_forward_block`: the hidden states and the probabilities; raises as they do."""
+    if not uses_triton(hidden):
+        return cpu_layer.layer_block(hidden, attention, feed_forward)
     parameters = *feed_forward.differentiable(), *attention.differentiable()
     return _run(_Layer, attention, feed_forward, hidden, *parameters)
