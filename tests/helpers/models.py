@@ -55,7 +55,7 @@ def mask_of(lengths: list[int], seq: int, device: torch.device | str = "cpu") ->
 
 @contextlib.contextmanager
 def onednn_enabled(enabled: bool) -> Iterator[None]:
-    """Switch torch's use of oneDNN. `torch.backends.mkldnn.flags`, which does so too, warns of GPUs that are not there."""
+    """Switch torch's use of oneDNN, without what `torch.backends.mkldnn.flags` warns of: GPUs that are not there."""
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(enabled)
     try:
