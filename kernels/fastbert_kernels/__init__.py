@@ -17,6 +17,7 @@ from .blocks import (
 from .embedding import embed
 from .feed_forward import feed_forward, feed_forward_is_fused
 from .layer_norm import add_layer_norm
+from .onednn import describe_products
 from .relation import relation_loss
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "attention_block",
     "backend",
     "bias_activation",
+    "describe_products",
     "embed",
     "feed_forward",
     "feed_forward_block",

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 #: caches, in memory that is used again, and the products have few shapes, for each of which oneDNN compiles code.
 ROWS = 256
 
+#: Scores for each thread that attention in half precision computes at once, and so few that torch's own is faster.
+SCORES = 2**19
+FEW_SCORES = 2**15
+
 
 def _norm(x: torch.Tensor, residual: torch.Tensor, of: "AttentionArguments | FeedForwardArguments") -> torch.Tensor:
     """LayerNorm(dropout(x @ weight^T + bias) + residual): x (rows, in), residual (rows, hidden)."""
@@ -40,12 +44,24 @@ def _feed_forward(x: torch.Tensor, of: "FeedForwardArguments") -> torch.Tensor:
 
 def _attend_run(qkv: torch.Tensor, length: int, scale: float) -> torch.Tensor:
     """The context (tokens, heads, head_dim) of sequences of one length."""
+    of_sequence = qkv.shape[2] * length * length  # scores
+    few = qkv.shape[0] // length * of_sequence < FEW_SCORES and not qkv.requires_grad
+    if qkv.dtype != torch.float32 and not few:
+        tokens = length * max(1, SCORES * torch.get_num_threads() // of_sequence)
+        contexts = [_attend_in_parts(part, length, scale) for part in qkv.split(tokens)]
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
-    if qkv.dtype == torch.float32:
-        context = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    else:  # torch's fused attention is slower there than its parts
-        context = torch.softmax(q @ k.transpose(2, 3) * scale, dim=-1) @ v
-    return reference.as_rows(context.transpose(1, 2))
+    return reference.as_rows(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))
+
+
+def _attend_in_parts(qkv: torch.Tensor, length: int, scale: float) -> torch.Tensor:
+    """`_attend_run` in products of half precision, faster there than torch's fused attention: its backward pass, too,
+    which reads probabilities that are kept."""
+    _, _, heads, head_dim = qkv.shape
+    q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4).reshape(3, -1, length, head_dim)
+    scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0.0, alpha=scale)
+    context = torch.bmm(torch.softmax(scores, dim=-1), v)
+    return reference.as_rows(context.view(-1, heads, length, head_dim).transpose(1, 2))
 
 
 def _attend(hidden: torch.Tensor, of: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
