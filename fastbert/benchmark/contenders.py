@@ -7,7 +7,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ Model = Callable[..., Any]
 BUCKETS = (*TOKENS, 6144, 8192, 12288, 16384, 24576, 32768)
 MAX_SEQUENCES = 256
 
+#: Runtimes of ONNX graphs, and what each needs.
+_ONNX_RUNTIMES = {
+    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
+    "openvino": ("openvino", "onnx", "onnxscript"),
+}
+
 #: What each name stands for.
 CONTENDERS = {
     "fastbert": "fastbert",
@@ -35,7 +41,9 @@ CONTENDERS = {
     "flash": "HF flash_attention_2",
     "compile": "torch.compile",
     "compile-max": "torch.compile max-autotune",
+    "compile-freezing": "torch.compile freezing",
     "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
     "fastbert-graphed": "fastbert in CUDA graphs",
 }
 
@@ -74,8 +82,10 @@ def missing(name: str, *, task: Task, attentions: bool, dtype: torch.dtype, devi
             return "flash-attn is not installed"
         if dtype == torch.float32:
             return "takes no float32"
-    if name == "onnxruntime":
-        absent = [package for package in ("onnxruntime", "onnx", "onnxscript") if not importlib.util.find_spec(package)]
+    if name == "compile-freezing" and task != "forward":
+        return "does not train"
+    if name in _ONNX_RUNTIMES:
+        absent = [package for package in _ONNX_RUNTIMES[name] if not importlib.util.find_spec(package)]
         if absent:
             return f"{', '.join(absent)} not installed: pip install 'fastbert[bench]'"
         if device.type != "cpu":
@@ -103,8 +113,8 @@ def build(
         What to call, and the module that holds the parameters (the source's copy, in eval mode).
     """
     module: Any = copy.deepcopy(source).to(device=device, dtype=dtype).eval()
-    if name == "onnxruntime":
-        return _onnx(module, attentions), module
+    if name in _ONNX_RUNTIMES:
+        return _onnx(name, module, attentions), module
     if name == "fastbert":
         return fuse(module), module
     if name == "fastbert-graphed":
@@ -115,13 +125,13 @@ def build(
         return torch.compile(module, dynamic=False), module
     if name == "compile-max":
         return torch.compile(module, dynamic=False, mode="max-autotune"), module
+    if name == "compile-freezing":  # weights become constants, which are laid out for the products once
+        return torch.compile(module, dynamic=False, options={"freezing": True}), module
     return module, module
 
 
-def _onnx(module: Any, attentions: bool) -> Model:
-    """An ONNX Runtime session on as many threads as torch has, for any batch and length."""
-    import onnxruntime
-
+def _onnx(name: str, module: Any, attentions: bool) -> Model:
+    """A runtime of ONNX graphs on as many threads as torch has, for any batch and length."""
     module.config.output_attentions = attentions
     mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
     example = {"input_ids": mask.clone(), "attention_mask": mask}
@@ -137,15 +147,36 @@ def _onnx(module: Any, attentions: bool) -> Model:
             verbose=False,
         )
         program.save(path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # into the next contender's turn
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        run = _onnxruntime(path) if name == "onnxruntime" else _openvino(path)
 
     def call(*, output_attentions: bool = False, **batch: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(o) for o in session.run(None, {name: t.numpy() for name, t in batch.items()}))
+        return tuple(torch.from_numpy(o) for o in run({name: t.numpy() for name, t in batch.items()}))
 
     return call
+
+
+def _onnxruntime(path: Path) -> Callable[[dict[str, Any]], Iterable[Any]]:
+    """Arrays by the name of their input to the outputs, by ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # into the next contender's turn
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda arrays: session.run(None, arrays)
+
+
+def _openvino(path: Path) -> Callable[[dict[str, Any]], Iterable[Any]]:
+    """The same by OpenVINO."""
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",  # or it computes in bfloat16 where the processor can
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    return lambda arrays: request.infer(arrays).to_tuple()
 
 
 @contextlib.contextmanager

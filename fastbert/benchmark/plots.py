@@ -22,7 +22,9 @@ COLOURS = {
     "flash": "#39a0a0",
     "compile": "#e0a12f",
     "compile-max": "#a3561a",
+    "compile-freezing": "#c9a66b",
     "onnxruntime": "#7d5ba6",
+    "openvino": "#5b6fa6",
     "fastbert-graphed": "#e57ba5",
 }
 INK, FAINT, LOSS = "#333333", "#777777", "#c62828"

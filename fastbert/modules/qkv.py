@@ -14,6 +14,7 @@ from torch import nn
 
 from fastbert.notices import warn_once
 from fastbert_kernels import uses_triton
+from fastbert_kernels.stacked import stacked
 
 from .readable import describe, is_plain_linear
 
@@ -118,30 +119,6 @@ def separate(parts: tuple[nn.Parameter, ...]) -> None:
             p.data = p.detach().clone()
 
 
-class StackedParameters(torch.autograd.Function):
-    """Groups of neighbouring parameters, each seen as one; its gradient is handed out in slices, without a copy."""
-
-    @staticmethod
-    def forward(ctx: Any, views: tuple[torch.Tensor, ...], *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The views, each of as many parameters as the others."""
-        count = len(parts) // len(views)
-        groups = [parts[i : i + count] for i in range(0, len(parts), count)]
-        ctx.save_for_backward(*parts)  # that they do not change meanwhile: a view tells of its first one only
-        ctx.rows = [[part.shape[0] for part in group] for group in groups]
-        ctx.set_materialize_grads(False)
-        frozen = [not any(part.requires_grad for part in group) for group in groups]
-        ctx.mark_non_differentiable(*itertools.compress(views, frozen))
-        return views
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        _ = ctx.saved_tensors
-        slices: list[torch.Tensor | None] = [None]
-        for grad, rows in zip(grads, ctx.rows, strict=True):
-            slices += [None] * len(rows) if grad is None else grad.split(rows)
-        return tuple(slices)
-
-
 def stack_parameters(groups: list[tuple[nn.Parameter, ...]]) -> tuple[torch.Tensor, ...] | None:
     """Each group's parameters (rows, ...) as one (sum of rows, ...), a view; None where some cannot be neighbours.
 
@@ -155,7 +132,7 @@ def stack_parameters(groups: list[tuple[nn.Parameter, ...]]) -> tuple[torch.Tens
         if view is None:
             return None
         views.append(view)
-    return StackedParameters.apply(tuple(views), *itertools.chain(*groups)) if torch.is_grad_enabled() else tuple(views)
+    return stacked(tuple(views), tuple(itertools.chain(*groups)))
 
 
 def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from .blocks import attention_block, feed_forward_block, layer_block, runs_as_bl
 from .embedding import embed
 from .feed_forward import feed_forward, feed_forward_is_fused
 from .layer_norm import add_layer_norm
+from .onednn import describe_products
 from .relation import relation_loss
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "attention_block",
     "backend",
     "bias_activation",
+    "describe_products",
     "embed",
     "feed_forward",
     "feed_forward_block",

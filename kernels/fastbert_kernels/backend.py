@@ -6,7 +6,7 @@ compiled for a GPU. The tensor's device decides, here and nowhere else:
 | device | what runs |
 |---|---|
 | GPU | the compiled kernel |
-| CPU | plain PyTorch |
+| CPU | plain PyTorch; whole layers by oneDNN |
 | CPU, `FASTBERT_BACKEND=triton` with `TRITON_INTERPRET=1` | the kernel, interpreted |
 
 `FASTBERT_BACKEND=torch` runs plain PyTorch everywhere.
@@ -21,6 +21,7 @@ from importlib.metadata import version
 import torch
 import triton
 from packaging.version import Version
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 
 #: True when Triton kernels run in Triton's interpreter. Triton reads the variable when a kernel is defined, so it must
 #: be set before the first import.
@@ -83,6 +84,16 @@ def backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
+def is_traced() -> bool:
+    """Whether a compiler, a tracer or a functorch transform is to see what runs, and not only torch's dispatcher."""
+    return torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing()
+
+
+def is_watched() -> bool:
+    """Whether any of these, or a dispatch mode, is to see ops, and not what they are made of."""
+    return is_traced() or _len_torch_dispatch_stack() > 0
+
+
 def uses_triton(tensor: torch.Tensor) -> bool:
     """Whether ops on `tensor` run as Triton kernels.
 
@@ -103,6 +114,18 @@ def uses_triton(tensor: torch.Tensor) -> bool:
             f"{', '.join(map(str, KERNEL_DTYPES))}, or run plain PyTorch with FASTBERT_BACKEND=torch"
         )
     return True
+
+
+def uses_cpu_layers(tensor: torch.Tensor) -> bool:
+    """Whether layers on `tensor`, on which no kernel runs, are those of `cpu_layer.py`, and not the definition."""
+    return (
+        _backend == "auto"
+        and tensor.is_cpu
+        and tensor.dtype in KERNEL_DTYPES
+        and not is_watched()
+        and not torch.is_autocast_enabled("cpu")  # which knows the products of the definition, not oneDNN's
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 def check_mode() -> bool:

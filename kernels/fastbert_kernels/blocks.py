@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from . import cpu_layer
 from .attention_map import handed_out, in_graph, map_gradient, watch
-from .backend import uses_triton
+from .backend import is_traced, uses_cpu_layers, uses_triton
 from .block_passes import (
     after_context_backward,
     attend,
@@ -36,12 +37,13 @@ from .block_records import (
     read,
 )
 from .column_sums import column_sums
-from .launch import is_traced, second_derivative_error
+from .launch import second_derivative_error
 
 
 def runs_as_block(x: torch.Tensor) -> bool:
-    """Whether a block may run on x: where kernels run, and no compiler or functorch transform is to see the ops."""
-    return type(x) is torch.Tensor and not is_traced() and uses_triton(x)
+    """Whether a block may run on x: where no compiler or functorch transform is to see the ops, and kernels run, or a
+    CPU's own layers."""
+    return type(x) is torch.Tensor and not is_traced() and (uses_triton(x) or uses_cpu_layers(x))
 
 
 def _run(block: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -265,6 +267,8 @@ def attention_block(hidden: torch.Tensor, attention: AttentionArguments) -> tupl
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
+    if not uses_triton(hidden):
+        return cpu_layer.attention_block(hidden, attention)
     return _run_layer(hidden, attention, None)
 
 
@@ -282,6 +286,8 @@ def feed_forward_block(hidden: torch.Tensor, feed_forward: FeedForwardArguments)
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
+    if not uses_triton(hidden):
+        return cpu_layer.feed_forward_block(hidden, feed_forward)
     return _run(FeedForwardBlock, feed_forward, hidden, *feed_forward.parameters())
 
 
@@ -289,4 +295,6 @@ def layer_block(
     hidden: torch.Tensor, attention: AttentionArguments, feed_forward: FeedForwardArguments
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention_block`, then `feed_forward_block`: the hidden states and the probabilities; raises as they do."""
+    if not uses_triton(hidden):
+        return cpu_layer.layer_block(hidden, attention, feed_forward)
     return _run_layer(hidden, attention, feed_forward)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 
 from . import reference
-from .backend import check_same_device, uses_triton
+from .backend import check_same_device, is_traced, uses_triton
 from .bias_activation import _forward as activation_forward
 from .bias_activation import backward_in_place as activation_backward
 from .bias_activation import bias_activation
@@ -21,7 +21,7 @@ from .bias_activation import check as check_bias_activation
 from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums
 from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
-from .launch import cdiv, forbid_double_backward, is_traced, multiprocessors, register_op, wrap_triton
+from .launch import cdiv, forbid_double_backward, multiprocessors, register_op, wrap_triton
 from .tiles import PRODUCT_PROGRAMS, feed_forward_fits, feed_forward_tiles
 
 

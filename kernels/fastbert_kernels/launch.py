@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from triton.compiler import CompiledKernel
 
 from . import reference
-from .backend import INTERPRETED
+from .backend import INTERPRETED, is_watched
 
 #: Functions of one kernel, whose arguments are put in: what a launch is looked up by, and the launch.
 _LAUNCH = """
@@ -78,16 +77,6 @@ def _varies(parameter: Any) -> str:
 
 #: By the kernel's id: its hash is that of its source. No kernel is ever freed.
 _launchers: dict[int, _Launcher] = {}
-
-
-def is_traced() -> bool:
-    """Whether a compiler, a tracer or a functorch transform is to see what runs, and not only torch's dispatcher."""
-    return torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing()
-
-
-def is_watched() -> bool:
-    """Whether any of these, or a dispatch mode, is to see ops, and not what they are made of."""
-    return is_traced() or _len_torch_dispatch_stack() > 0
 
 
 def wrap_triton(kernel: Any) -> Any:

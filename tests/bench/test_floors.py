@@ -1,9 +1,13 @@
 """The floor of a model's run is the sum of what nobody can leave out."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import transformers
 
+from bench import floors
 from bench.floors import ADAMW_BYTES, Machine, floor
 from bench.static.limits import Cost
 from fastbert.benchmark.workloads import Workload
@@ -27,6 +31,18 @@ class Made(Machine):
 
 
 MACHINE = Made(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("used", "seconds"), [("oneDNN", 0.5), ("F.linear: oneDNN is switched off", 2.0)])
+def test_a_product_takes_the_fastest_library(monkeypatch: pytest.MonkeyPatch, used: str, seconds: float) -> None:
+    def timed(runs: dict[str, Any], *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        for run in runs.values():
+            run()
+        return {name: SimpleNamespace(median={"torch.mm": 2.0, "oneDNN": 0.5}[name]) for name in runs}
+
+    monkeypatch.setattr(floors, "interleaved", timed)
+    monkeypatch.setattr(floors, "describe_products", lambda dtype: used)
+    assert Machine(torch.device("cpu")).product(4, 6, 8, torch.float32) == seconds
 
 
 def test_a_call_takes_the_slower_of_its_products_and_its_bytes() -> None:

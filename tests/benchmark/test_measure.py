@@ -164,6 +164,9 @@ def test_training_leaves_the_next_workload_the_same_weights() -> None:
         ("fastbert-graphed", {"task": "finetune", "device": CUDA}, None),
         ("onnxruntime", {"task": "finetune"}, "does not train"),
         ("onnxruntime", {"dtype": torch.bfloat16}, "compared in float32 only"),
+        ("openvino", {"task": "backward"}, "does not train"),
+        ("compile-freezing", {"task": "finetune"}, "does not train"),
+        ("compile-freezing", {"dtype": torch.bfloat16}, None),
         ("eager", {"task": "backward", "attentions": True, "dtype": torch.bfloat16}, None),
     ],
 )
@@ -191,10 +194,12 @@ def test_unknown_peer_lists_the_known() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attentions", [False, True])
-def test_onnx_runtime_and_torch_compile_are_right(attentions: bool) -> None:
+def test_runtimes_of_graphs_and_torch_compile_are_right(attentions: bool) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    for name, row in rows(["fastbert", "compile", "onnxruntime"], attentions=attentions).items():
+    pytest.importorskip("openvino")
+    peers = ["fastbert", "compile", "compile-freezing", "onnxruntime", "openvino"]
+    for name, row in rows(peers, attentions=attentions).items():
         assert row.problem is None, name
         assert row.times is not None
 

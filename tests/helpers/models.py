@@ -1,5 +1,7 @@
 """Small models and batches the tests share."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,6 +54,17 @@ def ids(batch: int = 3, seq: int = 11, device: torch.device | str = "cpu") -> to
 def mask_of(lengths: list[int], seq: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """int64 (batch, seq), 1 at the first tokens of each row."""
     return (torch.arange(seq)[None, :] < torch.tensor(lengths)[:, None]).long().to(device)
+
+
+@contextlib.contextmanager
+def onednn_enabled(enabled: bool) -> Iterator[None]:
+    """Switch torch's use of oneDNN, without what `torch.backends.mkldnn.flags` warns of: GPUs that are not there."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def assert_close(

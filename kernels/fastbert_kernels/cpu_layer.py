@@ -1,0 +1,117 @@
+"""An encoder layer, or one of its two blocks, on a CPU: oneDNN's products around torch's own attention and norms.
+
+Gradients are those of the parts, each of which torch can differentiate any number of times.
+"""
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from . import reference
+from .attention import attention
+from .onednn import linear
+from .stacked import stacked
+
+if TYPE_CHECKING:
+    from .blocks import AttentionArguments, FeedForwardArguments
+
+#: Rows for each thread that go from the attention's result to the layer's at once: what lies between stays in the
+#: caches, in memory that is used again, and the products have few shapes, for each of which oneDNN compiles code.
+ROWS = 256
+
+#: Scores for each thread that attention in half precision computes at once, and so few that torch's own is faster.
+SCORES = 2**19
+FEW_SCORES = 2**15
+
+
+def _norm(x: torch.Tensor, residual: torch.Tensor, of: "AttentionArguments | FeedForwardArguments") -> torch.Tensor:
+    """LayerNorm(dropout(x @ weight^T + bias) + residual): x (rows, in), residual (rows, hidden)."""
+    if of.hidden_dropout_p > 0.0:
+        z = F.dropout(linear(x, of.weight, of.bias), of.hidden_dropout_p) + residual
+    else:
+        z = linear(x, of.weight, of.bias, residual=residual)
+    if of.norm_weight.dtype != z.dtype:
+        return reference.add_layer_norm(z, None, None, of.norm_weight, of.norm_bias, of.eps)
+    return F.layer_norm(z, z.shape[-1:], of.norm_weight, of.norm_bias, of.eps)
+
+
+def _feed_forward(x: torch.Tensor, of: "FeedForwardArguments") -> torch.Tensor:
+    """The feed-forward block on rows (rows, hidden)."""
+    return _norm(linear(x, of.up_weight, of.up_bias, of.activation), x, of)
+
+
+def _attend_run(qkv: torch.Tensor, length: int, scale: float) -> torch.Tensor:
+    """The context (tokens, heads, head_dim) of sequences of one length."""
+    of_sequence = qkv.shape[2] * length * length  # scores
+    few = qkv.shape[0] // length * of_sequence < FEW_SCORES and not qkv.requires_grad
+    if qkv.dtype != torch.float32 and not few:
+        tokens = length * max(1, SCORES * torch.get_num_threads() // of_sequence)
+        contexts = [_attend_in_parts(part, length, scale) for part in qkv.split(tokens)]
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+    q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
+    return reference.as_rows(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))
+
+
+def _attend_in_parts(qkv: torch.Tensor, length: int, scale: float) -> torch.Tensor:
+    """`_attend_run` in products of half precision, faster there than torch's fused attention: its backward pass, too,
+    which reads probabilities that are kept."""
+    _, _, heads, head_dim = qkv.shape
+    q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4).reshape(3, -1, length, head_dim)
+    scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0.0, alpha=scale)
+    context = torch.bmm(torch.softmax(scores, dim=-1), v)
+    return reference.as_rows(context.view(-1, heads, length, head_dim).transpose(1, 2))
+
+
+def _attend(hidden: torch.Tensor, of: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The context of rows (tokens, hidden), like them, and the maps if asked for."""
+    views = (of.qkv_weight,) if of.qkv_bias is None else (of.qkv_weight, of.qkv_bias)
+    weight, *bias = stacked(views, of.qkv_parameters)
+    qkv = linear(hidden, weight, bias[0] if bias else None)
+    qkv = qkv.view(-1, 3, of.heads, qkv.shape[-1] // (3 * of.heads))
+    probs, packed = None, of.cu_seqlens
+    if of.mask is not None or of.head_mask is not None or of.probs_seq is not None or of.dropout_p > 0.0:
+        context, probs = attention(
+            qkv, packed, of.max_seqlen, bias=of.mask, head_mask=of.head_mask, scale=of.scale, dropout_p=of.dropout_p,
+            probs_seq=of.probs_seq, columns=of.columns, order=of.order,
+        )  # fmt: skip
+    elif packed is None:
+        context = _attend_run(qkv, of.max_seqlen, of.scale)
+    else:
+        # Neighbours of one length together.
+        runs = [(length, len([*run])) for length, run in itertools.groupby(packed.diff().tolist()) if length > 0]
+        parts = qkv.split([length * count for length, count in runs])
+        contexts = [_attend_run(part, length, of.scale) for part, (length, _) in zip(parts, runs, strict=True)]
+        context = torch.cat(contexts or [qkv[:, 2]])
+    return context.flatten(1), probs
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def attention_block(hidden: torch.Tensor, of: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`blocks.attention_block` on a CPU."""
+    x = _rows(hidden)
+    context, probs = _attend(x, of)
+    return _norm(context, x, of).view(hidden.shape), probs
+
+
+def feed_forward_block(hidden: torch.Tensor, of: "FeedForwardArguments") -> torch.Tensor:
+    """`blocks.feed_forward_block` on a CPU."""
+    return _feed_forward(_rows(hidden), of).view(hidden.shape)
+
+
+def layer_block(
+    hidden: torch.Tensor, first: "AttentionArguments", second: "FeedForwardArguments"
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`blocks.layer_block` on a CPU."""
+    x = _rows(hidden)
+    context, probs = _attend(x, first)
+    rows = ROWS * torch.get_num_threads()
+    if torch.is_grad_enabled() or x.shape[0] <= rows:  # what lies between is kept for the backward pass anyway
+        return _feed_forward(_norm(context, x, first), second).view(hidden.shape), probs
+    pairs = zip(context.split(rows), x.split(rows), strict=True)
+    y = torch.cat([_feed_forward(_norm(part, residual, first), second) for part, residual in pairs])
+    return y.view(hidden.shape), probs

@@ -1,0 +1,154 @@
+"""Products of a linear layer on a CPU, by oneDNN with bias, activation and residual inside.
+
+torch's `F.linear` takes float32 to MKL, which on AMD processors runs at as little as half of what oneDNN gives. The op
+used here is the one that torch's own compiler emits, and takes weights as they are, so that no second copy of one can
+go stale. It is private to torch: its presence and its results are checked once, at the first use of each dtype, against
+`F.linear`, which runs where the check fails, where torch's use of oneDNN is switched off, and where a compiler, a
+transform or a mode is to see the ops.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import reference
+from .backend import is_watched
+
+#: Activation -> its name and its algorithm in oneDNN; "none" is no activation.
+_POINTWISE = {
+    "none": ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+}
+
+#: How far results may be from `F.linear`'s, relative to the largest: rounding, but not another formula.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def _call(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """`linear` by oneDNN: x (rows, in), residual (rows, out)."""
+    if residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    name, algorithm = _POINTWISE[activation]
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, name, [], algorithm)
+
+
+def _plain(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """`linear` by `F.linear`."""
+    y = F.linear(x, weight, bias)
+    if activation != "none":
+        return reference.bias_activation(y, None, activation)
+    return y if residual is None else y + residual
+
+
+@functools.cache
+def why_not(dtype: torch.dtype) -> str | None:
+    """Why products of this dtype are not oneDNN's, whatever is switched off; None where they are."""
+    if dtype not in _TOLERANCE:
+        return f"oneDNN is not used for {dtype}"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    try:
+        # Elsewhere oneDNN's own emulation is slower than torch's.
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "oneDNN has no bfloat16 on this processor"
+        if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            return "oneDNN has no float16 on this processor"
+        return _first_wrong(dtype)
+    except (AttributeError, RuntimeError, TypeError) as error:  # the op is gone, takes other arguments or refuses these
+        return f"torch's op for it fails: {str(error).splitlines()[0]}"
+
+
+def _first_wrong(dtype: torch.dtype) -> str | None:
+    """The first kind of product whose result differs from `F.linear`'s."""
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        # No random numbers: torch's generator is its user's.
+        x, weight, bias, residual = (
+            torch.arange(rows * columns).mul(step).sin().view(rows, columns).to(dtype)
+            for rows, columns, step in ((24, 40, 0.7), (56, 40, 0.9), (1, 56, 1.1), (24, 56, 1.3))
+        )
+        kinds = [(name, None) for name in _POINTWISE] + [("none", residual)]
+        for weights in (weight, weight.t().contiguous().t()):
+            for activation, added in kinds:
+                want = _plain(x, weights, bias[0], activation, added)
+                error = (_call(x, weights, bias[0], activation, added) - want).abs().max()
+                if not error <= _TOLERANCE[dtype] * want.abs().max():
+                    return f"torch's op for it errs by {error.item():.1e} in {activation if added is None else 'add'}"
+    return None
+
+
+def describe_products(dtype: torch.dtype) -> str:
+    """What the products of linear layers of this dtype are taken by on a CPU, for people."""
+    if not torch._C._get_mkldnn_enabled():
+        return "F.linear: torch.backends.mkldnn is switched off"
+    reason = why_not(dtype)
+    return "oneDNN" if reason is None else f"F.linear: {reason}"
+
+
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """f(x @ weight^T + bias) + residual, without autograd, rounded once at the end where oneDNN runs.
+
+    Args:
+        x: (rows, in), of a dtype and a device that the other tensors share.
+        weight: (out, in), of any strides.
+        bias: (out,).
+        activation: f, as in `bias_gelu.bias_activation`; or "none".
+        residual: (rows, out), and then no activation.
+
+    Returns:
+        (rows, out).
+    """
+    fits = x.dtype == weight.dtype and x.numel() > 0 and weight.numel() > 0
+    if fits and torch._C._get_mkldnn_enabled() and why_not(x.dtype) is None and not is_watched():
+        return _call(x, weight, bias, activation, residual)
+    return _plain(x, weight, bias, activation, residual)
+
+
+class _Linear(torch.autograd.Function):
+    """x @ weight^T + bias + residual. Its backward pass is made of itself, so that it may be differentiated again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias, residual=residual)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad
+        dx = linear(dy, weight.t()) if needs_x else None
+        dweight = None
+        if needs_weight:
+            # oneDNN lays out transposed factors anew: worth it where torch's own product is MKL's.
+            dweight = linear(dy.t(), x.t()) if dy.dtype == torch.float32 else dy.t() @ x
+        return dx, dweight, dy.sum(0) if needs_bias else None, dy if needs_residual else None
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`product`, differentiable."""
+    if not torch.is_grad_enabled():
+        return product(x, weight, bias, activation, residual)
+    y = _Linear.apply(x, weight, bias, residual)
+    return y if activation == "none" else reference.bias_activation(y, None, activation)

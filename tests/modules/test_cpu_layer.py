@@ -1,0 +1,311 @@
+"""Layers on a CPU, by oneDNN's products, against the definition, and against what changes under them."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import assert_close, ids, mask_of, onednn_enabled, pair, randomize, tiny_config
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import fastbert
+from fastbert_kernels import backend, cpu_layer, runs_as_block
+
+LENGTHS = {"full": [11, 11, 11], "ragged": [11, 4, 7], "some alike": [5, 5, 9]}
+
+
+@pytest.fixture(autouse=True)
+def _by_device() -> Iterator[None]:
+    with backend("auto"):
+        yield
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each layer that ran as one."""
+    seen: list[int] = []
+    run = cpu_layer.layer_block
+
+    def counted(hidden: torch.Tensor, *records: Any) -> Any:
+        seen.append(hidden[..., 0].numel())
+        return run(hidden, *records)
+
+    monkeypatch.setattr(cpu_layer, "layer_block", counted)
+    return seen
+
+
+def run(model: Any, lengths: list[int], **keywords: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The tokens' last hidden states without gradients and with them, and the gradients of a fixed projection."""
+    generator = torch.Generator().manual_seed(5)
+    seq = max(lengths)
+    x = torch.randint(1, 60, (len(lengths), seq), generator=generator)
+    mask = mask_of(lengths, seq)
+    with torch.no_grad():
+        quiet = model(x, mask, **keywords).last_hidden_state[mask.bool()]
+    y = model(x, mask, **keywords).last_hidden_state[mask.bool()]
+    parameters = dict(model.encoder.named_parameters())
+    loss = (y * torch.randn(y.shape, generator=generator).to(y)).sum()
+    grads = torch.autograd.grad(loss, list(parameters.values()))
+    return quiet, y.detach(), dict(zip(parameters, grads, strict=True))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("with_onednn", [True, False])
+def test_equals_hugging_face(layers: list[int], lengths: list[int], packing: bool, with_onednn: bool) -> None:
+    plain, fused = pair()
+    fused.packing = packing
+    want = run(plain, lengths)
+    with onednn_enabled(with_onednn):
+        got = run(fused, lengths)
+    assert layers == [sum(lengths) if packing else 3 * max(lengths)] * 4
+    assert_close(got[0], want[0])
+    assert_close(got[1], want[1])
+    for name, gradient in got[2].items():
+        assert_close(gradient, want[2][name], atol=2e-5 * max(1.0, want[2][name].abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("with_onednn", [True, False])
+def test_errs_no_more_than_hugging_face_in_half_precision(
+    layers: list[int], dtype: torch.dtype, lengths: list[int], with_onednn: bool
+) -> None:
+    plain, fused = pair()
+    fused.packing = True
+    exact = run(copy.deepcopy(plain).double(), lengths)
+    theirs = run(plain.to(dtype), lengths)
+    with onednn_enabled(with_onednn):
+        ours = run(fused.to(dtype), lengths)
+    assert len(layers) == 4
+    for i in range(2):
+        assert (ours[i] - exact[i]).norm() <= 1.1 * (theirs[i] - exact[i]).norm()
+    for name, gradient in ours[2].items():
+        if not name.endswith("key.bias"):  # zero but for rounding
+            error, bound = ((g.double() - exact[2][name]).norm() for g in (gradient, theirs[2][name]))
+            assert error < 2 * bound + 1e-5, name
+
+
+def test_rows_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fused = pair()
+    x, mask = ids(), mask_of([11, 4, 7], 11)
+    with torch.no_grad():
+        want = fused(x, mask, packing=True).last_hidden_state
+        monkeypatch.setattr(cpu_layer, "ROWS", 5)
+        assert_close(fused(x, mask, packing=True).last_hidden_state, want)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_maps_head_masks_and_wide_masks(layers: list[int], maps: bool) -> None:
+    _, fused = pair()
+    x, wide = ids(), torch.rand(3, 1, 11, 11) < 0.7
+    keywords = {"output_attentions": maps, "head_mask": torch.rand(2, 4)}
+    got = fused(x, wide, **keywords)
+    with backend("torch"):
+        want = fused(x, wide, **keywords)
+    assert layers == [33, 33]
+    assert_close(got.last_hidden_state, want.last_hidden_state)
+    for ours, theirs in zip(got.attentions or (), want.attentions or (), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_dropout_keeps_the_mean_and_follows_torchs_seed(layers: list[int]) -> None:
+    _, fused = pair(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
+    fused.train()
+    x, mask = ids(), mask_of([11, 4, 7], 11)
+
+    def drawn(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return fused(x, mask, packing=True).last_hidden_state
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+    assert len(layers) == 8
+
+
+def test_gradients_of_gradients(layers: list[int]) -> None:
+    plain, fused = pair()
+    x, mask = ids(), mask_of([11, 4, 7], 11)
+
+    def second(model: Any) -> tuple[torch.Tensor, ...]:
+        vectors = model.embeddings.word_embeddings(x).detach().requires_grad_()
+        y = model(inputs_embeds=vectors, attention_mask=mask).last_hidden_state[mask.bool()]
+        (slope,) = torch.autograd.grad(y.square().sum(), vectors, create_graph=True)
+        weights = [p for name, p in model.encoder.named_parameters() if name.endswith("weight")]
+        return torch.autograd.grad(slope.square().sum(), weights)
+
+    # torch's fused attention has no second derivative, as in Hugging Face's sdpa; attention with maps has one.
+    plain.config.output_attentions = fused.config.output_attentions = True
+    for got, want in zip(second(fused), second(plain), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+    assert layers == [22, 22]
+
+
+def watched_by_a_mode(x: torch.Tensor) -> bool:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        return runs_as_block(x)
+
+
+def under_autocast(x: torch.Tensor) -> bool:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return runs_as_block(x)
+
+
+def in_forward_mode(x: torch.Tensor) -> bool:
+    with torch.autograd.forward_ad.dual_level():
+        return runs_as_block(x)
+
+
+def in_a_transform(x: torch.Tensor) -> bool:
+    seen = []
+    torch.func.vmap(lambda y: seen.append(runs_as_block(x)) or y)(x)
+    return seen[0]
+
+
+def by_the_definition(x: torch.Tensor) -> bool:
+    with backend("torch"):
+        return runs_as_block(x)
+
+
+def in_float64(x: torch.Tensor) -> bool:
+    return runs_as_block(x.double())
+
+
+@pytest.mark.parametrize(
+    "where", [watched_by_a_mode, under_autocast, in_forward_mode, in_a_transform, by_the_definition, in_float64]
+)
+def test_the_definition_runs(where: Callable[[torch.Tensor], bool]) -> None:
+    x = torch.zeros(2, 3)
+    assert runs_as_block(x)
+    assert not where(x)
+
+
+def _added(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.add_(0.1)
+
+
+def _copied(weight: nn.Parameter) -> None:
+    weight.data.copy_(weight.data * 0.9)
+
+
+def _replaced_data(weight: nn.Parameter) -> None:
+    weight.data = weight.data * 0.9
+
+
+def _by_numpy(weight: nn.Parameter) -> None:
+    weight.detach().numpy()[0] *= 0.5
+
+
+def _by_optimizer(weight: nn.Parameter) -> None:
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.1).step()
+    weight.grad = None
+
+
+def _by_init(weight: nn.Parameter) -> None:
+    nn.init.normal_(weight)
+
+
+CHANGES = {f.__name__[1:]: f for f in (_added, _copied, _replaced_data, _by_numpy, _by_optimizer, _by_init)}
+
+
+@pytest.mark.parametrize("how", [*CHANGES, "loaded", "new parameter"])
+@pytest.mark.parametrize("projection", ["attention.self.key", "attention.output.dense", "intermediate.dense"])
+def test_outputs_follow_changed_weights(how: str, projection: str) -> None:
+    plain, fused = pair()
+    x = ids()
+    with torch.no_grad():
+        before = fused(x).last_hidden_state
+        module = fused.encoder.layer[0].get_submodule(projection)
+        with torch.enable_grad():
+            if how == "loaded":
+                other, _ = pair()
+                fused.load_state_dict(other.state_dict())
+            elif how == "new parameter":
+                module.weight = nn.Parameter(module.weight.detach() * 0.9)
+            else:
+                CHANGES[how](module.weight)
+        plain.load_state_dict(fused.state_dict())
+        after = fused(x).last_hidden_state
+        assert not torch.equal(after, before)
+        assert_close(after, plain(x).last_hidden_state)
+
+
+def test_threads_may_share_a_model() -> None:
+    _, fused = pair()
+    batches = [ids(2, seq) for seq in range(3, 15)]
+    with torch.no_grad():
+        want = [fused(x).last_hidden_state for x in batches]
+    got: dict[int, torch.Tensor] = {}
+
+    def work(start: int) -> None:
+        with torch.no_grad():  # a thread's own
+            for i in range(start, len(batches), 4):
+                got[i] = fused(batches[i]).last_hidden_state
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == len(batches)
+    for i, y in got.items():
+        assert_close(y, want[i])
+
+
+def test_any_number_of_threads_inside() -> None:
+    _, fused = pair()
+    x, before = ids(), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                results.append(fused(x).last_hidden_state)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    for y in results[1:]:
+        assert_close(y, results[0])
+
+
+class Encoded(Dataset[torch.Tensor]):
+    """Batches, encoded where they are asked for."""
+
+    def __init__(self, model: fastbert.BertModel, batches: list[torch.Tensor]) -> None:
+        self.model, self.batches = model, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @torch.no_grad()
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.model(self.batches[i]).last_hidden_state
+
+
+def test_a_data_loaders_workers_may_run_a_model() -> None:
+    _, fused = pair()
+    data = Encoded(fused, [ids() for _ in range(4)])
+    want = [data[i] for i in range(4)]  # in this process first, whose threads a worker does not have
+    for got, y in zip(DataLoader(data, batch_size=None, num_workers=2, timeout=60), want, strict=True):
+        assert_close(got, y)
+
+
+def test_runs_on_weights_of_a_norm_of_their_own_dtype(layers: list[int]) -> None:
+    model = fastbert.BertModel(tiny_config()).eval()
+    randomize(model)
+    model.to(torch.bfloat16)
+    for layer in model.encoder.layer:
+        layer.output.LayerNorm.float()
+    x = ids()
+    got = model(x).last_hidden_state
+    with backend("torch"):
+        want = model(x).last_hidden_state
+    assert layers == [33, 33]
+    assert (got - want).abs().max() < 0.1
