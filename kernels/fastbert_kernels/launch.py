@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
-from triton.compiler import CompiledKernel
 
 from . import reference
 from .backend import INTERPRETED
+from .language import MISSING, triton
 
 #: Functions of one kernel, whose arguments are put in: what a launch is looked up by, and the launch.
 _LAUNCH = """
@@ -35,7 +35,7 @@ class _Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+        self.compiled: dict[tuple[Any, ...], Any] = {}
         names = [p.name for p in kernel.params]
         self.functions: dict[str, Any] = {
             "find": self.compiled.get,
@@ -60,7 +60,7 @@ class _Launcher:
         with guard:
             compiled = self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
         # Not on HIP, for which Triton compiles by the sizes of tensors, too.
-        if type(compiled) is CompiledKernel and not torch.version.hip:
+        if type(compiled) is triton.compiler.CompiledKernel and not torch.version.hip:
             self.compiled[self.functions["key"](**arguments)] = compiled
 
 
@@ -133,7 +133,8 @@ class Op:
     """
 
     def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        register: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+        opaque = INTERPRETED or MISSING is not None
+        register: Any = torch.library.custom_op if opaque else torch.library.triton_op
         self.name = name
         self.fn = self.recorded = fn
         self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=())
