@@ -2,24 +2,26 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CHECKPOINT := .cache/minilm
+CONSTRAINTS ?= constraints.txt
 DEMO := demo-output
 
-# The version of torch in constraints.txt; the pip cache keeps a second environment cheap.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The version of torch in the constraints; the pip cache keeps a second environment cheap.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-all lint bench bench-static bench-dev bench-report clean
+.PHONY: help demo test test-all test-oldest lint bench bench-static bench-dev bench-report clean
 
 help:
 	@echo "make demo          a real checkpoint through the fused encoder, checked against Hugging Face and timed"
 	@echo "make test          the tests"
-	@echo "make test-all      the tests, the expensive sweeps, and the libraries around"
+	@echo "make test-all      the tests, the expensive sweeps, and the libraries around; then test-oldest"
+	@echo "make test-oldest   the tests with the oldest transformers that is allowed, in an environment of its own"
 	@echo "make lint          ruff, mypy and the order of imports"
 	@echo "make bench         models on this CPU against the peers people use, interleaved"
 	@echo "make bench-static  what the kernels compile to on four GPUs beside their floors; needs no GPU"
 	@echo "make bench-dev     models and ops, compared with the time they took before"
 	@echo "make bench-report  tables, pictures and README's figures from bench/results"
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[test,plot,lint]'
 	@touch $@
@@ -53,6 +55,10 @@ test: $(VENV)/.installed $(CHECKPOINT)/config.json
 
 test-all: $(VENV)/.installed-integrations $(CHECKPOINT)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
+	$(MAKE) test-oldest
+
+test-oldest:
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -74,4 +80,4 @@ bench-report: $(VENV)/.installed
 	$(BIN)/python -m bench.report
 
 clean:
-	rm -rf $(VENV) .cache $(DEMO) bench-output
+	rm -rf $(VENV) $(VENV)-oldest .cache $(DEMO) bench-output

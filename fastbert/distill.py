@@ -23,6 +23,7 @@ from fastbert_kernels import relation_loss
 from fastbert_kernels.backend import check_mode, check_same_device
 from fastbert_kernels.relation import MAX_RELATION_DIM
 
+from .batch.prefix import either
 from .families import MODELS
 from .modules.attention import FusedSelfAttention, attends_fused
 from .modules.model import EncoderModel
@@ -88,7 +89,7 @@ def capture(model: nn.Module, layers: Sequence[int] = (-1,)) -> Iterator[list[Pr
     Raises:
         ValueError: on entry, for a model with no or several `BertModel`s, a layer that it does not have or whose
             attention is not fused; in the forward pass, for a batch whose padding was not dropped, a mask of more than
-            two dimensions, past_key_values, and reentrant gradient checkpointing, which detaches the projections.
+            two dimensions, a cache, and reentrant gradient checkpointing, which detaches the projections.
         RuntimeError: on entry, inside another `capture` of the model; on leaving, when no forward pass was made.
     """
     bert = _only_bert(model)
@@ -99,8 +100,8 @@ def capture(model: nn.Module, layers: Sequence[int] = (-1,)) -> Iterator[list[Pr
     found: list[Projections] = []
 
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("capture knows no past_key_values: leave them out, or distil the model without its prefix")
+        if either(kwargs.get("cache"), kwargs.get("past_key_values")) is not None:
+            raise ValueError("capture knows no cache: leave it out, or distil the model without its prefix")
         _refuse_detached(bert)
         seen.clear()
 

@@ -358,7 +358,7 @@ def test_batches_that_cannot_be_captured() -> None:
     bert.packing = False
     with pytest.raises(ValueError, match=message), capture(bert):
         bert(ids(), attention_mask=mask)
-    with pytest.raises(ValueError, match="knows no past_key_values"), capture(bert):
+    with pytest.raises(ValueError, match="knows no cache"), capture(bert):
         bert(ids(), past_key_values=transformers.DynamicCache())
 
 

@@ -2,3 +2,7 @@
 
 Needs no GPU: `python -m bench.static`, or `make bench-static`.
 """
+
+from fastbert_kernels.backend import require_triton
+
+require_triton("bench.static")

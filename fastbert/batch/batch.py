@@ -39,7 +39,7 @@ class Inputs:
     position_ids: torch.Tensor | None = None
     inputs_embeds: torch.Tensor | None = None
     head_mask: torch.Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
     packed: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -176,11 +176,11 @@ def check_in(inputs: Inputs, shape: EncoderShape, padding: Padding, reads_first:
     """
     words = _exactly_one(inputs.input_ids, inputs.inputs_embeds, shape.name)
     batch, seq = words.shape[:2]
-    before = prefix_length(inputs.past_key_values, shape.layers) or 0
+    before = prefix_length(inputs.cache, shape.layers) or 0
     check_same_device(
         shape.name, model=shape.weight, inputs=words, attention_mask=inputs.attention_mask,
         token_type_ids=inputs.token_type_ids, position_ids=inputs.position_ids, head_mask=inputs.head_mask,
-        past_key_values=inputs.past_key_values.layers[0].keys if before else None,
+        cache=inputs.cache.layers[0].keys if before else None,
     )  # fmt: skip
     embeddings = {
         "input_ids": inputs.input_ids,
@@ -197,7 +197,7 @@ def check_in(inputs: Inputs, shape: EncoderShape, padding: Padding, reads_first:
         embeddings = {name: value if value is None else layout.pack(value) for name, value in embeddings.items()}
     prefix = None
     if before:
-        prefix = place_prefix(inputs.past_key_values, layout, shape.heads, shape.head_dim)
+        prefix = place_prefix(inputs.cache, layout, shape.heads, shape.head_dim)
         bias = None if bias is None else prefix.widen(bias)
     return Batch(
         layout,
@@ -255,7 +255,7 @@ def _lay_callers(
 ) -> Layout:
     """The layout of a batch that its caller packed; its positions restart with each sequence."""
     if before:
-        raise ValueError("a packed batch takes no past_key_values: pass a padded one, or leave them out")
+        raise ValueError("a packed batch takes no cache: pass a padded one, or leave it out")
     layout = _callers_layout(inputs.packed, words, inputs.attention_mask)
     if embeddings["position_ids"] is None:
         _check_length(layout.seq, shape.longest)

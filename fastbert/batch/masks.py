@@ -14,7 +14,7 @@ def token_mask(mask: torch.Tensor, batch: int, seq: int) -> torch.Tensor:
     if mask.shape != (batch, seq):
         raise ValueError(
             f"attention_mask must have shape (batch, seq) = ({batch}, {seq}) like the input, the prefix in "
-            f"past_key_values counted in, or be 3-D or 4-D, got {tuple(mask.shape)}"
+            f"a cache counted in, or be 3-D or 4-D, got {tuple(mask.shape)}"
         )
     if mask.is_floating_point() and torch.compiler.is_compiling():
         torch._assert_async(((mask == 0) | (mask == 1)).all(), "a 2-D attention_mask holds only 0 and 1")

@@ -4,27 +4,40 @@ The attention kernel has as many queries as keys. So a prefix becomes extra toke
 of each sequence and with queries of zero; what they would attend to is dropped.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from fastbert_kernels.attention_map import HandOut, handed_out, in_graph
 
 from .layout import Layout
 from .records import Movable
 
+#: What a call and an output of Hugging Face's name the cache: transformers 5.24 renamed it.
+CACHE = next(
+    field.name
+    for field in fields(BaseModelOutputWithPoolingAndCrossAttentions)
+    if field.name in ("cache", "past_key_values")
+)
 
-def prefix_length(past_key_values: Any, layers: int) -> int | None:
+
+def either(cache: Any, past_key_values: Any) -> Any:
+    """The cache of a call that may name it either way; of two the newer name's, as in transformers 5.24."""
+    return past_key_values if cache is None else cache
+
+
+def prefix_length(cache: Any, layers: int) -> int | None:
     """How many positions each layer's prefix has; None where a cache holds anything else than one prefix a layer."""
-    if type(past_key_values) is not DynamicCache or len(past_key_values.layers) != layers:
+    if type(cache) is not DynamicCache or len(cache.layers) != layers:
         return None
-    if any(type(layer) is not DynamicLayer or layer.keys is None for layer in past_key_values.layers):
+    if any(type(layer) is not DynamicLayer or layer.keys is None for layer in cache.layers):
         return None
-    lengths = {layer.get_seq_length() for layer in past_key_values.layers}
+    lengths = {layer.get_seq_length() for layer in cache.layers}
     return lengths.pop() if len(lengths) == 1 and lengths != {0} else None
 
 
@@ -71,13 +84,13 @@ class Prefix(Movable):
         return bias if bias.shape[2] == 1 else F.pad(bias, (0, 0, self.length, 0))
 
 
-def place_prefix(past_key_values: DynamicCache, layout: Layout, heads: int, head_dim: int) -> Prefix:
+def place_prefix(cache: DynamicCache, layout: Layout, heads: int, head_dim: int) -> Prefix:
     """The prefixes in a cache before the sequences of a batch.
 
     Raises:
         ValueError: for a prefix of another batch or another model; both shapes are named.
     """
-    pairs = [(layer.keys, layer.values) for layer in past_key_values.layers]
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
     length = pairs[0][0].shape[-2]
     wanted = (layout.batch, heads, length, head_dim)
     for i, pair in enumerate(pairs):

@@ -151,6 +151,8 @@ def choose_interpreter(backend: str, device: str | None) -> None:
     """Turn on Triton's interpreter where the triton backend is asked for on a CPU."""
     if backend != "triton":
         return
+    if importlib.util.find_spec("triton") is None:
+        fail("--backend triton needs Triton, which is not installed here; plain PyTorch runs without it")
     import torch
 
     on_cpu = device.startswith("cpu") if device else not torch.cuda.is_available()

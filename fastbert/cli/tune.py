@@ -124,12 +124,15 @@ def _gpu(device: str | None) -> "torch.device":
     import torch
 
     from fastbert.inputs import parse_device
+    from fastbert_kernels.backend import why_no_kernels
 
     if not torch.cuda.is_available():
         fail("tune measures on a GPU, and torch sees none here: the shipped tiles stay in force")
     found = parse_device(device or "cuda")
     if found.type != "cuda":
         fail(f"tune measures on a GPU, not on {device!r}: name one, such as cuda:0")
+    if reason := why_no_kernels(found.index or 0):
+        fail(f"tune measures kernels, and none run here: {reason}")
     torch.cuda.set_device(found.index or 0)
     return torch.device("cuda", found.index or 0)
 

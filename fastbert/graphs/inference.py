@@ -72,7 +72,7 @@ class Graphed(Replayed):
         self._reached = True
         if torch.compiler.is_compiling():
             return False
-        asked = {name: getattr(inputs, name) for name in ("inputs_embeds", "head_mask", "past_key_values")}
+        asked = {name: getattr(inputs, name) for name in ("inputs_embeds", "head_mask", "cache")}
         asked |= {"output_attentions": outputs.wants_maps or None, "output_hidden_states": outputs.wants_states or None}
         named = [name for name, value in (asked | dict(inputs.packed)).items() if value is not None]
         reason = self._why_not_here()
@@ -172,7 +172,7 @@ def graphed(model: nn.Module, tokens: Iterable[int] = TOKENS, max_sequences: int
 
     The model's own path is taken, and the reason logged once and counted in `plain`, where gradients or autocast are
     on, in training mode, for a batch over the largest bucket, for anything asked for but `last_hidden_state`, pooler
-    and head, for masks of more than two dimensions, `inputs_embeds`, `head_mask`, `past_key_values` and batches that
+    and head, for masks of more than two dimensions, `inputs_embeds`, `head_mask`, a cache and batches that
     the caller packed, and while not every part is fused or a module inside is hooked.
 
     Args:

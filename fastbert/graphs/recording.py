@@ -15,7 +15,7 @@ from fastbert.modules.attention import FusedSelfAttention
 from fastbert.modules.look import forget
 from fastbert.modules.model import EncoderModel
 from fastbert.notices import warn_once
-from fastbert_kernels.backend import check_mode, get_backend
+from fastbert_kernels.backend import check_mode, get_backend, why_no_kernels
 
 from .buckets import Arrays, make_buckets
 
@@ -146,7 +146,10 @@ def why_not_here(device: torch.device) -> str | None:
         return "the call is being captured"
     if check_mode():
         return "FASTBERT_CHECK=1 makes the GPU wait"
-    return "FASTBERT_BACKEND=torch makes the GPU wait" if get_backend() == "torch" else None
+    if get_backend() == "torch":
+        return "FASTBERT_BACKEND=torch makes the GPU wait"
+    reason = why_no_kernels(device.index or 0)
+    return None if reason is None else f"plain PyTorch makes the GPU wait: {reason}"
 
 
 def find_bert(model: nn.Module) -> EncoderModel:

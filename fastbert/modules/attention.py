@@ -8,7 +8,7 @@ from torch import nn
 
 from fastbert.batch.attend import Attend
 from fastbert.batch.first_tokens import FirstTokens
-from fastbert.batch.prefix import Prefix
+from fastbert.batch.prefix import Prefix, either
 from fastbert_kernels import attention
 from fastbert_kernels.attention import MAX_HEAD_DIM
 from fastbert_kernels.attention_map import HandOut, handed_out
@@ -153,11 +153,12 @@ class FusedSelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         *,
         attend: Attend | None = None,
         head_mask: torch.Tensor | None = None,
         map_slot: MapSlot | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of each sequence with itself.
@@ -174,9 +175,9 @@ class FusedSelfAttention(nn.Module):
             map_seq), else None.
         """
         attend = attend_from(attend, kwargs)
-        reason = self.unfused_reason()
-        if reason is None and past_key_values is not None:
-            reason = "past_key_values is Hugging Face's own path"
+        reason, cache = self.unfused_reason(), either(cache, past_key_values)
+        if reason is None and cache is not None:
+            reason = "a cache is Hugging Face's own path"
         if reason is not None:
             leave(self, reason)
             if attend.cu_seqlens is not None or head_mask is not None:
@@ -185,7 +186,7 @@ class FusedSelfAttention(nn.Module):
                     "and leave head_mask out"
                 )
             attention_mask = mask_like(attention_mask, hidden_states)
-            context, probs = super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+            context, probs = super().forward(hidden_states, attention_mask, cache, **kwargs)
             leave_foreign_map(map_slot, probs)
             return context, probs
         if attend.first is not None:

@@ -81,14 +81,19 @@ class FusedEmbeddings(nn.Module):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values_length: int = 0,
+        cache_length: int = 0,
         seed: torch.Tensor | None = None,
+        past_key_values_length: int = 0,
     ) -> torch.Tensor:
-        """Embed (batch, seq) ids, or (batch, seq, hidden) vectors: (batch, seq, hidden)."""
+        """Embed (batch, seq) ids, or (batch, seq, hidden) vectors: (batch, seq, hidden).
+
+        Positions start at `cache_length`, before transformers 5.24 `past_key_values_length`.
+        """
+        cache_length = cache_length or past_key_values_length
         reason = self.unfused_reason()
         if reason is not None:
             leave(self, reason)
-            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, cache_length)
         if inputs_embeds is None and input_ids is None:
             raise ValueError("the embeddings need input_ids or inputs_embeds, got neither")
         if inputs_embeds is None and not is_plain_embedding(self.word_embeddings):
@@ -97,7 +102,7 @@ class FusedEmbeddings(nn.Module):
         words: Any = input_ids if inputs_embeds is None else inputs_embeds
         batch, seq = words.shape[:2]
         if position_ids is None:
-            position_ids = self.positions(words, past_key_values_length)
+            position_ids = self.positions(words, cache_length)
         if token_type_ids is None:
             token_type_ids = self.token_types(position_ids)
         if token_type_ids is None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastbert.batch.attend import Attend
+from fastbert.batch.prefix import CACHE, either
 from fastbert_kernels import (
     AttentionArguments,
     FeedForwardArguments,
@@ -96,20 +97,24 @@ class FusedAttention(nn.Module):
         attend: Attend | None = None,
         head_mask: torch.Tensor | None = None,
         map_slot: MapSlot | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's hidden states and its map or None; the arguments are those of `FusedSelfAttention.forward`."""
+        cache = either(cache, past_key_values)
         if self.is_cross_attention or args or is_patched(self):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            named = {} if cache is None else {CACHE: cache}
+            return super().forward(hidden_states, attention_mask, *args, **named, **kwargs)
         attend = attend_from(attend, kwargs)
         if not takes_ours(self.self):
             _refuse_packed(self.self, attend, head_mask)
             context, probs = self.self(
-                hidden_states, attention_mask=mask_like(attention_mask, hidden_states), past_key_values=None, **kwargs
+                hidden_states, attention_mask=mask_like(attention_mask, hidden_states), **{CACHE: cache}, **kwargs
             )
             leave_foreign_map(map_slot, probs)
             return call_output(self.output, context, hidden_states, attend.seed), probs
-        if _attends_as_block(hidden_states, attend) and kwargs.get("past_key_values") is None:
+        if _attends_as_block(hidden_states, attend) and cache is None:
             block = block_arguments(self.self, self.output)
             if block is not None:
                 wanted, hand_out = wants_map(map_slot, kwargs), hand_out_of(map_slot)
@@ -120,7 +125,7 @@ class FusedAttention(nn.Module):
                 leave_map(map_slot, probs)
                 return hidden, probs
         context, probs = self.self(
-            hidden_states, attention_mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
+            hidden_states, attention_mask, cache, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
         )
         residual = hidden_states if attend.first is None else attend.first.take(hidden_states)
         return call_output(self.output, context, residual, attend.seed), probs
@@ -143,22 +148,24 @@ class FusedLayer(nn.Module):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         *,
         attend: Attend | None = None,
         head_mask: torch.Tensor | None = None,
         map_slot: MapSlot | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """One layer on (batch, seq, hidden), or packed (1, tokens, hidden). The other arguments are those of
         `FusedSelfAttention.forward`; a decoder's go to Hugging Face's own."""
-        if self.is_decoder or past_key_values is not None or is_patched(self):
+        cache = either(cache, past_key_values)
+        if self.is_decoder or cache is not None or is_patched(self):
             return super().forward(
                 hidden_states,
                 attention_mask,
                 encoder_hidden_states,
                 encoder_attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
         attend = attend_from(attend, kwargs)
@@ -180,7 +187,7 @@ class FusedLayer(nn.Module):
         else:
             _refuse_packed(self.attention, attend, head_mask)
             attended, probs = self.attention(
-                hidden_states, mask_like(attention_mask, hidden_states), past_key_values=None, **kwargs
+                hidden_states, mask_like(attention_mask, hidden_states), **{CACHE: None}, **kwargs
             )
             leave_foreign_map(map_slot, probs)
         return self._feed_forward(attended, attend.seed)

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from fastbert.batch.batch import PACKED_KEYWORDS, Batch, EncoderShape, Inputs, Padding, check_in
 from fastbert.batch.first_tokens import READ_ROWS
-from fastbert.batch.prefix import prefix_length
+from fastbert.batch.prefix import CACHE, either, prefix_length
 from fastbert.notices import say_once, warn_once
 from fastbert_kernels import uses_triton
 
@@ -127,12 +127,13 @@ class EncoderModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = None,
         head_mask: torch.Tensor | None = None,
         output_attentions: bool | int | list[int] | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
         """Encode a batch.
@@ -144,13 +145,14 @@ class EncoderModel(nn.Module):
             token_type_ids, position_ids: int (batch, seq) or (1, seq).
             inputs_embeds: (batch, seq, hidden) in place of the word embeddings.
             encoder_hidden_states, encoder_attention_mask, use_cache: of decoders, which run on Hugging Face's own path.
-            past_key_values: a `DynamicCache` with keys and values (batch, heads, length, head_dim) that every sequence
-                sees before its own in each layer, as prefix tuning passes. Read, never added to. Positions and columns
-                of masks and attentions then start with it: `attention_mask` is (batch, length + seq).
+            cache: a `DynamicCache` with keys and values (batch, heads, length, head_dim) that every sequence sees
+                before its own in each layer, as prefix tuning passes. Read, never added to. Positions and columns of
+                masks and attentions then start with it: `attention_mask` is (batch, length + seq).
             head_mask: (heads,) or (layers, heads), factors on the attention probabilities after dropout.
             output_attentions, output_hidden_states: True for all, or the indices wanted: the tuple keeps its length,
                 with None at the others. Default: the configuration's.
             return_dict: False for a tuple. Default: the configuration's.
+            past_key_values: the cache's name before transformers 5.24, which counts where `cache` is not given.
             cu_seq_lens_q, cu_seq_lens_k: int32 (sequences + 1,), for a batch the caller packed: inputs are then
                 (1, tokens), the outputs (1, tokens, hidden), and the attentions (sequences, heads, max_length_q,
                 max_length_q). Positions restart with each sequence unless `position_ids` says otherwise.
@@ -169,12 +171,13 @@ class EncoderModel(nn.Module):
         plan = kwargs.pop("plan", None) or Plan()
         read_rows = kwargs.pop("read_rows", self.read_rows)
         packing = kwargs.pop("packing", self.packing)
+        cache = either(cache, past_key_values)
         packed = {name: kwargs[name] for name in PACKED_KEYWORDS if kwargs.get(name) is not None}
         inputs = Inputs(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, head_mask, past_key_values, packed
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, head_mask, cache, packed
         )
         outputs = self._outputs(output_attentions, output_hidden_states, return_dict)
-        reason = self._leaves_fast_path(encoder_hidden_states, past_key_values)
+        reason = self._leaves_fast_path(encoder_hidden_states, cache)
         if reason is not None:
             self._refuse_elsewhere(reason, plan, inputs)
             if plan.replay is not None:
@@ -182,15 +185,15 @@ class EncoderModel(nn.Module):
             return super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
                 position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask, past_key_values=past_key_values, use_cache=use_cache,
+                encoder_attention_mask=encoder_attention_mask, use_cache=use_cache,
                 output_attentions=outputs.wants_maps, output_hidden_states=outputs.wants_states,
-                return_dict=outputs.as_dict, **kwargs,
+                return_dict=outputs.as_dict, **{CACHE: cache}, **kwargs,
             )  # fmt: skip
         if torch.compiler.is_compiling():
             self._say_unfused()
         if kwargs.get("is_causal"):
             raise ValueError("is_causal=True is for decoders: pass a 4-D attention_mask, or use fastbert.unfuse(model)")
-        reads_first = self._reads_first(read_rows, past_key_values is not None, outputs)
+        reads_first = self._reads_first(read_rows, cache is not None, outputs)
         if plan.replay is not None and plan.replay.takes(self, inputs, outputs):
             last = plan.replay.replay(self.check_in(inputs, self._padding(packing, plan, outputs, why_read)))
             if last is not None:
@@ -314,7 +317,7 @@ class EncoderModel(nn.Module):
             raise ValueError(f"unknown read_rows {read_rows!r}: a BertModel takes one of {', '.join(READ_ROWS)}")
         if read_rows == "all":
             return False
-        reason = "it is given past_key_values" if prefixed else self.last_layer_computes_all()
+        reason = "it is given a cache" if prefixed else self.last_layer_computes_all()
         if reason is not None:
             warn_once(f"fastbert: the last layer computes every row, read or not: {reason}")
         return reason is None and not (outputs.maps or outputs.states)
@@ -360,7 +363,7 @@ class EncoderModel(nn.Module):
         if any(part.reason for part in explanation.parts):
             say_once(f"fastbert: not every part of a compiled model is fused:\n{explanation}")
 
-    def _leaves_fast_path(self, encoder_hidden_states: Any, past_key_values: Any) -> str | None:
+    def _leaves_fast_path(self, encoder_hidden_states: Any, cache: Any) -> str | None:
         if self.config.is_decoder:
             return "it is a decoder (config.is_decoder)"
         if is_patched(self):
@@ -370,12 +373,12 @@ class EncoderModel(nn.Module):
         for name, module in [("encoder", self.encoder), *named_layers(self)]:
             if not takes_ours(module):
                 return f"{name} ({why_strange(module)}) is not fastbert's"
-        if past_key_values is None:
+        if cache is None:
             return None
-        if prefix_length(past_key_values, len(self.layers)) is None:
-            return "it was given past_key_values that are not one prefix a layer"
+        if prefix_length(cache, len(self.layers)) is None:
+            return "it was given a cache that is not one prefix a layer"
         unfused = [i for i, layer in enumerate(self.layers) if not attends_fused(layer)]
-        return f"it was given past_key_values, and attention is not fused in layers {unfused}" if unfused else None
+        return f"it was given a cache, and attention is not fused in layers {unfused}" if unfused else None
 
     def _check_reentrant(self, outputs: Outputs, batch: Batch) -> None:
         """Reentrant checkpointing gives a gradient to the hidden states alone."""
@@ -386,7 +389,7 @@ class EncoderModel(nn.Module):
             return
         if batch.prefix is not None:
             raise ValueError(
-                "reentrant gradient checkpointing gives past_key_values no gradient: use "
+                "reentrant gradient checkpointing gives the cache no gradient: use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         if outputs.maps:

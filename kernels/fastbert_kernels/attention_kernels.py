@@ -3,9 +3,7 @@
 The derivation stands in `attention.py`. Scores are in base 2 throughout, statistics and sums in float32.
 """
 
-import triton
-import triton.language as tl
-
+from .language import tl, triton
 from .numerics import LOG2E, MASKED, cast, dot, dropout_keep_map
 from .tiles import LOAD_STAGES
 

@@ -6,6 +6,7 @@ compiled for a GPU. The tensor's device decides, here and nowhere else:
 | device | what runs |
 |---|---|
 | GPU | the compiled kernel |
+| GPU older than sm_80, or without Triton | plain PyTorch |
 | CPU | plain PyTorch; whole layers by oneDNN |
 | CPU, `FASTBERT_BACKEND=triton` with `TRITON_INTERPRET=1` | the kernel, interpreted |
 
@@ -14,18 +15,20 @@ compiled for a GPU. The tensor's device decides, here and nowhere else:
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
 
 import torch
-import triton
 from packaging.version import Version
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 
+from .language import MISSING, triton
+
 #: True when Triton kernels run in Triton's interpreter. Triton reads the variable when a kernel is defined, so it must
 #: be set before the first import.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED: bool = MISSING is None and triton.knobs.runtime.interpret
 
 
 def check_interpreter(triton_version: str, numpy_version: str) -> None:
@@ -43,12 +46,25 @@ if INTERPRETED:
 #: Dtypes the kernels have. Everything else is an error on the Triton path.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+#: The first compute capability of NVIDIA's that kernels are compiled for.
+_FIRST_CAPABILITY = (8, 0)
+
 _BACKENDS = ("auto", "torch", "triton")
+
+logger = logging.getLogger("fastbert")
+
+
+def require_triton(what: str) -> None:
+    """Raise RuntimeError, naming what asks, where Triton cannot be imported."""
+    if MISSING is not None:
+        raise RuntimeError(f"{what} needs Triton, which cannot be imported here ({MISSING})")
 
 
 def _checked(name: str) -> str:
     if name not in _BACKENDS:
         raise ValueError(f"unknown fastbert backend {name!r}: FASTBERT_BACKEND takes one of {', '.join(_BACKENDS)}")
+    if name == "triton":
+        require_triton("FASTBERT_BACKEND=triton")
     return name
 
 
@@ -68,6 +84,7 @@ def set_backend(name: str) -> None:
 
     Raises:
         ValueError: for any other name.
+        RuntimeError: for `"triton"` where there is no Triton.
     """
     global _backend
     _backend = _checked(name)
@@ -94,16 +111,49 @@ def is_watched() -> bool:
     return is_traced() or _len_torch_dispatch_stack() > 0
 
 
+#: GPU -> why it runs no kernel, or None; of those that somebody has asked for.
+_kernelless: dict[int, str | None] = {}
+
+
+@torch.compiler.assume_constant_result  # a graph is compiled for one machine, and traced code cannot log
+def why_no_kernels(index: int) -> str | None:
+    """Why a GPU runs no kernel, which is logged when it is found; None where it does."""
+    if index not in _kernelless:
+        reason = _kernelless[index] = _find_reason(index)
+        if reason is not None:
+            logger.warning(f"fastbert: plain PyTorch runs on cuda:{index}: {reason}")
+    return _kernelless[index]
+
+
+def _find_reason(index: int) -> str | None:
+    if MISSING is not None:
+        return f"Triton cannot be imported ({MISSING})"
+    if torch.version.hip or index >= torch.cuda.device_count():  # fake tensors may be on a GPU that is not there
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= _FIRST_CAPABILITY:
+        return None
+    has, needs = (".".join(map(str, x)) for x in (capability, _FIRST_CAPABILITY))
+    return f"{torch.cuda.get_device_name(index)} has compute capability {has}, and kernels need {needs} or more"
+
+
 def uses_triton(tensor: torch.Tensor) -> bool:
     """Whether ops on `tensor` run as Triton kernels.
 
     Raises:
-        RuntimeError: when the Triton backend is asked for on a CPU tensor without the interpreter.
+        RuntimeError: when the Triton backend is asked for on a CPU tensor without the interpreter, or on a GPU that
+            runs no kernel.
         TypeError: when the Triton backend is in force and no kernel has the tensor's dtype.
     """
     if _backend == "torch" or (_backend == "auto" and not tensor.is_cuda):
         return False
-    if not tensor.is_cuda and not INTERPRETED:
+    if tensor.is_cuda:
+        reason = why_no_kernels(tensor.get_device())
+        if reason is not None and _backend == "auto":
+            return False
+        if reason is not None:
+            raise RuntimeError(f"FASTBERT_BACKEND=triton cannot run on {tensor.device}: {reason}; use auto, or torch")
+    elif not INTERPRETED:
         raise RuntimeError(
             f"FASTBERT_BACKEND=triton cannot run on {tensor.device} tensors without Triton's interpreter: set "
             "TRITON_INTERPRET=1 before importing fastbert, move the model to a GPU, or use FASTBERT_BACKEND=torch"

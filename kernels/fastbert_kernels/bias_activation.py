@@ -7,13 +7,12 @@ gradient on the way.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from . import reference
 from .backend import check_same_device, uses_triton
 from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
+from .language import tl, triton
 from .launch import cdiv, forbid_double_backward, is_watched, register_op, wrap_triton
 from .numerics import activation as apply_activation
 from .numerics import activation_grad, load_rows, load_vector, store_rows

@@ -4,9 +4,8 @@ summed in one launch, always in the same order."""
 from typing import Any, TypeAlias
 
 import torch
-import triton
-import triton.language as tl
 
+from .language import tl, triton
 from .launch import cdiv, forbid_double_backward, register_op, wrap_triton
 from .numerics import cast
 from .tiles import LOAD_STAGES, PARTIAL_SUMS

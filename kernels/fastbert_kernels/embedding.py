@@ -7,14 +7,13 @@ PyTorch's own embedding backward, which is deterministic and knows `padding_idx`
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch._subclasses import FakeTensor
 
 from . import reference
 from .backend import check_mode, check_same_device, uses_triton
 from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
+from .language import tl, triton
 from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, wrap_triton
 from .layer_norm import MAX_FEATURES, normalize, normalize_backward
 from .numerics import dropout_keep, load_rows, load_vector, store_rows

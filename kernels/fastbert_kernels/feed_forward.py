@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 
 from . import reference
 from .backend import check_same_device, is_traced, uses_triton
@@ -21,6 +20,7 @@ from .bias_activation import check as check_bias_activation
 from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums
 from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
+from .language import triton
 from .launch import cdiv, forbid_double_backward, multiprocessors, register_op, wrap_triton
 from .tiles import PRODUCT_PROGRAMS, feed_forward_fits, feed_forward_tiles
 

@@ -4,9 +4,7 @@ Both are persistent: a program goes through tiles of the output, a tile by a sum
 programs share a multiprocessor, so that one multiplies while the other is at its activation.
 """
 
-import triton
-import triton.language as tl
-
+from .language import tl, triton
 from .numerics import activation, activation_grad, dot, load_rows, load_vector, store_rows
 
 

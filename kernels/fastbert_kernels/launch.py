@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from triton.compiler import CompiledKernel
 
 from . import reference
 from .backend import INTERPRETED, is_watched
+from .language import MISSING, triton
 
 #: Functions of one kernel, whose arguments are put in: what a launch is looked up by, and the launch.
 _LAUNCH = """
@@ -34,7 +34,7 @@ class _Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+        self.compiled: dict[tuple[Any, ...], Any] = {}
         names = [p.name for p in kernel.params]
         self.functions: dict[str, Any] = {
             "find": self.compiled.get,
@@ -59,7 +59,7 @@ class _Launcher:
         with guard:
             compiled = self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
         # Not on HIP, for which Triton compiles by the sizes of tensors, too.
-        if type(compiled) is CompiledKernel and not torch.version.hip:
+        if type(compiled) is triton.compiler.CompiledKernel and not torch.version.hip:
             self.compiled[self.functions["key"](**arguments)] = compiled
 
 
@@ -122,7 +122,8 @@ class Op:
     """
 
     def __init__(self, name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        register: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+        opaque = INTERPRETED or MISSING is not None
+        register: Any = torch.library.custom_op if opaque else torch.library.triton_op
         self.name = name
         self.fn = self.recorded = fn
         self.registered: Any = register(f"fastbert::{name}", fn, mutates_args=())

@@ -7,13 +7,12 @@ Statistics are float32.
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from . import reference
 from .backend import check_same_device, uses_triton
 from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums, empty_partials
+from .language import tl, triton
 from .launch import cdiv, dropout_arguments, forbid_double_backward, is_watched, register_op, wrap_triton
 from .numerics import dropout_keep, load_rows, load_vector, store_rows
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles

@@ -5,10 +5,8 @@ operands as raw bit patterns, and truncates float32 to bfloat16 where the hardwa
 kernels take the other branch.
 """
 
-import triton
-import triton.language as tl
-
 from .backend import INTERPRETED as _INTERPRETED
+from .language import tl, triton
 
 INTERPRETED: tl.constexpr = tl.constexpr(_INTERPRETED)
 

@@ -3,10 +3,8 @@
 The derivation stands in `relation.py`. Softmax scores are in base 2, statistics and sums in float32.
 """
 
-import triton
-import triton.language as tl
-
 from .attention_kernels import _load_heads, _sequence, _store_heads
+from .language import tl, triton
 from .numerics import LOG2E, cast, dot
 
 

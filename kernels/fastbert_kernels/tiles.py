@@ -9,12 +9,11 @@ number of tokens from which on the feed-forward block's products are fused.
 import functools
 
 import torch
-import triton
-import triton.language as tl
 
 from . import reference
 from .backend import arch
 from .catalogue import Product, Tiles
+from .language import tl, triton
 from .tuned import tuned_start, tuned_tiles
 
 

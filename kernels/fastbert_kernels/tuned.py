@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from .backend import KERNEL_DTYPES
 from .catalogue import FUSED, TUNABLE, Launch, Product, Tiles, dtype_name
+from .language import triton
 
 logger = logging.getLogger("fastbert")
 

@@ -10,6 +10,7 @@ from models import assert_close, ids, mask_of, pair, randomize, tiny_config
 from transformers.utils import output_capturing
 
 import fastbert
+from fastbert.batch.prefix import CACHE
 from fastbert_kernels import backend
 
 
@@ -318,7 +319,7 @@ def test_decoder_takes_hugging_faces_path_and_says_so(device: torch.device, capl
     theirs = plain(x, **both_flags())
     assert_close(ours.last_hidden_state, theirs.last_hidden_state)
     assert_close(ours.attentions[1], theirs.attentions[1])
-    assert ours.past_key_values is not None
+    assert ours[CACHE] is not None
     assert not fastbert.explain(fused).fused
 
 
@@ -331,10 +332,10 @@ def test_cross_attention_takes_hugging_faces_path(device: torch.device) -> None:
     assert len(ours.cross_attentions) == 2
 
 
-def test_past_key_values_take_hugging_faces_path_with_its_attentions(device: torch.device) -> None:
+def test_a_cache_takes_hugging_faces_path_with_its_attentions(device: torch.device) -> None:
     plain, fused = pair(device)
     x = ids(device=device)
-    theirs, ours = (m(x, past_key_values=transformers.DynamicCache(), **both_flags()) for m in (plain, fused))
+    theirs, ours = (m(x, **{CACHE: transformers.DynamicCache()}, **both_flags()) for m in (plain, fused))
     assert_close(ours.last_hidden_state, theirs.last_hidden_state)
     for a, b in zip(ours.attentions, theirs.attentions, strict=True):
         assert_close(a, b)
