@@ -74,7 +74,7 @@ def _integers() -> dict[str, Arithmetic]:
 def _comparisons() -> dict[str, Arithmetic]:
     """`setp`: ordered comparisons of floats are false where one is NaN."""
     forms = {}
-    kinds = {"b16": ("eq", "ne"), "b32": ("eq", "ne"), "b64": ("eq", "ne")}
+    kinds: dict[str, tuple[str, ...]] = {"b16": ("eq", "ne"), "b32": ("eq", "ne"), "b64": ("eq", "ne")}
     kinds |= dict.fromkeys(("s16", "u16", "s32", "u32", "s64", "u64"), tuple(COMPARISONS))
     for kind, names in kinds.items():
         for name in names:

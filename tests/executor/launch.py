@@ -1,4 +1,4 @@
-"""Puts the executor in the place of Triton's driver: kernels are compiled for sm_80 and launched here, on CPU tensors."""
+"""Puts the executor in the place of Triton's driver: kernels compiled for sm_80 are launched here, on CPU tensors."""
 
 import contextlib
 import sys
@@ -58,8 +58,8 @@ class Launches:
             arguments: one for each argument of the kernel's source, constants included.
 
         Raises:
-            Fault: when a rule of the memory or of synchronisation is broken.
-            Unsupported: for an instruction that the executor does not know.
+            KernelError: when a rule of the memory or of synchronisation is broken.
+            UnsupportedError: for an instruction that the executor does not know.
         """
         code = self.code(compiled.asm["ptx"])
         names = compiled.src.fn.arg_names
@@ -95,7 +95,7 @@ def execute(
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     memory = GlobalMemory([(t.data_ptr(), _extent(t), name) for name, t in tensors.items()], code.global_grain)
     values = [memory.address(v.data_ptr()) if isinstance(v, torch.Tensor) else v for v in arguments.values()]
-    parameters = {}
+    parameters: dict[str, Any] = {}
     for position, (name, kind) in enumerate(code.kernel.parameters.items()):
         value = values[position] if position < len(values) else 0
         dtype = np.dtype(TYPES[kind])
@@ -186,5 +186,5 @@ def executed(rewrite: Rewrite | None = None) -> Iterator[Launches]:
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
         stack.enter_context(mock.patch.object(CompiledKernel, "_init_handles", init_handles))
         stack.enter_context(mock.patch("fastbert_kernels.backend._launchers", {}))
-        stack.enter_context(mock.patch("torch.cuda.current_device", lambda: None))  # a CPU tensor's device.index
+        stack.enter_context(mock.patch("torch.cuda.current_device", return_value=None))  # a CPU tensor's index
         yield launches

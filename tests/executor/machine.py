@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .counters import Counters
-from .memory import GlobalMemory, SharedMemory, Threads, Violation
+from .memory import GlobalMemory, SharedMemory, Threads, ViolationError
 from .ptx import TYPES, Instruction, Kernel
 from .tensor_cores import WARP, fragments, multiply, source_lanes
 from .translate import EXIT, Block, translate
@@ -14,7 +14,7 @@ from .translate import EXIT, Block, translate
 Array = np.ndarray[Any, Any]
 
 
-class Fault(RuntimeError):
+class KernelError(RuntimeError):
     """A kernel does what a GPU would not forgive, or what its result must not depend on."""
 
 
@@ -62,7 +62,7 @@ class Machine:
     def __init__(
         self,
         code: Code,
-        parameters: dict[str, np.generic],
+        parameters: dict[str, Any],
         grid: tuple[int, int, int],
         programs: Sequence[int],
         shared: int,
@@ -93,8 +93,8 @@ class Machine:
         """Run every program to its end: always the first of the blocks in which threads are.
 
         Raises:
-            Fault: at the first rule that is broken.
-            Unsupported: at an instruction form that no table knows.
+            KernelError: at the first rule that is broken.
+            UnsupportedError: at an instruction form that no table knows.
         """
         kernel = self.code.kernel
         # A register that nothing wrote: NaN.
@@ -114,11 +114,11 @@ class Machine:
                     taken, target = jump
                     at[active & taken] = target
             if self.copies:
-                raise Violation("ends before its asynchronous copies are waited for", self.copies[0].lanes)
-        except Violation as violation:
-            raise Fault(self._explain(violation)) from None
+                raise ViolationError("ends before its asynchronous copies are waited for", self.copies[0].lanes)
+        except ViolationError as violation:
+            raise KernelError(self._explain(violation)) from None
 
-    def _explain(self, violation: Violation) -> str:
+    def _explain(self, violation: ViolationError) -> str:
         kernel = self.code.kernel
         block = kernel.blocks[self.block]
         instruction = block[min(self.index, len(block) - 1)]
@@ -145,7 +145,7 @@ class Machine:
             groups = mask.reshape(-1, size)
             partial = groups.any(1) & ~groups.all(1)
             if partial.any():
-                raise Violation(what, np.flatnonzero(np.repeat(partial, size) & mask))
+                raise ViolationError(what, np.flatnonzero(np.repeat(partial, size) & mask))
 
     def barrier(self, mask: Array | None) -> None:
         self._together(mask, self.size, "is not reached by every thread of the program")
@@ -187,7 +187,7 @@ class Machine:
         to, source = to[lanes], source[lanes]
         filled = np.broadcast_to(filled, self.lanes)[lanes].astype(np.int64)
         if (filled > size).any():
-            raise Violation(f"fills more than {size} bytes", lanes[filled > size])
+            raise ViolationError(f"fills more than {size} bytes", lanes[filled > size])
         where = self.shared_memory.begin_copy(to, size, lanes)
         self._gather(source, filled, size, lanes)  # the addresses are checked where the copy begins
         self.counters.shared(self._instruction, to, size, self._warps(lanes))

@@ -20,7 +20,7 @@ _SEVERAL = -2
 _NOBODY = -1
 
 
-class Violation(Exception):
+class ViolationError(Exception):
     """A rule of memory or of synchronisation is broken.
 
     Args:
@@ -49,8 +49,8 @@ class Threads:
 class SharedMemory:
     """Shared memory. Accesses of different warps between two barriers of a program must not conflict.
 
-    An epoch is the time between two barriers. For each grain, the bytes of the kernel's narrowest access, stand the epoch
-    and warp of the last write and of the last read.
+    An epoch is the time between two barriers. For each grain, the bytes of the kernel's narrowest access, the epoch and
+    the warp of the last write and of the last read are kept.
     """
 
     def __init__(self, threads: Threads, size: int, grain: int) -> None:
@@ -136,7 +136,7 @@ class SharedMemory:
     def _require(self, holds: Array, what: str, lanes: Array, at: Array) -> None:
         if not holds.all():
             bad = ~holds.all(1)
-            raise Violation(what, lanes[bad], at[bad])
+            raise ViolationError(what, lanes[bad], at[bad])
 
 
 class GlobalMemory:
@@ -189,7 +189,7 @@ class GlobalMemory:
         """
         misaligned = at % np.uint64(align) != 0
         if misaligned.any():
-            raise Violation(f"is misaligned: {align} bytes", lanes[misaligned], at[misaligned])
+            raise ViolationError(f"is misaligned: {align} bytes", lanes[misaligned], at[misaligned])
         region = (at >> np.uint64(REGION_BITS)).astype(np.int64) - 1
         offset = (at & np.uint64((1 << REGION_BITS) - 1)).astype(np.int64)
         out = np.empty((len(at), count), f"u{width}")
@@ -210,7 +210,7 @@ class GlobalMemory:
             outside = (offset < start - base) | (offset + width * count > end - base)
         if outside.any():
             what = "reads" if values is None else "writes"
-            raise Violation(f"{what} outside the tensors of the launch", lanes[outside], at[outside])
+            raise ViolationError(f"{what} outside the tensors of the launch", lanes[outside], at[outside])
         self._own(number, offset, width * count, threads.program[lanes], lanes, at, values is not None)
         view = self.bytes[number].view(f"u{width}")
         index = (offset // width)[:, None] + np.arange(count)
@@ -219,7 +219,7 @@ class GlobalMemory:
             differs = (view[index] != values).any(1)
             if differs.any():
                 what = "writes another value than another thread to one address"
-                raise Violation(what, lanes[differs], at[differs])
+                raise ViolationError(what, lanes[differs], at[differs])
         return view[index]
 
     def _own(
@@ -227,13 +227,13 @@ class GlobalMemory:
     ) -> None:
         """Check and note which programs touch which grains."""
         writers, readers = self.writers[number], self.readers[number]
-        grains = (offset // self.grain)[:, None] + np.arange(size // self.grain)
+        grains = (offset // self.grain)[:, None] + np.arange(-(-size // self.grain))
         own = np.broadcast_to(programs[:, None], grains.shape)
 
         def require(holds: Array, what: str) -> None:
             if not holds.all():
                 bad = ~holds.all(1)
-                raise Violation(f"{what} global memory that another program {other}", lanes[bad], at[bad])
+                raise ViolationError(f"{what} global memory that another program {other}", lanes[bad], at[bad])
 
         other = "writes"
         what = "writes" if write else "reads"

@@ -11,13 +11,24 @@ import numpy as np
 
 #: NumPy's dtype of each PTX type.
 TYPES: dict[str, type[np.generic]] = {
-    **{"pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16},
-    **{"b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32},
-    **{"b64": np.uint64, "u64": np.uint64, "s64": np.int64},
+    name: dtype
+    for names, dtype in (
+        ("pred", np.bool_),
+        ("b8 u8", np.uint8),
+        ("s8", np.int8),
+        ("b16 u16", np.uint16),
+        ("s16", np.int16),
+        ("b32 u32", np.uint32),
+        ("s32", np.int32),
+        ("f32", np.float32),
+        ("b64 u64", np.uint64),
+        ("s64", np.int64),
+    )
+    for name in names.split()
 }
 
 
-class Unsupported(NotImplementedError):
+class UnsupportedError(NotImplementedError):
     """The kernel has something that the executor does not know."""
 
 
@@ -86,19 +97,19 @@ def parse(ptx: str) -> Kernel:
     """Parse the PTX of one kernel.
 
     Raises:
-        Unsupported: for a statement, a type or a second function that the grammar does not know.
+        UnsupportedError: for a statement, a type or a second function that the grammar does not know.
     """
     text = re.sub(r"//[^\n]*", "", ptx)
     entries = re.findall(r"\.(?:entry|func)\s+(?:\([^)]*\)\s*)?([\w$]+)\s*\((.*?)\)\s*(.*?)\{", text, re.DOTALL)
     if len(entries) != 1:
-        raise Unsupported(f"{len(entries)} functions in one module: {', '.join(name for name, *_ in entries)}")
+        raise UnsupportedError(f"{len(entries)} functions in one module: {', '.join(name for name, *_ in entries)}")
     name, parameters, limits = entries[0]
     files = {number: os.path.basename(path) for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text)}
     body = _Body(name, files)
     body.read(text, text.index("{", text.index(".entry")) + 1)
     threads = re.search(r"\.reqntid (\d+)", limits)
     if threads is None:
-        raise Unsupported(f"{name} does not say how many threads it has")
+        raise UnsupportedError(f"{name} does not say how many threads it has")
     return Kernel(
         name=name,
         parameters={p: kind for kind, p in re.findall(r"\.param\s+\.(\w+)[^,]*?(\w+)\s*(?:,|$)", parameters.strip())},
@@ -125,7 +136,7 @@ class _Body:
         while depth:
             found = _STATEMENT.match(text, start)
             if found is None:
-                raise Unsupported(f"{self.place}: cannot read {text[start : start + 60].strip()!r}")
+                raise UnsupportedError(f"{self.place}: cannot read {text[start : start + 60].strip()!r}")
             start = found.end()
             if found["label"]:
                 if self.blocks[-1]:
@@ -145,7 +156,7 @@ class _Body:
             return place
         caller = _INLINED.match(inlined)
         if caller is None:
-            raise Unsupported(f"{place}: cannot read {inlined!r}")
+            raise UnsupportedError(f"{place}: cannot read {inlined!r}")
         return f"{place} (called from {self.files[caller[1]]}:{caller[2]})"
 
     def _statement(self, text: str) -> None:
@@ -154,7 +165,7 @@ class _Body:
             names = [prefix] if count is None else [f"{prefix}{i}" for i in range(int(count))]
             for name in names:
                 if kind not in TYPES or self.registers.setdefault(name, kind) != kind:
-                    raise Unsupported(f"{self.place}: register {name} of type {kind}")
+                    raise UnsupportedError(f"{self.place}: register {name} of type {kind}")
         elif text.startswith(".pragma"):
             pass  # advice on unrolling
         elif found := _INSTRUCTION.match(text):
@@ -164,7 +175,7 @@ class _Body:
             if opcode in ("bra", "bra.uni", "ret"):
                 self.blocks.append([])
         else:
-            raise Unsupported(f"{self.place}: cannot read {text!r}")
+            raise UnsupportedError(f"{self.place}: cannot read {text!r}")
 
 
 def split(text: str) -> list[str]:

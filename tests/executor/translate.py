@@ -2,8 +2,8 @@
 
     block(registers, machine, active) -> None, or (who jumps, to which block)
 
-A register is an array of one element a thread, of the unsigned type of its width. `active` says which threads are in the
-block; None is all of them. Whatever has an effect outside a thread's registers is a method of `Machine`.
+A register is an array of one element a thread, of the type that it is declared with. `active` says which threads are in
+the block; None is all of them. Whatever has an effect outside a thread's registers is a method of `Machine`.
 """
 
 import re
@@ -23,7 +23,7 @@ from .instructions import (
     PRODUCTS,
     SHUFFLES,
 )
-from .ptx import TYPES, Instruction, Kernel, Unsupported, split
+from .ptx import TYPES, Instruction, Kernel, UnsupportedError, split
 
 Block = Callable[[list[np.ndarray[Any, Any]], Any, np.ndarray[Any, Any] | None], tuple[Any, int] | None]
 
@@ -57,7 +57,7 @@ def translate(kernel: Kernel, number: int, whole: bool) -> Block:
         whole: whether all threads are active.
 
     Raises:
-        Unsupported: for an instruction form, a register or an operand that no table knows.
+        UnsupportedError: for an instruction form, a register or an operand that no table knows.
     """
     writer = _Writer(kernel, whole)
     for index, instruction in enumerate(kernel.blocks[number]):
@@ -98,8 +98,8 @@ class _Writer:
                 return
         raise self._unsupported("no such form")
 
-    def _unsupported(self, why: str) -> Unsupported:
-        return Unsupported(f"{self.kernel.name}, {self.instruction.place}: {self.instruction.opcode}: {why}")
+    def _unsupported(self, why: str) -> UnsupportedError:
+        return UnsupportedError(f"{self.kernel.name}, {self.instruction.place}: {self.instruction.opcode}: {why}")
 
     # Operands
 
