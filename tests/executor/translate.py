@@ -156,7 +156,8 @@ class _Writer:
         if register == "_":
             return
         own, given = TYPES[self.kernel.registers[register]], TYPES[kind]
-        if (own is np.bool_) != (given is np.bool_) or own().itemsize < given().itemsize:
+        fits = own().itemsize == given().itemsize or (own().itemsize > given().itemsize and kind[0] in "sub")
+        if (own is np.bool_) != (given is np.bool_) or not fits:
             raise self._unsupported(f"{register} cannot hold {kind}")
         target = f"R[{self.numbers[register]}]"
         every = re.search(r"R\[|M\.special|M\.shuffle|loaded|product|whole", expression)
