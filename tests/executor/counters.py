@@ -18,6 +18,9 @@ Array = np.ndarray[Any, Any]
 #: Bytes of a sector, the least that global memory moves; of a bank of shared memory; and all its banks.
 SECTOR, BANK, BANKS = 32, 4, 32
 
+#: Where the number of a warp stands above an address, or that of a cycle above a word of shared memory.
+_WARP_SHIFT, _WORD_BITS = 48, 20
+
 
 @dataclasses.dataclass
 class Traffic:
@@ -87,21 +90,17 @@ class Counters:
         self.products += products * warps
 
     def global_(self, instruction: Instruction, at: Array, sizes: Array, warps: Array) -> None:
-        """Threads access `sizes` bytes at addresses `at` of global memory; `warps` says whose they are."""
+        """Threads access `sizes` bytes, at most 16 and aligned, at addresses `at`; `warps` says whose they are."""
         if not len(at):
             return
-        start = at.astype(np.int64)
-        first, last = start // SECTOR, (start + sizes - 1) // SECTOR  # an aligned access of 16 bytes lies in one
-        sectors = np.unique(np.stack([warps, first], 1), axis=0) if (first == last).all() else None
-        if sectors is None:
-            both = np.concatenate([np.stack([warps, first], 1), np.stack([warps, last], 1)])
-            sectors = np.unique(both, axis=0)
+        key = warps.astype(np.int64) << _WARP_SHIFT | at.astype(np.int64)
+        sectors = np.unique(key // SECTOR)  # of each warp: an aligned access lies in one
         # Threads that ask for the same bytes, such as those of a broadcast, need them once.
-        asked = np.unique(np.stack([warps, start, sizes], 1), axis=0)
-        requests = np.unique(warps)
-        needed = np.bincount(np.searchsorted(requests, asked[:, 0]), asked[:, 2])
+        asked, of = np.unique(key, return_index=True)
+        requests, needed = np.unique(asked >> _WARP_SHIFT, return_index=True)
+        needed = np.add.reduceat(sizes[of], needed)
         least = int((-(-needed // SECTOR)).sum())
-        self._add("global", instruction, Traffic(len(requests), int(asked[:, 2].sum()), len(sectors), least))
+        self._add("global", instruction, Traffic(len(requests), int(needed.sum()), len(sectors), least))
 
     def shared(self, instruction: Instruction, at: Array, size: int, warps: Array) -> None:
         """Threads access `size` bytes each at addresses `at` of shared memory.
@@ -115,8 +114,9 @@ class Counters:
         order = np.arange(len(at)) - np.searchsorted(warps, warps)  # of a thread among those of its warp
         phase = warps * phases + order * phases // WARP
         words = at.astype(np.int64)[:, None] // BANK + np.arange(phases)
-        distinct = np.unique(np.stack([np.repeat(phase, phases), words.reshape(-1)], 1), axis=0)
-        of_bank = np.unique(distinct[:, 0] * BANKS + distinct[:, 1] % BANKS, return_counts=True)
+        distinct = np.unique((phase[:, None] << _WORD_BITS | words).reshape(-1))
+        bank = (distinct >> _WORD_BITS) * BANKS + distinct % BANKS
+        of_bank = np.unique(bank, return_counts=True)
         groups, start = np.unique(of_bank[0] // BANKS, return_index=True)
         cycles = np.maximum.reduceat(of_bank[1], start)
         requests = len(np.unique(warps))

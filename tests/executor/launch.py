@@ -1,8 +1,9 @@
 """Puts the executor in the place of Triton's driver: kernels compiled for sm_80 are launched here, on CPU tensors."""
 
+import collections
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -24,29 +25,25 @@ TARGET = "sm_80"
 #: Threads that run together, at most: enough for NumPy, few enough for the cache.
 LANES = 2048
 
-#: What is done to the PTX of a kernel before it is read.
-Rewrite = Callable[[str], str]
-
 
 class Launches:
     """The kernels that were launched.
 
     Attributes:
-        counters: by kernel.
         count: launches by kernel.
-        rewrite: changes the PTX of every kernel that is read from now on.
+        counters: by kernel, where they are `counted`.
     """
 
-    def __init__(self, rewrite: Rewrite | None = None) -> None:
+    def __init__(self, counted: bool) -> None:
+        self.count: collections.Counter[str] = collections.Counter()
         self.counters: dict[str, Counters] = {}
-        self.count: dict[str, int] = {}
-        self.rewrite = rewrite
+        self.counted = counted
         self._codes: dict[str, Code] = {}
 
     def code(self, ptx: str) -> Code:
         """The kernel of this PTX."""
         if ptx not in self._codes:
-            self._codes[ptx] = Code(parse(ptx if self.rewrite is None else self.rewrite(ptx)))
+            self._codes[ptx] = Code(parse(ptx))
         return self._codes[ptx]
 
     def launch(self, compiled: CompiledKernel, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
@@ -69,16 +66,15 @@ class Launches:
             for (name, kind), value in zip(compiled.src.signature.items(), arguments, strict=True)
             if kind != "constexpr" and name not in constant
         }
-        execute(code, given, grid, compiled.metadata.shared, self._counters(code.kernel.name))
-
-    def _counters(self, name: str) -> Counters:
-        self.count[name] = self.count.get(name, 0) + 1
-        return self.counters.setdefault(name, Counters())
+        name = code.kernel.name
+        self.count[name] += 1
+        counters = self.counters.setdefault(name, Counters()) if self.counted else None
+        execute(code, given, grid, compiled.metadata.shared, counters)
 
 
 def execute(
     code: Code, arguments: dict[str, Any], grid: tuple[int, int, int], shared: int, counters: Counters | None = None
-) -> Counters:
+) -> None:
     """Run every program of a launch.
 
     Args:
@@ -86,14 +82,14 @@ def execute(
         arguments: tensors and numbers in the order of the kernel's parameters; parameters without one are 0.
         grid: programs along x, y and z.
         shared: bytes of shared memory of a program.
-        counters: to count in.
+        counters: to count in, which takes longer than all else.
 
-    Returns:
-        What was counted.
+    Raises:
+        KernelError: when a rule of memory or of synchronisation is broken.
+        UnsupportedError: for an instruction that the executor does not know.
     """
-    counters = Counters() if counters is None else counters
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-    memory = GlobalMemory([(t.data_ptr(), _extent(t), name) for name, t in tensors.items()], code.global_grain)
+    memory = GlobalMemory([(t.data_ptr(), extent(t), name) for name, t in tensors.items()], code.global_grain)
     values = [memory.address(v.data_ptr()) if isinstance(v, torch.Tensor) else v for v in arguments.values()]
     parameters: dict[str, Any] = {}
     for position, (name, kind) in enumerate(code.kernel.parameters.items()):
@@ -107,10 +103,9 @@ def execute(
         for first in range(0, len(programs), together):
             chosen = programs[first : first + together]
             Machine(code, parameters, grid, chosen, shared, memory, counters).run()
-    return counters
 
 
-def _extent(tensor: torch.Tensor) -> int:
+def extent(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last."""
     if tensor.numel() == 0:
         return 0
@@ -156,18 +151,18 @@ def _uses_triton(tensor: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def executed(rewrite: Rewrite | None = None) -> Iterator[Launches]:
+def executed(counted: bool = False) -> Iterator[Launches]:
     """Run the Triton backend on CPU tensors as compiled code, executed here.
 
     Args:
-        rewrite: changes the PTX of each kernel before it is read.
+        counted: whether to count what the kernels do, which takes longer than to run them.
 
     Raises:
         RuntimeError: under Triton's interpreter, which compiles nothing.
     """
     if INTERPRETED:
         raise RuntimeError("with TRITON_INTERPRET=1 kernels are not compiled: unset it")
-    launches = Launches(rewrite)
+    launches = Launches(counted)
 
     def init_handles(compiled: CompiledKernel) -> None:
         def run(x: int, y: int, z: int, stream: Any, function: Any, packed: Any, *more: Any) -> None:

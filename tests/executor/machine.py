@@ -56,7 +56,7 @@ class Machine:
         programs: numbers of those that run here.
         shared: bytes of shared memory of a program.
         memory: the tensors of the launch.
-        counters: what is counted on the way.
+        counters: what is counted on the way, if anything.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Machine:
         programs: Sequence[int],
         shared: int,
         memory: GlobalMemory,
-        counters: Counters,
+        counters: Counters | None,
     ) -> None:
         self.code, self.parameters, self.global_memory, self.counters = code, parameters, memory, counters
         self.size, self.count = code.kernel.threads, len(programs)
@@ -107,7 +107,8 @@ class Machine:
                 self.block = int(at[alive].min())
                 active = at == self.block
                 whole = bool(active.all())
-                self.counters.block(self.code.kernel, self.block, active)
+                if self.counters is not None:
+                    self.counters.block(self.code.kernel, self.block, active)
                 jump = self.code.block(self.block, whole)(registers, self, None if whole else active)
                 at[active] = self.block + 1
                 if jump is not None:
@@ -190,9 +191,9 @@ class Machine:
             raise ViolationError(f"fills more than {size} bytes", lanes[filled > size])
         where = self.shared_memory.begin_copy(to, size, lanes)
         self._gather(source, filled, size, lanes)  # the addresses are checked where the copy begins
-        self.counters.shared(self._instruction, to, size, self._warps(lanes))
+        self._count_shared(to, size, lanes)
         read = filled > 0
-        self.counters.global_(self._instruction, source[read], filled[read], self._warps(lanes[read]))
+        self._count_global(source[read], filled[read], lanes[read])
         self.copies.append(_Copies(lanes, where, source, size, filled, self.group[lanes], self._instruction))
 
     def _gather(self, source: Array, filled: Array, size: int, lanes: Array) -> Array:
@@ -208,9 +209,13 @@ class Machine:
     def _active(self, mask: Array | None) -> Array:
         return np.arange(self.lanes) if mask is None else np.flatnonzero(mask)
 
-    def _warps(self, lanes: Array) -> Array:
-        """The number of each thread's warp among all that run together."""
-        return lanes // WARP
+    def _count_global(self, at: Array, sizes: Array, lanes: Array) -> None:
+        if self.counters is not None:
+            self.counters.global_(self._instruction, at, sizes, lanes // WARP)
+
+    def _count_shared(self, at: Array, size: int, lanes: Array) -> None:
+        if self.counters is not None:
+            self.counters.shared(self._instruction, at, size, lanes // WARP)
 
     def _spread(self, values: Array, lanes: Array) -> Array:
         """Rows of the active threads among those of all."""
@@ -224,7 +229,7 @@ class Machine:
         lanes = self._active(mask)
         at = at[lanes]
         values = self.global_memory.access(at, width, count, width * count, self.threads, lanes)
-        self.counters.global_(self._instruction, at, np.full(len(lanes), width * count), self._warps(lanes))
+        self._count_global(at, np.full(len(lanes), width * count), lanes)
         return self._spread(values, lanes)
 
     def store_global(self, at: Array, values: list[Array], width: int, mask: Array | None) -> None:
@@ -232,20 +237,20 @@ class Machine:
         at, stacked = at[lanes], self._stack(values, width, lanes)
         size = width * len(values)
         self.global_memory.access(at, width, len(values), size, self.threads, lanes, stacked)
-        self.counters.global_(self._instruction, at, np.full(len(lanes), size), self._warps(lanes))
+        self._count_global(at, np.full(len(lanes), size), lanes)
 
     def load_shared(self, at: Array, width: int, count: int, mask: Array | None) -> Array:
         lanes = self._active(mask)
         at = np.broadcast_to(at, self.lanes)[lanes]
         values = self.shared_memory.read(at, width, count, lanes)
-        self.counters.shared(self._instruction, at, width * count, self._warps(lanes))
+        self._count_shared(at, width * count, lanes)
         return self._spread(values, lanes)
 
     def store_shared(self, at: Array, values: list[Array], width: int, mask: Array | None) -> None:
         lanes = self._active(mask)
         at = np.broadcast_to(at, self.lanes)[lanes]
         self.shared_memory.write(at, width, self._stack(values, width, lanes), lanes)
-        self.counters.shared(self._instruction, at, width * len(values), self._warps(lanes))
+        self._count_shared(at, width * len(values), lanes)
 
     def _stack(self, values: list[Array], width: int, lanes: Array) -> Array:
         return np.stack([np.broadcast_to(value, self.lanes).view(f"u{width}")[lanes] for value in values], 1)
@@ -266,7 +271,7 @@ class Machine:
         rows = lanes[:, : 8 * count].reshape(-1)
         addresses = at[rows]
         halves = self.shared_memory.read(addresses, 2, 8, rows).reshape(-1, count, 8, 8)
-        self.counters.shared(self._instruction, addresses, 16, self._warps(rows))
+        self._count_shared(addresses, 16, rows)
         out = np.zeros((count, self.lanes), np.uint32)
         out[:, lanes.reshape(-1)] = fragments(halves, transposed).reshape(count, -1)
         return out

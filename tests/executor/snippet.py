@@ -40,4 +40,6 @@ def run(body: str, *tensors: torch.Tensor, threads: int = 64, programs: int = 1,
         f"  .loc 1 {number} 1\n  {line}" for number, line in enumerate(body.strip().splitlines(), start=2)
     )
     code = Code(parse(_KERNEL.format(parameters=parameters, threads=threads, loads=loads, body=lines)))
-    return execute(code, dict(zip(names, tensors, strict=True)), (programs, 1, 1), shared)
+    counters = Counters()
+    execute(code, dict(zip(names, tensors, strict=True)), (programs, 1, 1), shared, counters)
+    return counters
