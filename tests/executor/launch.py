@@ -32,19 +32,20 @@ class Launches:
     Attributes:
         count: launches by kernel.
         counters: by kernel, where they are `counted`.
+        codes: the kernels by their PTX.
     """
 
     def __init__(self, counted: bool) -> None:
         self.count: collections.Counter[str] = collections.Counter()
         self.counters: dict[str, Counters] = {}
         self.counted = counted
-        self._codes: dict[str, Code] = {}
+        self.codes: dict[str, Code] = {}
 
     def code(self, ptx: str) -> Code:
         """The kernel of this PTX."""
-        if ptx not in self._codes:
-            self._codes[ptx] = Code(parse(ptx))
-        return self._codes[ptx]
+        if ptx not in self.codes:
+            self.codes[ptx] = Code(parse(ptx))
+        return self.codes[ptx]
 
     def launch(self, compiled: CompiledKernel, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
         """Run every program of a launch.
