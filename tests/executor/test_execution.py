@@ -33,7 +33,7 @@ FILES = sorted(
 
 def execute(*options: str) -> tuple[int, set[str]]:
     """How many tests passed, and which kernels were launched."""
-    shown = run_uninterpreted("-m", "pytest", "-p", "tests.executor.plugin", "-p", "no:cacheprovider", "-q", *options)
+    shown = run_uninterpreted("-m", "pytest", "-p", "tests.executor.plugin", "-p", "no:cacheprovider", *options)
     passed = re.search(r"(\d+) passed", shown)
     assert passed is not None, shown[-2000:]
     return int(passed[1]), set(re.findall(r"^(\w+): \d+ launches$", shown, re.MULTILINE))
