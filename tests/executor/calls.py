@@ -74,8 +74,9 @@ def model_step(name: str, dtype: torch.dtype, lengths: list[int]) -> list[torch.
         torch.manual_seed(1)
         output = model(ids, mask, output_attentions=True, output_hidden_states=True)
         states = [output.last_hidden_state, output.pooler_output, *output.hidden_states, *output.attentions]
-        loss = sum((state.float() * torch.randn(state.shape)).sum() for state in states)
-        assert isinstance(loss, torch.Tensor)
+        drawn = torch.Generator().manual_seed(2)
+        terms = [(state.double() * torch.randn(state.shape, generator=drawn)).sum() for state in states]
+        loss = torch.stack(terms).sum()
         loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(gradients) == len(list(model.parameters()))

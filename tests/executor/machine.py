@@ -241,14 +241,14 @@ class Machine:
 
     def load_shared(self, at: Array, width: int, count: int, mask: Array | None) -> Array:
         lanes = self._active(mask)
-        at = np.broadcast_to(at, self.lanes)[lanes]
+        at = at[lanes]
         values = self.shared_memory.read(at, width, count, lanes)
         self._count_shared(at, width * count, lanes)
         return self._spread(values, lanes)
 
     def store_shared(self, at: Array, values: list[Array], width: int, mask: Array | None) -> None:
         lanes = self._active(mask)
-        at = np.broadcast_to(at, self.lanes)[lanes]
+        at = at[lanes]
         self.shared_memory.write(at, width, self._stack(values, width, lanes), lanes)
         self._count_shared(at, width * len(values), lanes)
 

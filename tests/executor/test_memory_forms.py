@@ -191,6 +191,30 @@ mad.lo.s32 %r5, %r3, 16, %r4;
                 assert out[m, t, i] == (halves[m, column, row] if transposed else halves[m, row, column])
 
 
+@pytest.mark.parametrize("place", ["0", "smem", "smem+16", "%r1+16"])
+def test_every_thread_may_give_one_address(place: str) -> None:
+    out = torch.zeros(2, 32, dtype=torch.int32)
+    run(
+        f"""
+mov.u32 %r1, smem;
+shl.b32 %r2, %r0, 2;
+add.s32 %r3, %r2, %r1;
+st.shared.b32 [%r3], {{%r0}};
+bar.sync 0;
+ld.shared.b32 {{%r4}}, [{place}];
+ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r5}}, [{place}];
+mad.wide.u32 %d3, %r0, 4, %d0;
+st.global.b32 [%d3], {{%r4}};
+st.global.b32 [%d3+128], {{%r5}};
+""",
+        out,
+        threads=32,
+    )
+    first = 4 if "16" in place else 0
+    assert out[0].tolist() == [first] * 32
+    assert out[1].tolist() == [first + i % 4 for i in range(32)]
+
+
 @pytest.mark.parametrize("opcode", sorted(PRODUCTS))
 def test_a_product(opcode: str) -> None:
     """Fragments by the formulas of the manual, "Matrix Fragments for mma.m16n8k16 with floating point type"."""

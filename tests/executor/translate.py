@@ -148,6 +148,8 @@ class _Writer:
         if found is None:
             raise self._unsupported(f"cannot read the address {operand}")
         base = self._value(found[1], kind)
+        if found[1] not in self.numbers:
+            base = f"np.broadcast_to({base}, M.lanes)"
         offset = int(found[2] or "0", 0)
         return f"{base} + {self._value(str(offset), kind)}" if offset else base
 
