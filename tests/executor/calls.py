@@ -49,8 +49,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*(x.reshape(-1).contiguous().view(torch.uint8) for x in (a, b)))
 
 
-def model_step(name: str, dtype: torch.dtype, lengths: list[int]) -> list[torch.Tensor]:
-    """Loss, states and gradients of two layers in training, with dropout, on a ragged batch.
+def model_step(name: str, dtype: torch.dtype, lengths: list[int], dropout_p: float) -> list[torch.Tensor]:
+    """Loss, states and gradients of two layers in training, on a ragged batch.
 
     Args:
         name: of the backend.
@@ -66,6 +66,8 @@ def model_step(name: str, dtype: torch.dtype, lengths: list[int]) -> list[torch.
         vocab_size=97,
         max_position_embeddings=80,
         initializer_range=0.2,
+        hidden_dropout_prob=dropout_p,
+        attention_probs_dropout_prob=dropout_p,
     )
     model = fastbert.BertModel(config).to(dtype).train()
     ids = torch.randint(1, 97, (len(lengths), max(lengths)))
