@@ -4,7 +4,7 @@ import torch
 import transformers
 
 import fastbert
-from fastbert.tuning.problems import Problem, Sizes, by_kernels, checked_problem, cotangents_of
+from fastbert.tuning.problems import Op, Problem, Sizes, by_kernels, checked_problem, cotangents_of
 from fastbert_kernels import backend
 from fastbert_kernels.tuned import Launch
 
@@ -34,11 +34,15 @@ def problem(call: Call, sizes: Sizes) -> Problem:
     return checked_problem(launch, switches, sizes, torch.device("cpu"))
 
 
-def results(problem: Problem, exact: bool = False) -> list[torch.Tensor]:
-    """Outputs and gradients: of the kernels, or of the definition in float64."""
-    to = torch.float64 if exact else None
-    inputs = [x.detach().to(to).requires_grad_(problem.differentiable) for x in problem.inputs]
-    outputs = problem.definition(*inputs) if exact else by_kernels(problem.op)(*inputs)
+def results(problem: Problem) -> list[torch.Tensor]:
+    """Outputs and gradients of the kernels."""
+    return of_op(by_kernels(problem.op), problem, None)
+
+
+def of_op(op: Op, problem: Problem, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """Outputs and gradients of one way to compute a problem, its inputs in another dtype if one is given."""
+    inputs = [x.detach().to(dtype).requires_grad_(problem.differentiable) for x in problem.inputs]
+    outputs = op(*inputs)
     if not problem.differentiable:
         return list(outputs)
     return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, inputs, cotangents_of(outputs))]

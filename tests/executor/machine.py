@@ -45,6 +45,11 @@ class _Copies(NamedTuple):
     group: Array
     instruction: Instruction
 
+    def only(self, chosen: Array) -> "_Copies":
+        """Those of the threads in bool `chosen`."""
+        arrays = {name: getattr(self, name)[chosen] for name in ("lanes", "where", "source", "filled", "group")}
+        return self._replace(**arrays)
+
 
 class Machine:
     """Programs that run together.
@@ -166,18 +171,10 @@ class Machine:
             if mask is not None:
                 done &= mask[copies.lanes]
             if done.any():
-                lanes = copies.lanes[done]
-                data = self._gather(copies.source[done], copies.filled[done], copies.size, lanes)
-                self.shared_memory.end_copy(copies.where[done], data, lanes)
+                ready = copies.only(done)
+                self.shared_memory.end_copy(ready.where, self.fetch(ready), ready.lanes)
             if not done.all():
-                rest = ~done
-                arrays = (copies.lanes, copies.where, copies.source)
-                lanes, where, source = (array[rest] for array in arrays)
-                left.append(
-                    copies._replace(
-                        lanes=lanes, where=where, source=source, filled=copies.filled[rest], group=copies.group[rest]
-                    )
-                )
+                left.append(copies.only(~done))
         self.copies = left
 
     def copy(self, to: Array, source: Array, size: int, filled: Array, mask: Array | None) -> None:
@@ -190,18 +187,19 @@ class Machine:
         if (filled > size).any():
             raise ViolationError(f"fills more than {size} bytes", lanes[filled > size])
         where = self.shared_memory.begin_copy(to, size, lanes)
-        self._gather(source, filled, size, lanes)  # the addresses are checked where the copy begins
+        copies = _Copies(lanes, where, source, size, filled, self.group[lanes], self._instruction)
+        self.fetch(copies)  # the addresses are checked where the copy begins
         self._count_shared(to, size, lanes)
-        read = filled > 0
-        self._count_global(source[read], filled[read], lanes[read])
-        self.copies.append(_Copies(lanes, where, source, size, filled, self.group[lanes], self._instruction))
+        self._count_global(source[filled > 0], filled[filled > 0], lanes[filled > 0])
+        self.copies.append(copies)
 
-    def _gather(self, source: Array, filled: Array, size: int, lanes: Array) -> Array:
-        """Bytes (lanes, size)."""
-        data = np.zeros((len(source), size), np.uint8)
-        for count in np.unique(filled[filled > 0]):
-            here = filled == count
-            data[here, :count] = self.global_memory.access(source[here], 1, int(count), size, self.threads, lanes[here])
+    def fetch(self, copies: _Copies) -> Array:
+        """The bytes that copies deliver, (lanes, size)."""
+        data = np.zeros((len(copies.lanes), copies.size), np.uint8)
+        for count in np.unique(copies.filled[copies.filled > 0]):
+            here = copies.filled == count
+            source, lanes = copies.source[here], copies.lanes[here]
+            data[here, :count] = self.global_memory.access(source, 1, int(count), copies.size, self.threads, lanes)
         return data
 
     # Memory

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from fastbert.tuning.problems import Sizes
@@ -87,7 +88,12 @@ def record() -> dict[str, list[Call]]:
         for sizes in SIZES:
             seen: set[str] = set()
             for call in CALLS:
-                results(problem(call, sizes))
+                made = problem(call, sizes)
+                if call[0].kernel == "attention_forward" and sizes is SIZES[1]:
+                    # Scores far below 0, whose statistics must not be taken for those of a row that is not there.
+                    made.inputs[0][:, 0] += 5
+                    made.inputs[0][:, 1] -= 5
+                results(made)
     return found
 
 
@@ -160,13 +166,32 @@ def under_way(call: Call, ptx: str) -> list[int]:
     return left
 
 
-def harmless(ptx: str, calls: list[Call], mutant: Mutant) -> str:
+def _unused(call: Call, ptx: str, mutant: Mutant, right: list[torch.Tensor]) -> bool:
+    """Whether results stay the same where the instruction fills in NaN instead of zeros."""
+    fetch = Machine.fetch
+
+    def fetched(machine: Machine, copies: Any) -> Any:
+        data = fetch(machine, copies)
+        line = mutant.place.rpartition(":")[0]
+        if f"{copies.instruction.opcode} at {copies.instruction.place}".startswith(line):
+            data[np.arange(copies.size) >= copies.filled[:, None]] = 0xFF
+        return data
+
+    with mock.patch.object(Machine, "fetch", fetched):
+        return all(map(same_bits, call.again(ptx), right))
+
+
+def harmless(ptx: str, calls: list[Call], mutant: Mutant, right: list[list[torch.Tensor]]) -> str:
     """Why a fault that nobody notices changes nothing on a GPU either; "" where no rule says so."""
     if mutant.kind == "barrier removed":
         # What the executor checks, at every trip of a loop; addresses of shared memory depend on nothing else.
         return "no two warps touch a byte, one of them writing, between the barriers before and after it"
     if mutant.kind == "commit removed" and all(under_way(call, ptx) == under_way(call, mutant.ptx) for call in calls):
         return "its copies join the next group, and every wait leaves the same copies under way"
+    if mutant.kind == "zeros not filled in" and all(
+        _unused(call, ptx, mutant, wanted) for call, wanted in zip(calls, right, strict=True)
+    ):
+        return "nobody reads the zeros: NaN in their place gives the same bits"
     if mutant.kind == "predicate lost" and mutant.place.startswith("ld."):
         return "the load lies within its tensor, and what it reads is not used"
     return ""
@@ -179,7 +204,7 @@ def main() -> None:
         for mutant in mutants(ptx):
             if mutant.kind in kinds:
                 noticed = outcome(calls, mutant, right)
-                reason = "" if noticed else harmless(ptx, calls, mutant)
+                reason = "" if noticed else harmless(ptx, calls, mutant, right)
                 print(json.dumps([parse(ptx).name, mutant.kind, mutant.place, noticed, reason]), flush=True)
 
 
