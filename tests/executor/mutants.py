@@ -116,9 +116,12 @@ KINDS: dict[str, tuple[str, Callable[[re.Match[str]], str]]] = {
     "predicate lost": (r"@!?%p\d+ (?=(?:ld|st)\.)", lambda m: ""),
 }
 
+#: Kinds of which one is planted for each line of the source and opcode, and not one for each instruction.
+_ONE_A_PLACE = ("transposition lost", "zeros not filled in", "address shifted", "predicate lost")
+
 
 def mutants(ptx: str) -> Iterator[Mutant]:
-    """Every fault of every kind; of addresses, fills and predicates one for each line of the source and opcode."""
+    """The kernel with every fault, one at a time."""
     places = {}
     place = ""
     for found in re.finditer(r"\.loc\s+(\d+) (\d+)[^\n]*", ptx):
@@ -133,7 +136,7 @@ def mutants(ptx: str) -> Iterator[Mutant]:
             opcode = re.search(r"(?:ld|st|cp|ldmatrix|bar)[\w.:]*", instruction)
             assert opcode is not None
             where = f"{opcode[0]} at {place}"
-            if kind in ("zeros not filled in", "address shifted", "predicate lost"):
+            if kind in _ONE_A_PLACE:
                 if where in seen:
                     continue
                 seen.add(where)
