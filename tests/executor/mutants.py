@@ -3,6 +3,7 @@
 TRITON_INTERPRET=0 python -m tests.executor.mutants --help
 """
 
+import bisect
 import dataclasses
 import json
 import re
@@ -122,25 +123,18 @@ _ONE_A_PLACE = ("transposition lost", "zeros not filled in", "address shifted", 
 
 def mutants(ptx: str) -> Iterator[Mutant]:
     """The kernel with every fault, one at a time."""
-    places = {}
-    place = ""
-    for found in re.finditer(r"\.loc\s+(\d+) (\d+)[^\n]*", ptx):
-        places[found.start()] = found
-    starts = sorted(places)
+    lines = list(re.finditer(r"\.loc\s[^\n]*// (\S+)", ptx))
+    starts = [line.start() for line in lines]
     for kind, (pattern, replace) in KINDS.items():
         seen = set()
         for found in re.finditer(pattern, ptx):
-            before = [start for start in starts if start < found.start()]
-            place = re.sub(r".*// ", "", places[before[-1]][0]).split("@[")[0].strip()
-            instruction = ptx[found.start() : ptx.index(";", found.start())]
-            opcode = re.search(r"(?:ld|st|cp|ldmatrix|bar)[\w.:]*", instruction)
+            opcode = re.search(r"(?:ld|st|cp|bar)[\w.:]*", ptx[found.start() :])
             assert opcode is not None
-            where = f"{opcode[0]} at {place}"
-            if kind in _ONE_A_PLACE:
-                if where in seen:
-                    continue
-                seen.add(where)
-            yield Mutant(kind, where, ptx[: found.start()] + replace(found) + ptx[found.end() :])
+            place = f"{opcode[0]} at {lines[bisect.bisect(starts, found.start()) - 1][1]}"
+            if kind in _ONE_A_PLACE and place in seen:
+                continue
+            seen.add(place)
+            yield Mutant(kind, place, ptx[: found.start()] + replace(found) + ptx[found.end() :])
 
 
 def outcome(calls: list[Call], mutant: Mutant, right: list[list[torch.Tensor]]) -> str:
