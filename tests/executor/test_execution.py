@@ -45,6 +45,16 @@ def test_a_few_calls_of_every_kernel() -> None:
     assert launched == KERNELS
 
 
+def test_the_static_report_counts_what_kernels_do() -> None:
+    options = ("--target", "sm_80", "--kernel", "column_sums", "--execute")
+    shown = run_uninterpreted("-m", "bench.static", *options)
+    table = shown.partition("What the kernels do on sm_80")[2]
+    (row,) = (line for line in table.splitlines() if "column_sums bfloat16 768" in line)
+    cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+    assert float(cells[1]) > 0  # additions
+    assert cells[-4:-2] == ["1.00", "1.00"]  # sectors of loads and stores, of the fewest
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_a_kernel_s_tests(file: str) -> None:
