@@ -83,6 +83,7 @@ class Machine:
             program=numbers.astype(np.int32),
             slot=np.repeat(np.arange(self.count), self.size),
             warp=(thread // WARP).astype(np.int16),
+            epoch=np.ones(self.count, np.int32),
         )
         self.shared_memory = SharedMemory(self.threads, shared, code.shared_grain)
         x, y, z = grid
@@ -155,7 +156,7 @@ class Machine:
 
     def barrier(self, mask: Array | None) -> None:
         self._together(mask, self.size, "is not reached by every thread of the program")
-        self.shared_memory.barrier(np.ones(self.count, bool) if mask is None else mask[:: self.size])
+        self.threads.meet(np.ones(self.count, bool) if mask is None else mask[:: self.size])
 
     def warp_barrier(self, mask: Array | None) -> None:
         self._together(mask, WARP, "is not reached by every thread of the warp")

@@ -44,38 +44,23 @@ class Threads:
     """int64, number among the programs that run together."""
     warp: Array
     """int16, number in the program."""
+    epoch: Array
+    """int32, for each of the programs that run together: barriers it has passed, and 1."""
+
+    def meet(self, slots: Array) -> None:
+        """The programs marked in bool `slots` pass a barrier."""
+        self.epoch[:] += slots
 
 
-class SharedMemory:
-    """Shared memory. Accesses of different warps between two barriers of a program must not conflict.
+class _History:
+    """Who touched each grain of memory last, by a program's epochs: the time between two barriers."""
 
-    An epoch is the time between two barriers. For each grain, the bytes of the kernel's narrowest access, the epoch and
-    the warp of the last write and of the last read are kept.
-    """
-
-    def __init__(self, threads: Threads, size: int, grain: int) -> None:
-        self.threads, self.grain = threads, grain
-        self.size = -(-max(size, 16) // 16) * 16
-        programs = int(threads.slot[-1]) + 1
-        self.bytes = np.full(programs * self.size, 0xFF, np.uint8)  # NaN until written
-        self.epoch = np.ones(programs, np.int32)
-        grains = programs * self.size // grain
+    def __init__(self, grains: int) -> None:
         self.write_epoch, self.read_epoch = np.zeros(grains, np.int32), np.zeros(grains, np.int32)
-        self.writer, self.reader = np.full(grains, _NOBODY, np.int16), np.full(grains, _NOBODY, np.int16)
-        self.under_way = np.zeros(grains, bool)
+        self.writer, self.reader = np.zeros(grains, np.int16), np.zeros(grains, np.int16)
 
-    def barrier(self, slots: Array) -> None:
-        """Begin a new epoch in the programs marked in bool `slots`."""
-        self.epoch += slots
-
-    def read(self, at: Array, width: int, count: int, lanes: Array) -> Array:
-        """Elements (lanes, count) of `width` bytes at uint32 addresses (lanes,)."""
-        where = self._locate(at, width * count, lanes)
-        grains, epoch, warp = self._grains(where, width * count, lanes)
-        self._require(~self.under_way[grains], "reads what an asynchronous copy may not have delivered", lanes, at)
-        foreign = (self.write_epoch[grains] == epoch) & (self.writer[grains] != warp)
-        self._require(~foreign, "reads what another warp wrote since the last barrier", lanes, at)
-        self._require(self.write_epoch[grains] != 0, "reads shared memory that nothing wrote", lanes, at)
+    def read(self, grains: Array, epoch: Array, warp: Array) -> Array:
+        """Note reads. Returns which are of what another warp has written in this epoch."""
         others = (self.read_epoch[grains] == epoch) & (self.reader[grains] != warp)
         self.reader[grains] = np.where(others, _SEVERAL, warp)
         # Of several warps in this one access the last stands there.
@@ -83,6 +68,52 @@ class SharedMemory:
         if clash.any():
             self.reader[grains[clash]] = _SEVERAL
         self.read_epoch[grains] = epoch
+        return (self.write_epoch[grains] == epoch) & (self.writer[grains] != warp)
+
+    def write(self, grains: Array, epoch: Array, warp: Array) -> tuple[Array, Array]:
+        """Note writes. Returns which are of what another warp has read, and has written, in this epoch."""
+        read = (self.read_epoch[grains] == epoch) & (self.reader[grains] != warp)
+        written = (self.write_epoch[grains] == epoch) & (self.writer[grains] != warp)
+        self.write_epoch[grains], self.writer[grains] = epoch, warp
+        return read, written
+
+
+def _require(holds: Array, what: str, lanes: Array, at: Array) -> None:
+    """Raise unless all hold, (lanes, n)."""
+    if not holds.all():
+        bad = ~holds.all(1)
+        raise ViolationError(what, lanes[bad], at[bad])
+
+
+_READ_WRITTEN = "reads what another warp wrote since the last barrier"
+_WRITTEN_READ = "writes what another warp read since the last barrier"
+_WRITTEN_TWICE = "writes what another warp wrote since the last barrier"
+
+
+class SharedMemory:
+    """Shared memory, each program's behind another's.
+
+    Args:
+        threads: those that run together.
+        size: bytes of a program.
+        grain: bytes of the kernel's narrowest access, by which accesses are noted.
+    """
+
+    def __init__(self, threads: Threads, size: int, grain: int) -> None:
+        self.threads, self.grain = threads, grain
+        self.size = -(-max(size, 16) // 16) * 16
+        size = len(threads.epoch) * self.size
+        self.bytes = np.full(size, 0xFF, np.uint8)  # NaN until written
+        self.history = _History(size // grain)
+        self.under_way = np.zeros(size // grain, bool)
+
+    def read(self, at: Array, width: int, count: int, lanes: Array) -> Array:
+        """Elements (lanes, count) of `width` bytes at uint32 addresses (lanes,)."""
+        where = self._locate(at, width * count, lanes)
+        grains, epoch, warp = self._grains(where, width * count, lanes)
+        _require(~self.under_way[grains], "reads what an asynchronous copy may not have delivered", lanes, at)
+        _require(~self.history.read(grains, epoch, warp), _READ_WRITTEN, lanes, at)
+        _require(self.history.write_epoch[grains] != 0, "reads shared memory that nothing wrote", lanes, at)
         return self.bytes.view(f"u{width}")[(where // width)[:, None] + np.arange(count)]
 
     def write(self, at: Array, width: int, values: Array, lanes: Array) -> None:
@@ -96,8 +127,8 @@ class SharedMemory:
         lost = (view[index] != values).any(1)
         if lost.any():
             grains, _, warp = self._grains(where, width * values.shape[1], lanes)
-            own = ~lost[:, None] | (self.writer[grains] == warp)
-            self._require(own, "writes another value than another warp to one address", lanes, at)
+            own = ~lost[:, None] | (self.history.writer[grains] == warp)
+            _require(own, "writes another value than another warp to one address", lanes, at)
 
     def begin_copy(self, at: Array, size: int, lanes: Array) -> Array:
         """An asynchronous copy writes here from now on. Returns where, for `end_copy`."""
@@ -113,35 +144,31 @@ class SharedMemory:
         self.bytes[where[:, None] + np.arange(size)] = data
         grains, epoch, warp = self._grains(where, size, lanes)
         self.under_way[grains] = False
-        self.write_epoch[grains], self.writer[grains] = epoch, warp
+        self.history.write(grains, epoch, warp)
 
     def _locate(self, at: Array, size: int, lanes: Array) -> Array:
         inside = at.astype(np.int64) + size <= self.size
-        self._require(inside[:, None], f"is out of the {self.size} bytes of shared memory", lanes, at)
-        self._require((at % size == 0)[:, None], f"is misaligned: {size} bytes", lanes, at)
+        _require(inside[:, None], f"is out of the {self.size} bytes of shared memory", lanes, at)
+        _require((at % size == 0)[:, None], f"is misaligned: {size} bytes", lanes, at)
         return at.astype(np.int64) + self.threads.slot[lanes] * self.size
 
     def _grains(self, where: Array, size: int, lanes: Array) -> tuple[Array, Array, Array]:
-        """Grains (lanes, n) of accesses, and epoch and warp of each."""
-        grains = (where // self.grain)[:, None] + np.arange(size // self.grain)
-        epoch = np.broadcast_to(self.epoch[self.threads.slot[lanes]][:, None], grains.shape)
-        return grains, epoch, np.broadcast_to(self.threads.warp[lanes][:, None], grains.shape)
+        return _grains_of(where, size, self.grain, self.threads, lanes)
 
     def _written(self, where: Array, size: int, lanes: Array, at: Array, same: bool) -> None:
         """Check and note a write; `same` when it changes nothing, which warps may do together."""
         grains, epoch, warp = self._grains(where, size, lanes)
-        self._require(~self.under_way[grains], "writes where an asynchronous copy is under way", lanes, at)
-        foreign = (self.read_epoch[grains] == epoch) & (self.reader[grains] != warp)
-        self._require(~foreign, "writes what another warp read since the last barrier", lanes, at)
-        foreign = (self.write_epoch[grains] == epoch) & (self.writer[grains] != warp)
-        if not same:
-            self._require(~foreign, "writes what another warp wrote since the last barrier", lanes, at)
-        self.write_epoch[grains], self.writer[grains] = epoch, warp
+        _require(~self.under_way[grains], "writes where an asynchronous copy is under way", lanes, at)
+        read, written = self.history.write(grains, epoch, warp)
+        _require(~read, _WRITTEN_READ, lanes, at)
+        _require(~written | same, _WRITTEN_TWICE, lanes, at)
 
-    def _require(self, holds: Array, what: str, lanes: Array, at: Array) -> None:
-        if not holds.all():
-            bad = ~holds.all(1)
-            raise ViolationError(what, lanes[bad], at[bad])
+
+def _grains_of(where: Array, size: int, grain: int, threads: Threads, lanes: Array) -> tuple[Array, Array, Array]:
+    """Grains (lanes, n) of accesses, and epoch and warp of each."""
+    grains = (where // grain)[:, None] + np.arange(-(-size // grain))
+    epoch = np.broadcast_to(threads.epoch[threads.slot[lanes]][:, None], grains.shape)
+    return grains, epoch, np.broadcast_to(threads.warp[lanes][:, None], grains.shape)
 
 
 class GlobalMemory:
@@ -168,6 +195,7 @@ class GlobalMemory:
             for start, size in zip(self.starts, sizes, strict=True)
         ]
         self.writers, self.readers = ([np.full(size // grain, _NOBODY, np.int32) for size in sizes] for _ in range(2))
+        self.histories = [_History(size // grain) for size in sizes]
 
     def address(self, pointer: int) -> int:
         """The executor's address for a pointer into one of the tensors; 0 for any other."""
@@ -216,42 +244,35 @@ class GlobalMemory:
         if outside.any():
             what = "reads" if values is None else "writes"
             raise ViolationError(f"{what} outside the tensors of the launch", lanes[outside], at[outside])
-        self._own(number, offset, width * count, threads.program[lanes], lanes, at, values is not None)
+        grains, epoch, warp = _grains_of(offset, width * count, self.grain, threads, lanes)
+        self._own(number, grains, threads.program[lanes], lanes, at, values is not None)
         view = self.bytes[number].view(f"u{width}")
         index = (offset // width)[:, None] + np.arange(count)
-        if values is not None:
-            view[index] = values
-            differs = (view[index] != values).any(1)
-            if differs.any():
-                what = "writes another value than another thread to one address"
-                raise ViolationError(what, lanes[differs], at[differs])
-        return view[index]
+        if values is None:
+            _require(~self.histories[number].read(grains, epoch, warp), _READ_WRITTEN, lanes, at)
+            return view[index]
+        read, written = self.histories[number].write(grains, epoch, warp)
+        _require(~read, _WRITTEN_READ, lanes, at)
+        # Warps may write the same together.
+        _require(~written | (view[index] == values).all(), _WRITTEN_TWICE, lanes, at)
+        view[index] = values
+        _require(view[index] == values, "writes another value than another thread to one address", lanes, at)
+        return values
 
-    def _own(
-        self, number: int, offset: Array, size: int, programs: Array, lanes: Array, at: Array, write: bool
-    ) -> None:
+    def _own(self, number: int, grains: Array, programs: Array, lanes: Array, at: Array, write: bool) -> None:
         """Check and note which programs touch which grains."""
         writers, readers = self.writers[number], self.readers[number]
-        grains = (offset // self.grain)[:, None] + np.arange(-(-size // self.grain))
         own = np.broadcast_to(programs[:, None], grains.shape)
-
-        def require(holds: Array, what: str) -> None:
-            if not holds.all():
-                bad = ~holds.all(1)
-                raise ViolationError(f"{what} global memory that another program {other}", lanes[bad], at[bad])
-
-        other = "writes"
-        what = "writes" if write else "reads"
-        known = writers[grains]
-        require((known == _NOBODY) | (known == own), what)
-        before = readers[grains]
-        if not write:
-            readers[grains] = np.where((before == _NOBODY) | (before == own), own, _SEVERAL)
-            clash = (readers[grains] != own) & (readers[grains] != _SEVERAL)
-            if clash.any():
-                readers[grains[clash]] = _SEVERAL
+        what = f"{'writes' if write else 'reads'} global memory that another program"
+        known, before = writers[grains], readers[grains]
+        _require((known == _NOBODY) | (known == own), f"{what} writes", lanes, at)
+        if write:
+            writers[grains] = own
+            _require(writers[grains] == own, f"{what} writes", lanes, at)
+            _require((before == _NOBODY) | (before == own), f"{what} reads", lanes, at)
             return
-        writers[grains] = own
-        require(writers[grains] == own, what)
-        other = "reads"
-        require((before == _NOBODY) | (before == own), what)
+        readers[grains] = np.where((before == _NOBODY) | (before == own), own, _SEVERAL)
+        # Of several programs in this one access the last stands there.
+        clash = (readers[grains] != own) & (readers[grains] != _SEVERAL)
+        if clash.any():
+            readers[grains[clash]] = _SEVERAL

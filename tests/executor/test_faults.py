@@ -92,6 +92,25 @@ def test_threads_that_write_different_values_to_one_address() -> None:
     run(OWN + "st.shared.b32 [0], {%r0};", numbers(), threads=32)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        ("st.global.b32 [%d2], {%r0};", "ld.global.b32 {%r3}, [%d4];", "reads what another warp wrote"),
+        ("ld.global.b32 {%r3}, [%d4];", "st.global.b32 [%d2], {%r2};", "writes what another warp read"),
+        ("st.global.b32 [%d2], {%r0};", "st.global.b32 [%d4], {%r0};", "writes what another warp wrote"),
+        ("ld.global.b32 {%r3}, [%d2];", "ld.global.b32 {%r3}, [%d4];", None),
+        ("st.global.b32 [%d2], {%r9};", "st.global.b32 [%d4], {%r9};", None),
+    ],
+)
+def test_warps_of_a_program_meet_in_global_memory_at_a_barrier(first: str, second: str, what: str | None) -> None:
+    body = "xor.b32 %r5, %r2, 128;\nmov.b32 %r6, 0;\ncvt.u64.u32 %d3, %r5;\nadd.s64 %d4, %d0, %d3;\n"
+    run(OWN + body + first + "\nbar.sync 0;\n" + second, numbers())
+    if what is None:
+        run(OWN + body + first + "\n" + second, numbers())
+    else:
+        assert f"{what} since the last barrier (program 0, threads" in fault(body + first + "\n" + second, numbers())
+
+
 # Shared memory
 
 
@@ -185,7 +204,8 @@ def test_nothing_is_written_over_a_copy() -> None:
 
 def test_a_copy_reads_within_a_tensor_and_checks_no_more_than_it_fills() -> None:
     body = "setp.lt.u32 %p1, %r0, 60;\nselp.b32 %r6, 4, 0, %p1;\ncp.async.ca.shared.global [%r2], [%d2+16], 4, %r6;\n"
-    body += "cp.async.commit_group;\ncp.async.wait_group 0;\nld.shared.b32 {%r3}, [%r2];\nst.global.b32 [%d2], {%r3};"
+    body += "cp.async.commit_group;\ncp.async.wait_group 0;\nbar.sync 0;\nld.shared.b32 {%r3}, [%r2];\n"
+    body += "st.global.b32 [%d2], {%r3};"
     memory = numbers() + 1
     run(OWN + body, memory)
     assert memory.tolist() == [*range(5, 65), 0, 0, 0, 0]
