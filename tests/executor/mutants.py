@@ -125,6 +125,8 @@ KINDS: dict[str, tuple[str, Callable[[re.Match[str]], str]]] = {
     "predicate lost": (r"@!?%p\d+ (?=(?:ld|st)\.)", lambda m: ""),
 }
 
+_ASYNCHRONOUS = ("wait removed", "one more group in flight", "commit removed")
+
 #: Kinds of which one is planted for each line of the source and opcode, and not one for each instruction.
 _ONE_A_PLACE = ("transposition lost", "zeros not filled in", "address shifted", "predicate lost")
 
@@ -158,17 +160,22 @@ def outcome(calls: list[Call], mutant: Mutant, right: list[list[torch.Tensor]]) 
 
 
 def under_way(call: Call, ptx: str) -> list[int]:
-    """After each wait, which asynchronous copies are under way: a hash of their places in shared memory."""
-    left: list[int] = []
-    wait = Machine.wait
+    """Before each read of shared memory, which asynchronous copies are under way: a hash of their places."""
+    copies: list[int] = []
 
-    def waited(machine: Machine, pending: int, mask: Any) -> None:
-        wait(machine, pending, mask)
-        left.append(hash(tuple(sorted(copies.where.tobytes() for copies in machine.copies))))
+    def before(read: Any) -> Any:
+        def noted(machine: Machine, *arguments: Any) -> Any:
+            copies.append(hash(tuple(sorted(c.where.tobytes() for c in machine.copies))))
+            return read(machine, *arguments)
 
-    with mock.patch.object(Machine, "wait", waited):
+        return noted
+
+    with (
+        mock.patch.object(Machine, "load_shared", before(Machine.load_shared)),
+        mock.patch.object(Machine, "load_matrices", before(Machine.load_matrices)),
+    ):
         call.again(ptx)
-    return left
+    return copies
 
 
 def _unused(call: Call, ptx: str, mutant: Mutant, right: list[torch.Tensor]) -> bool:
@@ -191,8 +198,8 @@ def harmless(ptx: str, calls: list[Call], mutant: Mutant, right: list[list[torch
     if mutant.kind == "barrier removed":
         # What the executor checks, at every trip of a loop; addresses of shared memory depend on nothing else.
         return "no two warps touch a byte, one of them writing, between the barriers before and after it"
-    if mutant.kind == "commit removed" and all(under_way(call, ptx) == under_way(call, mutant.ptx) for call in calls):
-        return "its copies join the next group, and every wait leaves the same copies under way"
+    if mutant.kind in _ASYNCHRONOUS and all(under_way(call, ptx) == under_way(call, mutant.ptx) for call in calls):
+        return "another group or wait does the same: before every read the same copies are under way"
     if mutant.kind == "zeros not filled in" and all(
         _unused(call, ptx, mutant, wanted) for call, wanted in zip(calls, right, strict=True)
     ):

@@ -129,9 +129,11 @@ class _Body:
         self.registers: dict[str, str] = {}
         self.blocks: list[list[Instruction]] = [[]]
         self.labels: dict[str, int] = {}
+        self.targets: set[str] = set()
         self.place = name
 
     def read(self, text: str, start: int) -> None:
+        self.targets = set(re.findall(r"\bbra(?:\.uni)?\s+([\w$]+)", text))  # most labels are for debuggers
         depth = 1
         while depth:
             found = _STATEMENT.match(text, start)
@@ -139,7 +141,7 @@ class _Body:
                 raise UnsupportedError(f"{self.place}: cannot read {text[start : start + 60].strip()!r}")
             start = found.end()
             if found["label"]:
-                if self.blocks[-1]:
+                if self.blocks[-1] and found["label"] in self.targets:
                     self.blocks.append([])
                 self.labels[found["label"]] = len(self.blocks) - 1
             elif found["file"]:
