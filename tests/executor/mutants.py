@@ -73,8 +73,15 @@ def _copies(arguments: dict[str, Any]) -> dict[str, Any]:
     return copies
 
 
-#: Arguments of which some rows are NaN in the second size: no other row, and no column past its end, may read them.
-_ROWS = ("x_ptr", "residual_ptr", "dy_ptr", "normed_ptr")
+def _poison(arguments: dict[str, Any]) -> None:
+    """NaN in some rows, which no other row may read and no column past its end, and in what no id of a table names."""
+    for name in ("x_ptr", "residual_ptr", "dy_ptr", "normed_ptr"):
+        if isinstance(arguments.get(name), torch.Tensor):
+            arguments[name][1::8] = torch.nan
+    for ids, table in (("words", "word"), ("positions", "position"), ("token_types", "token_type")):
+        if f"{table}_table_ptr" in arguments:
+            arguments[f"{ids}_ptr"].clamp_(min=1)
+            arguments[f"{table}_table_ptr"][0] = torch.nan
 
 
 def record() -> dict[str, list[Call]]:
@@ -87,9 +94,8 @@ def record() -> dict[str, list[Call]]:
         if ptx not in seen:
             seen.add(ptx)
             copies = _copies(arguments)
-            for name in _ROWS if sizes is SIZES[1] else ():
-                if isinstance(copies.get(name), torch.Tensor):
-                    copies[name][1::8] = torch.nan
+            if sizes is SIZES[1]:
+                _poison(copies)
             found.setdefault(ptx, []).append(Call(copies, grid, shared))
         execute(code, arguments, grid, shared, counters)
 
