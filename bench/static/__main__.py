@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastbert_kernels.catalogue import Tiles
 
-from . import baseline
+from . import baseline, execute
 from .alternatives import alternatives
 from .assembly import MachineCode, compile_all, require_compiler
 from .cases import DEVICES, LENGTHS, TARGETS, Case, cases, launch_tiles
@@ -36,6 +36,10 @@ def main(
     ] = "",
     other_tiles: Annotated[
         bool, typer.Option("--alternatives", help="Compile each case with neighbouring tiles too, the shipped marked.")
+    ] = False,
+    run: Annotated[
+        bool,
+        typer.Option("--execute", help="Run the cases' code for sm_80 on this machine too, and count what it does."),
     ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write everything to a file.")
@@ -82,6 +86,12 @@ def main(
     console.print(LEGEND.format(tokens=f"{sum(LENGTHS):,}", devices=", ".join(DEVICES[name] for name in targets)))
     for line in reasons(reports):
         console.print(line)
+    if run:
+        counted = execute.execute(chosen)
+        console.print(execute.table(counted))
+        console.print(execute.LEGEND)
+        for line in execute.worst(counted):
+            console.print(line, markup=False, highlight=False)
     if not_compared:
         console.print(not_compared, style="yellow")
     for line in failures + losses:
