@@ -23,12 +23,15 @@ from .layer_norm import _forward as norm_forward
 from .layer_norm import forward_in_place as norm_forward_in_place
 from .layer_norm import gradients as norm_gradients
 from .layer_norm import op_arguments as norm_arguments
+from .onednn import product_dtype
 
 
 def runs_as_block(x: torch.Tensor) -> bool:
-    """Whether a block may run on x: where no compiler or functorch transform is to see the ops, and kernels run, or a
-    CPU's own layers."""
-    return type(x) is torch.Tensor and not is_traced() and (uses_triton(x) or uses_cpu_layers(x))
+    """Whether a block may run on x: where no compiler or functorch transform is to see the ops, and kernels run, or
+    oneDNN on a CPU."""
+    if type(x) is not torch.Tensor or is_traced():
+        return False
+    return uses_triton(x) or (uses_cpu_layers(x) and product_dtype(x.dtype) is not None)
 
 
 def _run(block: type[torch.autograd.Function], *arguments: Any) -> Any:
