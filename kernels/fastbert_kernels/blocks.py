@@ -38,12 +38,15 @@ from .block_records import (
 )
 from .column_sums import column_sums
 from .launch import second_derivative_error
+from .onednn import product_dtype
 
 
 def runs_as_block(x: torch.Tensor) -> bool:
-    """Whether a block may run on x: where no compiler or functorch transform is to see the ops, and kernels run, or a
-    CPU's own layers."""
-    return type(x) is torch.Tensor and not is_traced() and (uses_triton(x) or uses_cpu_layers(x))
+    """Whether a block may run on x: where no compiler or functorch transform is to see the ops, and kernels run, or
+    oneDNN on a CPU."""
+    if type(x) is not torch.Tensor or is_traced():
+        return False
+    return uses_triton(x) or (uses_cpu_layers(x) and product_dtype(x.dtype) is not None)
 
 
 def _run(block: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from . import reference
 from .attention import attention
-from .onednn import linear
+from .onednn import linear, product_dtype
 from .stacked import stacked
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _attend_run(qkv: torch.Tensor, length: int, scale: float) -> torch.Tensor:
     """The context (tokens, heads, head_dim) of sequences of one length."""
     of_sequence = qkv.shape[2] * length * length  # scores
     few = qkv.shape[0] // length * of_sequence < FEW_SCORES and not qkv.requires_grad
-    if qkv.dtype != torch.float32 and not few:
+    if product_dtype(qkv.dtype) == qkv.dtype != torch.float32 and not few:
         tokens = length * max(1, SCORES * torch.get_num_threads() // of_sequence)
         contexts = [_attend_in_parts(part, length, scale) for part in qkv.split(tokens)]
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)

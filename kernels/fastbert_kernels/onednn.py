@@ -4,7 +4,8 @@ torch's `F.linear` takes float32 to MKL, which on AMD processors runs at as litt
 used here is the one that torch's own compiler emits, and takes weights as they are, so that no second copy of one can
 go stale. It is private to torch: its presence and its results are checked once, at the first use of each dtype, against
 `F.linear`, which runs where the check fails, where torch's use of oneDNN is switched off, and where a compiler, a
-transform or a mode is to see the ops.
+transform or a mode is to see the ops. Half precision that a processor does not have is computed in float32 and rounded
+once: `F.linear` takes several times as long.
 """
 
 import functools
@@ -85,12 +86,23 @@ def _first_wrong(dtype: torch.dtype) -> str | None:
     return None
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype in which oneDNN takes products of this dtype; None where it takes none."""
+    if not torch._C._get_mkldnn_enabled():
+        return None
+    if why_not(dtype) is None:
+        return dtype
+    return torch.float32 if dtype in _TOLERANCE and why_not(torch.float32) is None else None
+
+
 def describe_products(dtype: torch.dtype) -> str:
     """What the products of linear layers of this dtype are taken by on a CPU, for people."""
     if not torch._C._get_mkldnn_enabled():
         return "F.linear: torch.backends.mkldnn is switched off"
-    reason = why_not(dtype)
-    return "oneDNN" if reason is None else f"F.linear: {reason}"
+    found, reason = product_dtype(dtype), why_not(dtype)
+    if found is None:
+        return f"F.linear: {reason}"
+    return "oneDNN" if found == dtype else f"oneDNN in float32: {reason}"
 
 
 def product(
@@ -112,10 +124,13 @@ def product(
     Returns:
         (rows, out).
     """
-    fits = x.dtype == weight.dtype and x.numel() > 0 and weight.numel() > 0
-    if fits and torch._C._get_mkldnn_enabled() and why_not(x.dtype) is None and not is_watched():
+    dtype = product_dtype(x.dtype) if x.dtype == weight.dtype and not is_watched() else None
+    if dtype is None:
+        return _plain(x, weight, bias, activation, residual)
+    if dtype == x.dtype:
         return _call(x, weight, bias, activation, residual)
-    return _plain(x, weight, bias, activation, residual)
+    bias, residual = (None if tensor is None else tensor.to(dtype) for tensor in (bias, residual))
+    return _call(x.to(dtype), weight.to(dtype), bias, activation, residual).to(x.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -136,7 +151,8 @@ class _Linear(torch.autograd.Function):
         dweight = None
         if needs_weight:
             # oneDNN lays out transposed factors anew: worth it where torch's own product is MKL's.
-            dweight = linear(dy.t(), x.t()) if dy.dtype == torch.float32 else dy.t() @ x
+            own = product_dtype(dy.dtype) == dy.dtype != torch.float32
+            dweight = dy.t() @ x if own else linear(dy.t(), x.t())
         return dx, dweight, dy.sum(0) if needs_bias else None, dy if needs_residual else None
 
 

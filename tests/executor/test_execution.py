@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.uninterpreted import run_uninterpreted
 
 from fastbert.tuning.problems import COMPILED
-from tests.uninterpreted import run_uninterpreted
 
 KERNELS = {"_column_sums"} | {kernel.__name__ for kernel in COMPILED.values()}
 

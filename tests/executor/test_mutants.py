@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from tests.uninterpreted import run_uninterpreted
 
 KINDS = {

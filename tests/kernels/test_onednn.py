@@ -7,7 +7,7 @@ import torch
 from helpers.models import onednn_enabled
 from two_references import DTYPES
 
-from fastbert_kernels import onednn, reference
+from fastbert_kernels import onednn, reference, runs_as_block
 from fastbert_kernels.onednn import describe_products, linear, product, why_not
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu")
@@ -122,6 +122,9 @@ def test_what_is_in_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_products(torch.float32) == "oneDNN"
     with onednn_enabled(False):
         assert describe_products(torch.float32) == "F.linear: torch.backends.mkldnn is switched off"
+    half = describe_products(torch.float16)
+    if why_not(torch.float16) is not None:
+        assert half == "oneDNN in float32: oneDNN has no float16 on this processor"
     assert describe_products(torch.float64) == "F.linear: oneDNN is not used for torch.float64"
 
 
@@ -130,6 +133,7 @@ def test_a_missing_op_is_said_and_not_used(monkeypatch: pytest.MonkeyPatch) -> N
     assert describe_products(torch.float32) == "F.linear: torch's op for it fails: no such op"
     given = factors(torch.float32)
     torch.testing.assert_close(product(**given), onednn._plain(**given, activation="none"))
+    assert not runs_as_block(torch.zeros(2, 3))
     why_not.cache_clear()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_equals_hugging_face(layers: list[int], lengths: list[int], packing: boo
     want = run(plain, lengths)
     with onednn_enabled(with_onednn):
         got = run(fused, lengths)
-    assert layers == [sum(lengths) if packing else 3 * max(lengths)] * 4
+    assert layers == ([sum(lengths) if packing else 3 * max(lengths)] * 4 if with_onednn else [])
     assert_close(got[0], want[0])
     assert_close(got[1], want[1])
     for name, gradient in got[2].items():
@@ -70,23 +71,31 @@ def test_equals_hugging_face(layers: list[int], lengths: list[int], packing: boo
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("with_onednn", [True, False])
 def test_errs_no_more_than_hugging_face_in_half_precision(
-    layers: list[int], dtype: torch.dtype, lengths: list[int], with_onednn: bool
+    layers: list[int], dtype: torch.dtype, lengths: list[int]
 ) -> None:
-    plain, fused = pair()
-    fused.packing = True
-    exact = run(copy.deepcopy(plain).double(), lengths)
-    theirs = run(plain.to(dtype), lengths)
-    with onednn_enabled(with_onednn):
-        ours = run(fused.to(dtype), lengths)
-    assert len(layers) == 4
-    for i in range(2):
-        assert (ours[i] - exact[i]).norm() <= 1.1 * (theirs[i] - exact[i]).norm()
-    for name, gradient in ours[2].items():
+    mine: dict[str, float] = defaultdict(float)
+    theirs: dict[str, float] = defaultdict(float)
+    for _ in range(6):  # by chance one or the other errs less in one model
+        plain, fused = pair(initializer_range=0.2)  # 0.5 gives models whose errors are all one softmax's
+        fused.packing = True
+        exact = named(run(copy.deepcopy(plain).double(), lengths))
+        add_squared_errors(theirs, named(run(plain.to(dtype), lengths)), exact)
+        add_squared_errors(mine, named(run(fused.to(dtype), lengths)), exact)
+    assert len(layers) == 6 * 4
+    for name, error in mine.items():
         if not name.endswith("key.bias"):  # zero but for rounding
-            error, bound = ((g.double() - exact[2][name]).norm() for g in (gradient, theirs[2][name]))
-            assert error < 2 * bound + 1e-5, name
+            assert error**0.5 <= (1.1 if name in ("quiet", "recorded") else 1.5) * theirs[name] ** 0.5, name
+
+
+def named(found: tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    quiet, recorded, gradients = found
+    return {"quiet": quiet, "recorded": recorded, **gradients}
+
+
+def add_squared_errors(sums: dict[str, float], found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> None:
+    for name, x in found.items():
+        sums[name] += (x.double() - exact[name]).square().sum().item()
 
 
 def test_rows_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +121,11 @@ def test_maps_head_masks_and_wide_masks(layers: list[int], maps: bool) -> None:
         assert_close(ours, theirs)
 
 
-def test_dropout_keeps_the_mean_and_follows_torchs_seed(layers: list[int]) -> None:
-    _, fused = pair(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
+@pytest.mark.parametrize("which", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_follows_torchs_seed(layers: list[int], which: str) -> None:
+    _, fused = pair(**{which: 0.3})
     fused.train()
+    fused.embeddings.eval()
     x, mask = ids(), mask_of([11, 4, 7], 11)
 
     def drawn(seed: int) -> torch.Tensor:
@@ -297,15 +308,16 @@ def test_a_data_loaders_workers_may_run_a_model() -> None:
         assert_close(got, y)
 
 
-def test_runs_on_weights_of_a_norm_of_their_own_dtype(layers: list[int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_may_have_a_dtype_of_their_own(layers: list[int], dtype: torch.dtype) -> None:
     model = fastbert.BertModel(tiny_config()).eval()
     randomize(model)
-    model.to(torch.bfloat16)
+    model.to(dtype)
     for layer in model.encoder.layer:
-        layer.output.LayerNorm.float()
+        layer.output.LayerNorm.to(torch.bfloat16 if dtype == torch.float32 else torch.float32)
     x = ids()
     got = model(x).last_hidden_state
     with backend("torch"):
         want = model(x).last_hidden_state
     assert layers == [33, 33]
-    assert (got - want).abs().max() < 0.1
+    assert_close(got.float(), want.float(), atol=2e-5 if dtype == torch.float32 else 0.1)
