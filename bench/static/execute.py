@@ -61,8 +61,8 @@ def _call(case: Case) -> tuple[Launch, tuple[str, ...], bool]:
     """The op's first kernel, the switches of its call, and whether gradients are taken."""
     first = {"attention": "attention_forward", "relation": "relation_forward", "embed": "embed_forward"}
     first |= {"add": "add_layer_norm_forward", "bias": "bias_activation_forward", "column": "add_layer_norm_forward"}
-    kernel = case.kernel if case.feeds_forward else first[case.kernel.partition("_")[0]]
-    maps = case.attends and not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags)
+    kernel = case.kernel if case.traits.work == "product" else first[case.kernel.partition("_")[0]]
+    maps = case.traits.attends and not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(case.flags)
     switches = [flag for flag in case.flags if flag not in _IMPLIED]
     switches += ["PROBS"] * ("DPROBS" in case.flags) + ["BIAS"] * (case.kernel == "column_sums")
     if case.activation is not None:
@@ -100,11 +100,11 @@ def table(counted: dict[Case, "Counters"]) -> Table:
 
 
 def _least(case: Case) -> Cost:
-    rows = FEW_ROWS.rows if case.feeds_forward else SIZES.rows
+    rows = FEW_ROWS.rows if case.traits.work == "product" else SIZES.rows
     return cost(
         case.kernel,
-        lengths=list(SIZES.ragged) if case.attends else [rows],
-        heads=HEADS if case.attends else 1,
+        lengths=list(SIZES.ragged) if case.traits.attends else [rows],
+        heads=HEADS if case.traits.attends else 1,
         width=case.width,
         dtype=case.dtype,
         flags=case.flags,
