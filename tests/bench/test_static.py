@@ -25,7 +25,9 @@ from fastbert.tuning.neighbours import shipped_tiles
 from fastbert_kernels import tuned
 from fastbert_kernels.catalogue import TUNABLE, Launch
 
-NVIDIA = ["sm_80", "sm_90", "sm_100"]
+TARGET = "sm_90"
+NVIDIA = [TARGET, *[pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100")]]
+TARGETS = [*NVIDIA, *[pytest.param(t, marks=pytest.mark.slow) for t in static.TARGETS if not t.startswith("sm_")]]
 PRODUCTS = ("attention_", "relation_", "feed_forward_")
 ROOT = Path(__file__).parents[2]
 
@@ -48,9 +50,10 @@ def _written(folder: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every kernel in its representative configurations, on every target."""
-    return _written(tmp_path_factory.mktemp("static"))
+def written(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Every kernel in its representative configurations: on one target, and on every one where all tests run."""
+    every = "slow" in request.config.option.markexpr.replace("not slow", "")
+    return _written(tmp_path_factory.mktemp("static"), *([] if every else ["--target", TARGET]))
 
 
 def _of(written: dict[str, Any], target: str, *kernels: str) -> list[dict[str, Any]]:
@@ -59,7 +62,7 @@ def _of(written: dict[str, Any], target: str, *kernels: str) -> list[dict[str, A
     return chosen
 
 
-@pytest.mark.parametrize("target", static.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles(written: dict[str, Any], target: str) -> None:
     compiled = _of(written, target, "")
     assert {r["case"]["kernel"] for r in compiled} == set(static.COMPILED)
@@ -72,7 +75,7 @@ def test_nothing_spills(written: dict[str, Any], target: str) -> None:
     assert [m for m in machines if m["spills"] > 0 or m["stack"] > 0] == []
 
 
-@pytest.mark.parametrize("target", static.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_products_run_on_the_targets_own_tensor_cores(written: dict[str, Any], target: str) -> None:
     products = [r for r in _of(written, target, *PRODUCTS) if r["case"]["dtype"] != "float32"]
     machines = [r["machine"] for r in products]
@@ -91,7 +94,7 @@ def test_loops_copy_their_tiles_asynchronously(written: dict[str, Any], target: 
     }
 
 
-@pytest.mark.parametrize("target", static.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_bandwidth_bound_kernels_move_128_bits_at_a_time(written: dict[str, Any], target: str) -> None:
     device = static.DEVICES[target]
     bound = [r for r in _of(written, target, "") if r["floors"][device]["bound"] == "bandwidth"]
