@@ -88,8 +88,9 @@ def launches_per_layer(build: Callable[[int], torch.nn.Module], **inputs: Any) -
     return forward3 - forward2, backward3 - backward2
 
 
-def count(attention: str = "fastbert") -> tuple[Counter[str], Counter[str]]:
-    """Launches of one training layer, dropout on, ragged batch: "fastbert", or Hugging Face's "eager" or "sdpa"."""
+def count(attention: str = "fastbert", maps: bool = False) -> tuple[Counter[str], Counter[str]]:
+    """Launches of one training layer, dropout on, ragged batch: "fastbert", or Hugging Face's "eager" or "sdpa"; with
+    `maps`, attentions are asked for."""
 
     def build(layers: int) -> torch.nn.Module:
         config = transformers.BertConfig(
@@ -104,7 +105,7 @@ def count(attention: str = "fastbert") -> tuple[Counter[str], Counter[str]]:
 
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[0, 4:] = 0
-    inputs = {"input_ids": torch.randint(1, 50, (3, 7)), "attention_mask": mask}
+    inputs = {"input_ids": torch.randint(1, 50, (3, 7)), "attention_mask": mask, "output_attentions": maps}
     if attention != "fastbert":
         return launches_per_layer(build, **inputs)
     with backend("triton"):
@@ -115,10 +116,10 @@ def main() -> None:
     """Print the counts."""
     console = Console()
     table = Table("model", "forward", "backward", "what", title="launches of one layer, training with dropout")
-    for name in ("fastbert", "eager", "sdpa"):
-        forward, backward = count(name)
+    for name, maps in (("fastbert", False), ("fastbert", True), ("eager", False), ("sdpa", False)):
+        forward, backward = count(name, maps)
         what = "; ".join(", ".join(f"{k} {v}" for k, v in c.most_common()) for c in (forward, backward))
-        table.add_row(name, str(forward.total()), str(backward.total()), what)
+        table.add_row(f"{name}, attentions" if maps else name, str(forward.total()), str(backward.total()), what)
     console.print(table)
 
 

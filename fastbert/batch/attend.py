@@ -22,6 +22,7 @@ class Attend(Movable):
         seed: int64 scalar on the device, of all dropout in a forward pass; None: each module draws its own.
         prefix: what each sequence sees before itself. The other attributes count it in.
         first: compute the last layer for these tokens only.
+        by_modules: every module is called, none read, also where a checkpointed layer runs again.
     """
 
     cu_seqlens: torch.Tensor | None = None
@@ -32,10 +33,16 @@ class Attend(Movable):
     seed: torch.Tensor | None = None
     prefix: Prefix | None = None
     first: FirstTokens | None = None
+    by_modules: bool = False
 
     def map_side(self, seq: int) -> int:
         """The side of the maps, of hidden states of so many columns."""
         return seq if self.map_seq is None else self.map_seq
+
+    @property
+    def fits_block(self) -> bool:
+        """Whether a block may take the attention: none knows a prefix, or computes some tokens only."""
+        return self.prefix is None and self.first is None and not self.by_modules
 
     def whole(self) -> "Attend":
         """The same of a layer that computes all tokens."""

@@ -99,12 +99,13 @@ class Batch:
     prefix: Prefix | None = None
     first: FirstTokens | None = None
 
-    def attend(self, seed: torch.Tensor | None) -> Attend:
+    def attend(self, seed: torch.Tensor | None, by_modules: bool = False) -> Attend:
         """What the attention of every layer needs to know."""
         lies = self.layout if self.prefix is None else self.prefix.layout
         return Attend(
-            lies.cu_seqlens, lies.max_seqlen, lies.order, lies.seq, lies.columns, seed, self.prefix, self.first
-        )
+            lies.cu_seqlens, lies.max_seqlen, lies.order, lies.seq, lies.columns, seed, self.prefix, self.first,
+            by_modules,
+        )  # fmt: skip
 
     def check_out(self, hidden: torch.Tensor, first: FirstTokens | None = None) -> torch.Tensor:
         """Hidden states in the layout as (batch, seq, hidden), or (batch, 1, hidden) of the first tokens; zero at

@@ -116,9 +116,9 @@ def build(
     if name in _ONNX_RUNTIMES:
         return _onnx(name, module, attentions), module
     if name == "fastbert":
-        return fuse(module), module
+        return fuse(module, packing=True), module
     if name == "fastbert-graphed":
-        return graphed(fuse(module), BUCKETS, MAX_SEQUENCES), module
+        return graphed(fuse(module, packing=True), BUCKETS, MAX_SEQUENCES), module
     if name != "eager" and not attentions:  # only eager attention returns its maps
         module.set_attn_implementation("flash_attention_2" if name == "flash" else "sdpa")
     if name == "compile":

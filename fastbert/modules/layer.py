@@ -28,7 +28,7 @@ from .swap import is_ours, is_patched
 
 def _attends_as_block(hidden: torch.Tensor, attend: Attend) -> bool:
     """Whether a block with the attention in it may run on these hidden states: no block knows a prefix."""
-    return runs_as_block(hidden) and attend.prefix is None and attend.first is None and not is_capturing()
+    return runs_as_block(hidden) and attend.fits_block and not is_capturing()
 
 
 def _attention_arguments(
@@ -170,7 +170,7 @@ class FusedLayer(nn.Module):
             )
         attend = attend_from(attend, kwargs)
         look = look_at(self) if runs_as_block(hidden_states) and not is_capturing() else None
-        if look is not None and look.whole and attend.prefix is None and attend.first is None:
+        if look is not None and look.whole and attend.fits_block:
             wanted, hand_out = wants_map(map_slot, kwargs), hand_out_of(map_slot)
             block = look.attention
             hidden, probs = layer_block(
@@ -190,16 +190,16 @@ class FusedLayer(nn.Module):
                 hidden_states, mask_like(attention_mask, hidden_states), **{CACHE: None}, **kwargs
             )
             leave_foreign_map(map_slot, probs)
-        return self._feed_forward(attended, attend.seed)
+        return self._feed_forward(attended, attend.seed, not attend.by_modules)
 
-    def _feed_forward(self, attended: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+    def _feed_forward(self, attended: torch.Tensor, seed: torch.Tensor | None, readable: bool) -> torch.Tensor:
         if self.chunk_size_feed_forward > 0:
             # Every chunk draws a seed of its own, or all would drop the same elements.
             chunks = attended.split(self.chunk_size_feed_forward, dim=self.seq_len_dim)
             return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
         if chunk_is_replaced(self):
             return self.feed_forward_chunk(attended)
-        block = block_arguments(self.intermediate, self.output) if runs_as_block(attended) else None
+        block = block_arguments(self.intermediate, self.output) if readable and runs_as_block(attended) else None
         if block is None:
             return call_output(self.output, self.intermediate(attended), attended, seed)
         return feed_forward_block(attended, _feed_forward_arguments(block, attended, seed))

@@ -54,7 +54,7 @@ class Look:
     neighbours: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, root: Any) -> None:
-        self.strangers = list(strangers(root, ""))
+        self.strangers = _found(root)
         self._root = weakref.ref(root)
         _, *self._modules = root.modules()
         states = [root.__dict__, *[module.__dict__ for module in self._modules]]
@@ -110,9 +110,6 @@ class LayerLook(Look):
             groups = qkv_parameters(attention.query, attention.key, attention.value)
             self.neighbours = tuple(parameter for group in groups for parameter in group)
         super().__init__(layer)
-        reason = attention.unfused_reason() if isinstance(attention, FusedSelfAttention) else None
-        if reason is not None:
-            self.strangers.append((".attention.self", f"unfused: {reason}"))
 
 
 def look_at(layer: nn.Module) -> LayerLook:
@@ -122,9 +119,17 @@ def look_at(layer: nn.Module) -> LayerLook:
 
 def strangers_in(module: nn.Module) -> list[tuple[str, str]]:
     """`strangers.strangers` of a layer or another module, now."""
-    if ours_of(type(module)) is None:  # nothing is kept on what is not ours
-        return list(strangers(module, ""))
+    if ours_of(type(module)) is None or torch.compiler.is_compiling():  # nothing is kept on what is not ours
+        return _found(module)
     return _look(module, LayerLook if hasattr(module, "feed_forward_chunk") else Look).strangers
+
+
+def _found(module: nn.Module) -> list[tuple[str, str]]:
+    """The strangers under a module, and its attention if that is not fused, which is no better."""
+    found = list(strangers(module, ""))
+    attention = getattr(getattr(module, "attention", None), "self", None)
+    reason = attention.unfused_reason() if isinstance(attention, FusedSelfAttention) else None
+    return found if reason is None else [*found, (".attention.self", f"unfused: {reason}")]
 
 
 def forget(module: nn.Module) -> None:

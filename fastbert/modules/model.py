@@ -19,7 +19,7 @@ from .dropout import draw_seed
 from .explaining import Explanation, explain_encoder
 from .layer import FusedLayer
 from .look import strangers_in
-from .packing import check_packing, find_strangers, named_layers, why_kept, why_read
+from .packing import check_packing, find_strangers, is_captured, named_layers, why_kept, why_read
 from .readable import PATCHED, as_if_gathered, is_plain_embedding
 from .strangers import takes_ours, why_strange
 from .swap import eager_semantics, fuse_modules, is_patched, own_config
@@ -205,7 +205,7 @@ class EncoderModel(nn.Module):
         encoded = self.encoder(
             hidden,
             self._seen(batch),
-            attend=batch.attend(seed),
+            attend=batch.attend(seed, by_modules=self._is_captured_and_checkpointed()),
             head_masks=batch.head_masks,
             state_layers=outputs.states,
             map_layers=outputs.maps,
@@ -347,6 +347,13 @@ class EncoderModel(nn.Module):
             starts = cu_seqlens[:-1].clamp(max=last.shape[1] - 1)
             last = last[0].index_select(0, starts).masked_fill((cu_seqlens.diff() == 0)[:, None], 0.0)[:, None]
         return self.pooler(last)
+
+    def _is_captured_and_checkpointed(self) -> bool:
+        """Whether layers that run again in the backward pass are captured now, and perhaps no longer then."""
+        checkpointed = (
+            self.training and len(self.layers) > 0 and getattr(self.layers[0], "gradient_checkpointing", False)
+        )
+        return checkpointed and is_captured(self)
 
     def _draw_seed(self) -> torch.Tensor | None:
         """One seed for all dropout of this forward pass, or None where the kernels draw none."""

@@ -226,7 +226,9 @@ class AfterMap(torch.autograd.Function):
         (saved,) = read(tensors[:first], MapSaved)
         flags = ctx.needs_input_grad[7:]
         dcontext, dz, dafter = after_context_backward(dy, ctx.attention, ctx.feed_forward, tensors[first:], flags)
-        dinner = map_gradient(dcontext, saved.qkv, saved.cu_seqlens, ctx.attention.max_seqlen, saved.columns, ctx.side)
+        dinner = map_gradient.fn(  # no second derivative is looked for here, and counters see products
+            dcontext, saved.qkv, saved.cu_seqlens, ctx.attention.max_seqlen, saved.columns, ctx.side
+        )
         return None, None, None, dinner, dcontext, dz, None, *dafter
 
 

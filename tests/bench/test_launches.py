@@ -26,6 +26,14 @@ def test_launches_per_layer_with_the_activation_inside_the_product(monkeypatch: 
     assert "bias_activation_forward" not in forward
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counted through the interpreter")
+def test_launches_per_layer_with_attentions() -> None:
+    forward, backward = count("fastbert", maps=True)
+    assert forward.total() == 8, forward  # the map is written by the same kernel
+    assert backward.total() == 18, backward  # and one product of batches, whose factors are copied, for its gradient
+    assert backward["attention_backward_dq"] == 1
+
+
 def test_the_count_sees_hugging_faces_launches() -> None:
     forward, backward = count("eager")
     assert forward.total() >= 20

@@ -39,7 +39,7 @@ BOUND = 1e-5
 def measure(launcher: tuple[str, ...], engines: tuple[str, ...], life: str = "torch") -> dict[str, Any]:
     """The worker's figures for some engines."""
     settings = {"FASTBERT_BACKEND": life, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(HERE), str(HERE.parent / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "figures.json")
         done = subprocess.run(

@@ -670,11 +670,72 @@ def test_backward_of_whole_gradients_of_probabilities(
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
+def _everything(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of a ragged call with every feature; the map's are left out."""
+    return {
+        "bias": torch.randn(3, 2, 7, 7, device=device, dtype=dtype),
+        "head_mask": torch.rand(2, device=device, dtype=dtype).requires_grad_(),
+        "columns": torch.cat([torch.randperm(9)[:n].sort().values for n in (7, 2)]).to(device, torch.int32),
+        "dropout_p": 0.3,
+    }
+
+
+def test_definitions_gradient_of_the_probabilities_by_finite_differences() -> None:
+    """They lie between the scores and the context: what is added to them changes the context."""
+    cpu = torch.device("cpu")
+    given, keep = _everything(cpu, torch.float64), torch.rand(3, 2, 7, 7) > 0.3
+    qkv = torch.randn(9, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    added = torch.randn(3, 2, 9, 9, dtype=torch.float64, requires_grad=True)
+
+    def run(qkv: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        def hand_out(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return probs + added, probs + added
+
+        return reference.attention(qkv, [7, 0, 2], scale=0.3, probs_seq=9, keep=keep, hand_out=hand_out, **given)
+
+    assert torch.autograd.gradcheck(run, (qkv, added), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (qkv, added), fast_mode=True)
+
+
+@pytest.mark.parametrize("features", ["equal lengths", "longer maps", "everything"])
+def test_gradient_of_the_probabilities(device: torch.device, features: str, attention_tile: Tile) -> None:
+    attention_tile(16, 16)
+    lengths, side = ([5, 5], 5) if features == "equal lengths" else ([7, 0, 2], 9)
+    given: dict[str, Any] = _everything(device, torch.float32) if features == "everything" else {}
+    packed = None if features == "equal lengths" else offsets(lengths, device)
+    keep = reference.dropout_keep_map(SEED, STREAM, 6, 7, 7, 0.3).view(3, 2, 7, 7).to(device)
+    start = random_qkv(lengths, 2, 16, torch.float32, device)
+    found = []
+    for kernel in (True, False):
+        qkv = start.clone().requires_grad_()
+        added = torch.zeros(len(lengths), 2, side, side, device=device, requires_grad=True)
+        more = {"hand_out": lambda probs, added=added: (probs, probs + added), "probs_seq": side, **given}
+        with backend("triton"):
+            if kernel:
+                seed = torch.tensor(SEED, device=device)
+                out, probs = attention(qkv, packed, max(lengths), scale=0.3, seed=seed, stream=STREAM, **more)
+            else:
+                more |= {"keep": keep} if features == "everything" else {}
+                out, probs = reference.attention(qkv, lengths, scale=0.3, **more)
+        torch.manual_seed(5)
+        probs.register_hook(lambda grad: 2.0 * grad)
+        loss = (out * torch.randn(out.shape).to(out)).sum() + (probs * torch.randn(probs.shape).to(probs)).sum()
+        found.append(torch.autograd.grad(loss, [qkv, added, probs, *([given["head_mask"]] if given else [])]))
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.abs().max() > 0
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
 def test_second_derivative_is_refused(device: torch.device) -> None:
     qkv = random_qkv([9], 2, 16, torch.float32, device).requires_grad_()
     with backend("triton"):
         out, _ = attention(qkv, None, 9)
     (gradient,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(NotImplementedError, match="fastbert's attention kernel has no second derivative"):
+        gradient.sum().backward()
+    with backend("triton"):
+        out, probs = attention(qkv, None, 9, probs_seq=9)
+    (gradient,) = torch.autograd.grad(out.sum(), probs, create_graph=True)  # linear in the values alone
     with pytest.raises(NotImplementedError, match="fastbert's attention kernel has no second derivative"):
         gradient.sum().backward()
 
