@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.nn import CrossEntropyLoss
 
 from fastbert.notices import warn_once
 from fastbert_kernels.attention_map import in_graph
-from fastbert_kernels.backend import check_same_device
+from fastbert_kernels.backend import check_same_device, has_values
 
 from .attend import Attend
 from .first_tokens import FirstTokens, first_tokens
@@ -113,9 +112,11 @@ class Batch:
         if first is None:
             hidden = self.layout.unpack(hidden)
         elif first.absent is not None:
-            hidden = hidden.masked_fill(first.absent[:, None], 0.0)
+            hidden = hidden.masked_fill(first.absent[:, None].to(hidden.device), 0.0)
             hidden = hidden if self.layout.indices is None else hidden.transpose(0, 1)
-        return hidden if self.zeroed is None else hidden.masked_fill(~self.zeroed[:, : hidden.shape[1], None], 0.0)
+        if self.zeroed is None:
+            return hidden
+        return hidden.masked_fill(~self.zeroed[:, : hidden.shape[1], None].to(hidden.device), 0.0)
 
     def hand_out_state(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states in the layout: checked out, and those that the next layer is given, which are made of these."""
@@ -124,14 +125,14 @@ class Batch:
             return state, hidden
         if self.zeroed is None:
             return state, self.layout.pack(state)
-        return state, torch.where(self.zeroed[:, :, None], state, hidden)
+        return state, torch.where(self.zeroed[:, :, None].to(hidden.device), state, hidden)
 
     def hand_out_map(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities (batch, heads, seq, seq), zero at padding, as their columns already are; and those that the
         context is made of, which are made of these."""
         if self.zeroed is None:
             return probs, probs
-        rows = self.zeroed[:, None, :, None]
+        rows = self.zeroed[:, None, :, None].to(probs.device)
         handed = probs.masked_fill(~rows, 0.0)
         return handed, torch.where(rows, handed, probs) if in_graph(probs) else probs
 
@@ -235,7 +236,7 @@ def _lay(
     whole_mask = token_mask(mask, batch, before + seq)
     mask = whole_mask[:, before:]
     packed = None
-    known = not (mask.is_meta or isinstance(mask, FakeTensor)) and padding.drops()
+    known = padding.drops() and has_values(mask)
     if known and (not before or bool(whole_mask[:, :before].all())):
         packed = pack_unless(mask, padding.is_read(mask))
     if packed is None:

@@ -42,14 +42,15 @@ class Layout(Movable):
         """(batch, seq, ...) to (1, tokens, ...)."""
         if self.indices is None:
             return x
-        return x.reshape(self.batch * self.seq, *x.shape[2:]).index_select(0, self.indices)[None]
+        return x.reshape(self.batch * self.seq, *x.shape[2:]).index_select(0, self.indices.to(x.device))[None]
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, tokens, ...) to (batch, seq, ...), zero where there was no token."""
+        """(1, tokens, ...) to (batch, seq, ...), zero where there was no token; on the device of x, where the last
+        layer may be alone."""
         if self.indices is None:
             return x
         flat = x.new_zeros(self.batch * self.seq, *x.shape[2:])
-        return flat.index_copy(0, self.indices, x[0]).view(self.batch, self.seq, *x.shape[2:])
+        return flat.index_copy(0, self.indices.to(x.device), x[0]).view(self.batch, self.seq, *x.shape[2:])
 
 
 def dense_layout(batch: int, seq: int) -> Layout:

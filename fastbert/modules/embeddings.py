@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
 
 from fastbert.notices import warn_once
 from fastbert_kernels import embed
+from fastbert_kernels.backend import has_values
 
 from .dropout import seed_for
 from .readable import PATCHED, fused_repr, is_plain_embedding, leave, norm_reason, not_plain, wants_grad_output
@@ -52,7 +52,7 @@ class FusedEmbeddings(nn.Module):
 
     def _are_zero(self, types: torch.Tensor) -> bool:
         """Whether all are, looked at once."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or types.is_meta or isinstance(types, FakeTensor):
+        if not has_values(types):
             return False
         state = id(types), types.data_ptr(), types._version
         if self.__dict__.get("_zero_types", (None, False))[0] != state:

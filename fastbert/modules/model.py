@@ -263,7 +263,7 @@ class EncoderModel(nn.Module):
     ) -> Any:
         """Hugging Face's output class, or a tuple."""
         output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=last if plan.labelled is None else last[plan.labelled],
+            last_hidden_state=last if plan.labelled is None else last[plan.labelled.to(last.device)],
             pooler_output=self._pool(last, cu_seqlens if plan.pools_each else None),
             hidden_states=states,
             attentions=maps,

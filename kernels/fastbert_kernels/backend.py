@@ -22,7 +22,14 @@ from importlib.metadata import version
 
 import torch
 from packaging.version import Version
-from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_dispatch_mode,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _TorchDispatchModeKey,
+)
+from torch._subclasses import FakeTensor
 
 from .language import MISSING, triton
 
@@ -153,6 +160,8 @@ def uses_triton(tensor: torch.Tensor) -> bool:
             return False
         if reason is not None:
             raise RuntimeError(f"FASTBERT_BACKEND=triton cannot run on {tensor.device}: {reason}; use auto, or torch")
+    elif tensor.is_meta:  # nothing to compute, with whatever
+        return False
     elif not INTERPRETED:
         raise RuntimeError(
             f"FASTBERT_BACKEND=triton cannot run on {tensor.device} tensors without Triton's interpreter: set "
@@ -176,6 +185,17 @@ def uses_cpu_layers(tensor: torch.Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")  # which knows the products of the definition, not oneDNN's
         and torch.autograd.forward_ad._current_level < 0
     )
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Whether what a tensor holds may be read on the host.
+
+    Not where a compiler or a tracer looks on, for its graph serves other values too; and on the meta device and under
+    FakeTensorMode there is nothing to read.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not (x.is_meta or isinstance(x, FakeTensor) or _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None)
 
 
 def check_mode() -> bool:

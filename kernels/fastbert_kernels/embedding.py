@@ -7,10 +7,9 @@ PyTorch's own embedding backward, which is deterministic and knows `padding_idx`
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 
 from . import reference
-from .backend import check_mode, check_same_device, uses_triton
+from .backend import check_mode, check_same_device, has_values, uses_triton
 from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
 from .language import tl, triton
@@ -396,8 +395,7 @@ def embed(
     )  # fmt: skip
     tables = {"words": (words, word_table), "positions": (positions, position_table)}
     tables["token_types"] = (token_types, token_type_table)
-    has_values = not (words.is_meta or isinstance(words, FakeTensor) or torch.compiler.is_compiling())
-    if has_values and (not words.is_cuda or check_mode()):
+    if has_values(words) and (not words.is_cuda or check_mode()):
         _check_ids(tables)
     if not uses_triton(position_table):
         return reference.embed(
