@@ -14,6 +14,7 @@ from torch import nn
 
 from fastbert.notices import warn_once
 from fastbert_kernels import uses_triton
+from fastbert_kernels.backend import is_traced
 from fastbert_kernels.stacked import stacked
 
 from .readable import describe, is_plain_linear
@@ -124,7 +125,7 @@ def stack_parameters(groups: list[tuple[nn.Parameter, ...]]) -> tuple[torch.Tens
 
     Compiled code sees copies instead, which it may fold away: no graph has a view across parameters.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         return tuple(torch.cat(parts) for parts in groups)
     views = []
     for parts in groups:

@@ -13,6 +13,7 @@ from . import reference
 from .attention import attention
 from .onednn import linear, product_dtype
 from .stacked import stacked
+from .torch_attention import fused_attention
 
 if TYPE_CHECKING:
     from .blocks import AttentionArguments, FeedForwardArguments
@@ -51,7 +52,7 @@ def _attend_run(qkv: torch.Tensor, length: int, scale: float) -> torch.Tensor:
         contexts = [_attend_in_parts(part, length, scale) for part in qkv.split(tokens)]
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
-    return reference.as_rows(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))
+    return reference.as_rows(fused_attention(q, k, v, None, scale).transpose(1, 2))
 
 
 def _attend_in_parts(qkv: torch.Tensor, length: int, scale: float) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import has_values
+from .torch_attention import fused_attention
 
 #: Additive score of a masked key. Finite, so that a row with no visible key is uniform; so low that float32 absorbs
 #: any real score added to it.
@@ -242,7 +243,7 @@ def _fused(
     if bias is not None and bias.dtype != q.dtype:  # a masked entry is under the range of a half-precision dtype
         dtype, wide = q.dtype, torch.promote_types(q.dtype, bias.dtype)
         return _fused(q.to(wide), k.to(wide), v.to(wide), bias.to(wide), scale, dropout_p).to(dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    return fused_attention(q, k, v, bias, scale, dropout_p)
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,56 @@
+"""torch's own fused attention, with what it has not: second derivatives, tangents and functorch's transforms."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
+
+
+def fused_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, dropout_p: float = 0.0
+) -> torch.Tensor:
+    """softmax(scale * q k^T + bias) v, all (batch, heads, length, head_dim); bias broadcasts to (batch, heads, length,
+    length) and has no gradient."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    if dropout_p == 0.0 and (_are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        return _by_products(q, k, v, bias, scale)
+    if dropout_p == 0.0 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return FusedAttention.apply(q, k, v, bias, scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def _by_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    scores = q @ k.transpose(-2, -1) * scale
+    return torch.softmax(scores if bias is None else scores + bias, dim=-1) @ v
+
+
+class FusedAttention(torch.autograd.Function):
+    """torch's fused attention, whose backward pass is that of its formula where it is to be differentiated again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        inner = [x.detach().requires_grad_(needs) for x, needs in zip((q, k, v), ctx.needs_input_grad, strict=False)]
+        inner_q, inner_k, inner_v = inner
+        with torch.enable_grad():
+            context = F.scaled_dot_product_attention(inner_q, inner_k, inner_v, attn_mask=bias, scale=scale)
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.inner, ctx.scale = (inner, context), scale
+        return context.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dcontext: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # with create_graph=True
+            inputs, context = [q, k, v], _by_products(q, k, v, bias, ctx.scale)
+        else:
+            inputs, context = ctx.inner
+        needed = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
+        found = iter(torch.autograd.grad(context, needed, dcontext, True, torch.is_grad_enabled()))
+        return *[next(found) if needs else None for needs in ctx.needs_input_grad[:3]], None, None
