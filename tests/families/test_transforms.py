@@ -61,11 +61,10 @@ def _tensors(found: Any) -> list[torch.Tensor]:
     return [each for value in (found.values() if isinstance(found, dict) else found) for each in _tensors(value)]
 
 
-@pytest.mark.parametrize(
-    "of",
-    [_of_inputs, _jacobian, _of_parameters, _per_sample, _ensemble, _tangent, _penalty],
-    ids=lambda of: of.__name__,
-)
+TRANSFORMS = [_of_inputs, _jacobian, _of_parameters, _per_sample, _ensemble, _tangent, _penalty]
+
+
+@pytest.mark.parametrize("of", TRANSFORMS, ids=lambda of: of.__name__)
 def test_transforms_are_eagers(of: Callable[..., Any]) -> None:
     plain, fused = pair(packing="auto", **SHAPES)
     x, e = ids(2, 3), torch.randn(2, 3, 16)
