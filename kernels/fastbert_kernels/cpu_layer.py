@@ -111,7 +111,10 @@ def layer_block(
     x = _rows(hidden)
     context, probs = _attend(x, first)
     rows = ROWS * torch.get_num_threads()
-    if torch.is_grad_enabled() or x.shape[0] <= rows:  # what lies between is kept for the backward pass anyway
+    # Not where what lies between is kept for the backward pass anyway; nor with dropout, which draws for parts what it
+    # does not draw for the whole: reentrant checkpointing runs this without gradients first, and then with them.
+    whole = torch.is_grad_enabled() or first.hidden_dropout_p > 0.0 or second.hidden_dropout_p > 0.0
+    if whole or x.shape[0] <= rows:
         return _feed_forward(_norm(context, x, first), second).view(hidden.shape), probs
     pairs = zip(context.split(rows), x.split(rows), strict=True)
     y = torch.cat([_feed_forward(_norm(part, residual, first), second) for part, residual in pairs])

@@ -107,6 +107,21 @@ def test_rows_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(fused(x, mask, packing=True).last_hidden_state, want)
 
 
+@pytest.mark.parametrize("which", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_is_the_same_with_and_without_gradients(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    """As reentrant checkpointing, which runs a layer twice, needs it."""
+    monkeypatch.setattr(cpu_layer, "ROWS", 5)
+    _, fused = pair(**{which: 0.3})
+    fused.train()
+    x, mask = ids(), mask_of([11, 4, 7], 11)
+    results = []
+    for recorded in (False, True):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(recorded):
+            results.append(fused(x, mask, packing=True).last_hidden_state)
+    assert_close(*results)
+
+
 @pytest.mark.parametrize("maps", [False, True])
 def test_maps_head_masks_and_wide_masks(layers: list[int], maps: bool) -> None:
     _, fused = pair()
