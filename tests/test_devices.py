@@ -210,7 +210,7 @@ MASKS = {"no mask": None, "2-D": (3, 11), "4-D": (3, 1, 11, 11)}
 
 
 @pytest.mark.parametrize("kind", ["meta", "fake inputs", "fake model"])
-@pytest.mark.parametrize("life", ["torch", "triton"])
+@pytest.mark.parametrize("life", ["auto", "torch", "triton"])
 @pytest.mark.parametrize("head", HEADS)
 def test_without_memory_shapes_are_eagers_and_gradients_flow(head: str, life: str, kind: str) -> None:
     fake = contextlib.nullcontext() if kind == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
