@@ -125,7 +125,7 @@ def product(
         (rows, out).
     """
     dtype = product_dtype(x.dtype) if x.dtype == weight.dtype and not is_watched() else None
-    if dtype is None:
+    if dtype is None or x.numel() == 0:  # oneDNN refuses what is empty
         return _plain(x, weight, bias, activation, residual)
     if dtype == x.dtype:
         return _call(x, weight, bias, activation, residual)

@@ -104,6 +104,7 @@ def test_bandwidth_bound_kernels_move_128_bits_at_a_time(written: dict[str, Any]
     assert [r["name"] for r in streaming if r["machine"]["wide_stores"] == 0] == []
 
 
+@pytest.mark.slow  # of every target
 def test_what_falls_short_has_a_reason(written: dict[str, Any]) -> None:
     short = {r["name"]: r["shortfalls"] for r in written["reports"] if r["shortfalls"]}
     assert all(shortfall["because"] for shortfalls in short.values() for shortfall in shortfalls)

@@ -109,7 +109,7 @@ def test_what_was_not_replayed_is_not_timed_as_a_replay(task: Task, monkeypatch:
 
 @pytest.mark.parametrize("task", ["forward", "finetune"])
 def test_wrong_results_are_shown_without_a_time(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(module: Any) -> Any:
+    def wrong(module: Any, packing: bool) -> Any:
         with torch.no_grad():
             module.base_model.encoder.layer[1].output.dense.weight *= 1.1
         return module
@@ -122,7 +122,7 @@ def test_wrong_results_are_shown_without_a_time(task: Task, monkeypatch: pytest.
 
 
 def test_a_contender_that_fails_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(module: Any) -> Any:
+    def broken(module: Any, packing: bool) -> Any:
         raise MemoryError("none left")
 
     monkeypatch.setattr(contenders, "fuse", broken)

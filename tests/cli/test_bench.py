@@ -66,7 +66,7 @@ def test_speedups_are_drawn(tiny: Path, texts: Path, tmp_path: Path) -> None:
 def test_wrong_results_end_with_1(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastbert.benchmark import contenders
 
-    def wrong(module: object) -> object:
+    def wrong(module: object, packing: bool) -> object:
         raise RuntimeError("lost a kernel")
 
     monkeypatch.setattr(contenders, "fuse", wrong)

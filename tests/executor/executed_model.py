@@ -13,7 +13,7 @@ LENGTHS = [70, 41, 1]
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_of_training(fused: bool) -> None:
     """Against float64, at most twice as far off as plain PyTorch in float32."""
-    with mock.patch("fastbert.modules.feed_forward_is_fused", return_value=fused):
+    with mock.patch("fastbert.modules.layer.feed_forward_is_fused", return_value=fused):
         kernels = model_step("triton", torch.float32, LENGTHS, 0.0)
     plain = model_step("torch", torch.float32, LENGTHS, 0.0)
     exact = model_step("torch", torch.float64, LENGTHS, 0.0)

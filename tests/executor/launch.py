@@ -181,6 +181,6 @@ def executed(counted: bool = False) -> Iterator[Launches]:
                         stack.enter_context(mock.patch.object(module, function, change))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
         stack.enter_context(mock.patch.object(CompiledKernel, "_init_handles", init_handles))
-        stack.enter_context(mock.patch("fastbert_kernels.backend._launchers", {}))
+        stack.enter_context(mock.patch("fastbert_kernels.launch._launchers", {}))
         stack.enter_context(mock.patch("torch.cuda.current_device", return_value=None))  # a CPU tensor's index
         yield launches

@@ -44,7 +44,7 @@ class Instruction:
     negated: bool
     """Whether the predicate switches it off instead."""
     place: str
-    """Where the kernel's source asks for it, e.g. `"bias_gelu.py:72"`."""
+    """Where the kernel's source asks for it, e.g. `"bias_activation.py:72"`."""
 
 
 @dataclasses.dataclass(frozen=True)

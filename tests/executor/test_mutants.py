@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from tests.uninterpreted import run_uninterpreted
+
+from tests.helpers.uninterpreted import run_uninterpreted
 
 KINDS = {
     "barrier removed",

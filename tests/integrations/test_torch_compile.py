@@ -141,7 +141,11 @@ def test_forward_of_padded_batches(device: torch.device, flags: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    "flags", [pytest.param({}, id="two outputs", marks=pytest.mark.slow), pytest.param(ALL, id="all outputs")]
+    "flags",
+    [
+        pytest.param({}, id="two outputs", marks=pytest.mark.slow),
+        pytest.param(ALL, id="all outputs", marks=pytest.mark.slow),
+    ],
 )
 def test_training_on_padded_batches(device: torch.device, flags: dict[str, Any]) -> None:
     plain, fused = pair(device, num_hidden_layers=1)

@@ -52,7 +52,7 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer.FusedAttention, "block_arguments", lambda self: None)
 
 
-@pytest.fixture(params=["cublas", "fused", "halves"])
+@pytest.fixture(params=["cublas", "fused", pytest.param("halves", marks=pytest.mark.slow)])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the feed-forward block's first product has the activation inside."""
     if request.param == "halves":
