@@ -8,12 +8,13 @@ DEMO := demo-output
 # The version of torch in the constraints; the pip cache keeps a second environment cheap.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-all test-oldest lint bench bench-static bench-dev bench-report clean
+.PHONY: help demo test test-all test-oldest test-sweep lint bench bench-static bench-dev bench-report clean
 
 help:
 	@echo "make demo          a real checkpoint through the fused encoder, checked against Hugging Face and timed"
 	@echo "make test          the tests"
 	@echo "make test-all      the tests, the expensive sweeps, and the libraries around; then test-oldest"
+	@echo "make test-sweep    every configuration of every kernel compiled for every GPU, which takes hours"
 	@echo "make test-oldest   the tests with the oldest transformers that is allowed, in an environment of its own"
 	@echo "make lint          ruff, mypy and the order of imports"
 	@echo "make bench         models on this CPU against the peers people use, interleaved"
@@ -54,8 +55,11 @@ test: $(VENV)/.installed $(CHECKPOINT)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: $(VENV)/.installed-integrations $(CHECKPOINT)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not sweep"
 	$(MAKE) test-oldest
+
+test-sweep: $(VENV)/.installed
+	$(BIN)/python -m pytest -m sweep
 
 test-oldest:
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
