@@ -1,4 +1,4 @@
-"""Test set-up: which life of the kernels runs, and where the real checkpoint lies.
+"""Test set-up: which backend_name of the kernels runs, and where the real checkpoint lies.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are defined.
 """
@@ -72,7 +72,7 @@ def tuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 
 @pytest.fixture(params=["torch", "triton"])
-def life(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend_name(request: pytest.FixtureRequest) -> Iterator[str]:
     """The backend under which a test of recordings runs."""
     from fastbert_kernels import backend
 

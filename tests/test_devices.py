@@ -210,9 +210,9 @@ MASKS = {"no mask": None, "2-D": (3, 11), "4-D": (3, 1, 11, 11)}
 
 
 @pytest.mark.parametrize("kind", ["meta", "fake inputs", "fake model"])
-@pytest.mark.parametrize("life", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("backend_name", ["auto", "torch", "triton"])
 @pytest.mark.parametrize("head", HEADS)
-def test_without_memory_shapes_are_eagers_and_gradients_flow(head: str, life: str, kind: str) -> None:
+def test_without_memory_shapes_are_eagers_and_gradients_flow(head: str, backend_name: str, kind: str) -> None:
     fake = contextlib.nullcontext() if kind == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
     made_in = {"meta": torch.device("meta"), "fake inputs": contextlib.nullcontext(), "fake model": fake}[kind]
     plain = getattr(transformers, head)(tiny_config()).train()
@@ -223,7 +223,7 @@ def test_without_memory_shapes_are_eagers_and_gradients_flow(head: str, life: st
         mask = None if shape is None else torch.ones(shape, dtype=torch.bool)
         for asked in ({}, flags):
             want = plain(ids(), mask, **asked)
-            with fake, backend(life):
+            with fake, backend(backend_name):
                 place = "meta" if kind == "meta" else "cpu"
                 x = torch.ones(3, 11, dtype=torch.long, device=place)
                 got = fused(x, None if mask is None else torch.ones(shape, dtype=torch.bool, device=place), **asked)

@@ -61,9 +61,9 @@ def plain_loss(
         ({"hidden_size": 48, "num_attention_heads": 6}, 2),
     ],
 )
-@pytest.mark.parametrize("life", ["triton", "torch"])
+@pytest.mark.parametrize("backend_name", ["triton", "torch"])
 def test_loss_and_gradients_equal_the_plain_definition(
-    kind: str, teacher_changes: dict[str, Any], relation_heads: int | None, life: str
+    kind: str, teacher_changes: dict[str, Any], relation_heads: int | None, backend_name: str
 ) -> None:
     """float32: 1e-5 forward and 1e-4 of the largest gradient, in every parameter of the student."""
     (plain, fused), (plain_teacher, teacher) = pair(initializer_range=0.2), pair(**teacher_changes)
@@ -72,7 +72,7 @@ def test_loss_and_gradients_equal_the_plain_definition(
         teacher(**inputs)
     with capture(fused) as ours:
         fused(**inputs)
-    with backend(life):
+    with backend(backend_name):
         loss = attention_loss(ours[0], theirs[0], kind, relation_heads=relation_heads)
     loss.backward()
     with torch.no_grad():
@@ -182,9 +182,9 @@ def test_whole_step_on_the_kernels() -> None:
     """Models and loss interpreted, or on a GPU, give the step of plain PyTorch."""
     student, teacher, inputs = model(), model(num_attention_heads=2), batch()
     results = []
-    for life in ("torch", "triton"):
+    for backend_name in ("torch", "triton"):
         student.zero_grad()
-        with backend(life):
+        with backend(backend_name):
             with capture(teacher) as theirs, torch.no_grad():
                 teacher(**inputs)
             with capture(student) as ours:

@@ -1,4 +1,4 @@
-"""The padded door in and out."""
+"""A padded batch packed and unpacked."""
 
 from typing import Any
 

@@ -48,9 +48,9 @@ def masks(seq: int) -> dict[str, torch.Tensor | None]:
     }
 
 
-@pytest.mark.parametrize(("life", "packing"), [("torch", True), ("torch", False), ("triton", True)])
+@pytest.mark.parametrize(("backend_name", "packing"), [("torch", True), ("torch", False), ("triton", True)])
 @pytest.mark.parametrize("name", masks(1))
-def test_a_prefix_gives_what_eager_gives(device: torch.device, life: str, packing: bool, name: str) -> None:
+def test_a_prefix_gives_what_eager_gives(device: torch.device, backend_name: str, packing: bool, name: str) -> None:
     plain, fused = pair(device)
     fused.packing = packing
     x, mask = ids(device=device), masks(11)[name]
@@ -58,7 +58,7 @@ def test_a_prefix_gives_what_eager_gives(device: torch.device, life: str, packin
     at = torch.ones(3, 11, dtype=torch.bool) if mask is None or mask.dim() == 4 else mask[:, LENGTH:].bool().cpu()
     wanted: dict[str, Any] = {"attention_mask": mask, "output_attentions": True, "output_hidden_states": True}
     runs = []
-    for model, kind in ((plain, "torch"), (fused, life)):
+    for model, kind in ((plain, "torch"), (fused, backend_name)):
         past = cache(device)
         leaves = [part for layer in past.layers for part in (layer.keys, layer.values)]
         with backend(kind):

@@ -1,4 +1,4 @@
-"""What Hugging Face's BertModel does in each odd case, and what fastbert does, on both lives of the kernels."""
+"""What Hugging Face's BertModel does in each odd case, and what fastbert does, on both backends."""
 
 import logging
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from fastbert_kernels import backend
 
 
 @pytest.fixture(params=["torch", "triton"], autouse=True)
-def life(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend_name(request: pytest.FixtureRequest) -> Iterator[str]:
     with backend(request.param):
         yield request.param
 
@@ -300,8 +300,10 @@ def test_token_out_of_range(device: torch.device, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
-def test_token_out_of_range_on_a_gpu_reads_zero_and_leaves_the_context_alive(device: torch.device, life: str) -> None:
-    if life != "triton":
+def test_token_out_of_range_on_a_gpu_reads_zero_and_leaves_the_context_alive(
+    device: torch.device, backend_name: str
+) -> None:
+    if backend_name != "triton":
         pytest.skip("plain PyTorch asserts on the device")
     _, fused = pair(device)
     x = ids(device=device)
@@ -412,8 +414,8 @@ def test_a_batch_the_caller_packed(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("flags", [{}, {"output_attentions": True, "output_hidden_states": [0, -1]}])
-def test_torch_compile_fullgraph(device: torch.device, life: str, flags: dict[str, object]) -> None:
-    if life == "triton" and device.type == "cpu":
+def test_torch_compile_fullgraph(device: torch.device, backend_name: str, flags: dict[str, object]) -> None:
+    if backend_name == "triton" and device.type == "cpu":
         pytest.skip("nothing traces the interpreter")
     _, fused = pair(device)
     x, mask = ids(device=device), mask_of([11, 4, 6], 11, device)
@@ -434,8 +436,8 @@ def test_torch_compile_fullgraph(device: torch.device, life: str, flags: dict[st
     )
 
 
-def test_compiled_additive_2d_mask_is_an_error_too(device: torch.device, life: str) -> None:
-    if life == "triton" or device.type == "cuda":
+def test_compiled_additive_2d_mask_is_an_error_too(device: torch.device, backend_name: str) -> None:
+    if backend_name == "triton" or device.type == "cuda":
         pytest.skip("an assertion on a GPU ends its context")
     _, fused = pair(device)
     torch._dynamo.reset()

@@ -164,7 +164,9 @@ def test_padding_fills_a_bucket_in_sequences_that_are_not_too_long(
 # What comes out.
 
 
-def test_ragged_batches_equal_the_model_and_are_bit_equal_to_it_on_the_bucket(device: torch.device, life: str) -> None:
+def test_ragged_batches_equal_the_model_and_are_bit_equal_to_it_on_the_bucket(
+    device: torch.device, backend_name: str
+) -> None:
     plain, fused = pair(device)
     graphed, x, mask = rerun(fused), ids(5, 11, device), gaps(device)
     ours, wanted, theirs = graphed(x, mask), fused(x, mask), plain(x, mask)
@@ -219,7 +221,7 @@ def test_a_batch_of_nothing_but_padding_is_zero() -> None:
     assert (ours.last_hidden_state == 0).all()
 
 
-def test_what_lies_beyond_the_tokens_changes_nothing(device: torch.device, life: str) -> None:
+def test_what_lies_beyond_the_tokens_changes_nothing(device: torch.device, backend_name: str) -> None:
     _, fused = pair(device)
     graphed, x, mask = rerun(fused), ids(5, 11, device), gaps(device)
     count, bucket = int(mask.sum()), graphed.buckets[-1]

@@ -171,7 +171,7 @@ def replays_alike(
 # What a step does.
 
 
-def test_ragged_batches_train_as_hugging_faces_model_does(device: torch.device, life: str) -> None:
+def test_ragged_batches_train_as_hugging_faces_model_does(device: torch.device, backend_name: str) -> None:
     plain, fused = heads("BertForSequenceClassification", device)
     step = rerun(fused, adamw(fused))
     replays_alike(step, ragged("BertForSequenceClassification", device)[:4], plain, adamw(plain, capturable=False))
@@ -268,7 +268,7 @@ def test_every_element_that_is_read_is_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["BertForPreTraining", "BertForSequenceClassification"])
-def test_what_lies_beyond_the_tokens_changes_nothing(name: str, device: torch.device, life: str) -> None:
+def test_what_lies_beyond_the_tokens_changes_nothing(name: str, device: torch.device, backend_name: str) -> None:
     _, fused = heads(name, device, num_hidden_layers=1)
     other, batch = copy.deepcopy(fused), batch_of(name, [4, 1, 3], 4, device)
     count = int(batch["attention_mask"].sum())
@@ -299,7 +299,7 @@ def test_losses_share_no_memory() -> None:
     assert len(set(kept)) == len(kept)
 
 
-def test_every_replay_drops_anew_from_torchs_generator(device: torch.device, life: str) -> None:
+def test_every_replay_drops_anew_from_torchs_generator(device: torch.device, backend_name: str) -> None:
     dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
     _, fused = heads("BertForSequenceClassification", device, num_hidden_layers=1, **dropout)
     step = rerun(fused, sgd(fused, lr=0.0), tokens=(4,), max_sequences=1)

@@ -270,7 +270,7 @@ def accumulation(make: Callable[[nn.Module], Engine]) -> dict[str, Any]:
 
 
 def resuming(make: Callable[[nn.Module], Engine]) -> dict[str, Any]:
-    """Parameters after steps with a sharded checkpoint between, in another process's life, against steps without."""
+    """Parameters after steps with a sharded checkpoint between, in another process, against steps without."""
     engine = make(classifier())
     step(engine)
     folder = [tempfile.mkdtemp()]

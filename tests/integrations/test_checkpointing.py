@@ -37,13 +37,15 @@ def step(model: nn.Module, device: torch.device) -> tuple[torch.Tensor, dict[str
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["all trained", "LoRA, rest frozen"])
-@pytest.mark.parametrize("life", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend_name", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reentrant", KINDS)
-def test_same_loss_gradients_and_dropout(device: torch.device, reentrant: bool, life: str, adapter: bool) -> None:
+def test_same_loss_gradients_and_dropout(
+    device: torch.device, reentrant: bool, backend_name: str, adapter: bool
+) -> None:
     model = classifier(device)
     if adapter:
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
-    with backend(life):
+    with backend(backend_name):
         wanted_loss, wanted = step(model, device)
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         loss, grads = step(model, device)

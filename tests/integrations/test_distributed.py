@@ -36,9 +36,9 @@ BOUND = 1e-5
 
 
 @functools.cache
-def measure(launcher: tuple[str, ...], engines: tuple[str, ...], life: str = "torch") -> dict[str, Any]:
+def measure(launcher: tuple[str, ...], engines: tuple[str, ...], backend_name: str = "torch") -> dict[str, Any]:
     """The worker's figures for some engines."""
-    settings = {"FASTBERT_BACKEND": life, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    settings = {"FASTBERT_BACKEND": backend_name, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     paths = [str(HERE), str(HERE.parent / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "figures.json")
@@ -207,13 +207,13 @@ def test_a_module_whose_parameters_are_gathered_for_its_calls(name: str) -> None
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("life", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-def test_a_model_whose_parameters_are_gathered_for_calls(life: str, device: torch.device) -> None:
-    if life == "triton" and device.type != "cpu":
+@pytest.mark.parametrize("backend_name", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_a_model_whose_parameters_are_gathered_for_calls(backend_name: str, device: torch.device) -> None:
+    if backend_name == "triton" and device.type != "cpu":
         pytest.skip("written for a CPU")
     plain, fused = pair(num_hidden_layers=1, num_attention_heads=2)
     gathering = Gathering(fused)
-    with backend(life):
+    with backend(backend_name):
         assert_equal_gradients(plain, fused, gathering.full)
     runs = {part.name: part.fused for part in fastbert.explain(fused).parts}
     assert runs["attention.self"], "dropout and activation have no parameters, so that their hooks have no work"

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer and accelerate around both doors, on the example's task."""
+"""Hugging Face's Trainer and accelerate around both ways in, on the example's task."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ from transformers.models.bert import modeling_bert as hf
 import fastbert
 from fastbert import notices
 
-DOORS = ["own", "fused"]
+KINDS_OF_MODEL = ["own", "fused"]
 
 
 def run(kind: str, checkpoint: Path, folder: Path, dropout: float = 0.0, **changes: Any) -> transformers.Trainer:
@@ -32,12 +32,12 @@ def theirs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> transf
     return run("sdpa", checkpoint, tmp_path_factory.mktemp("theirs"))
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kind_of_model", KINDS_OF_MODEL)
 def test_trained_evaluated_saved_and_opened_in_plain_transformers(
-    door: str, checkpoint: Path, theirs: transformers.Trainer, tmp_path: Path
+    kind_of_model: str, checkpoint: Path, theirs: transformers.Trainer, tmp_path: Path
 ) -> None:
-    ours = run(door, checkpoint, tmp_path)
-    print(f"{door}: losses differ by {apart(losses(ours), losses(theirs)):.1e}")
+    ours = run(kind_of_model, checkpoint, tmp_path)
+    print(f"{kind_of_model}: losses differ by {apart(losses(ours), losses(theirs)):.1e}")
     assert apart(losses(ours), losses(theirs)) < CLOSE
     measured, wanted = ours.evaluate(), theirs.evaluate()
     print(measured)
@@ -76,11 +76,11 @@ def test_the_recipe_is_followed_as_with_hugging_face(tiny: Path, tmp_path: Path)
     assert statistics.mean(fills) > 0.8  # grouped; shuffled batches are half padding
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(door: str, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind_of_model", KINDS_OF_MODEL)
+def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(kind_of_model: str, tiny: Path, tmp_path: Path) -> None:
     settings = {**RECIPE, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
-    whole = run(door, tiny, tmp_path, dropout=0.1, **settings)
-    resumed = trainer(network(door, tiny, dropout=0.1, seed=5), tiny, tmp_path, **settings)
+    whole = run(kind_of_model, tiny, tmp_path, dropout=0.1, **settings)
+    resumed = trainer(network(kind_of_model, tiny, dropout=0.1, seed=5), tiny, tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 8
     assert apart(losses(resumed), losses(whole)) <= SAME
@@ -199,10 +199,10 @@ def test_dropout_leads_to_the_same_accuracy_over_three_seeds(checkpoint: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("door", DOORS)
-def test_torch_compile(door: str, tiny: Path, tmp_path: Path) -> None:
-    compiled = run(door, tiny, tmp_path, torch_compile=True)
-    ours = run(door, tiny, tmp_path)
-    print(f"{door}: compiled and not, losses differ by {apart(losses(compiled), losses(ours)):.1e}")
+@pytest.mark.parametrize("kind_of_model", KINDS_OF_MODEL)
+def test_torch_compile(kind_of_model: str, tiny: Path, tmp_path: Path) -> None:
+    compiled = run(kind_of_model, tiny, tmp_path, torch_compile=True)
+    ours = run(kind_of_model, tiny, tmp_path)
+    print(f"{kind_of_model}: compiled and not, losses differ by {apart(losses(compiled), losses(ours)):.1e}")
     assert apart(losses(compiled), losses(ours)) < 1e-4
     assert compiled.evaluate()["eval_accuracy"] == ours.evaluate()["eval_accuracy"]

@@ -25,7 +25,7 @@ def task(checkpoint: Path) -> tuple[Any, int, list[dict[str, Any]], list[dict[st
 
 
 def network(kind: str, checkpoint: Path, dropout: float | None = 0.0, seed: int = 0) -> Any:
-    """A classifier on a checkpoint. kind: `own` and `fused` are fastbert's two doors, `eager` and `sdpa` plain."""
+    """A classifier on a checkpoint. kind: `own` and `fused` are fastbert's two ways in, `eager` and `sdpa` plain."""
     transformers.set_seed(seed)
     changes: dict[str, Any] = {"num_labels": task(checkpoint)[1]}
     if dropout is not None:

@@ -15,7 +15,7 @@ from fastbert import distill, notices
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_classifier_is_the_same(device: torch.device, life: str, mask: str, packing: bool) -> None:
+def test_a_classifier_is_the_same(device: torch.device, backend_name: str, mask: str, packing: bool) -> None:
     whole, less = two("BertForSequenceClassification", device)
     whole.bert.packing = less.bert.packing = packing
     inputs = inputs_of("BertForSequenceClassification", mask, device)
@@ -38,7 +38,9 @@ def test_heads_of_the_pooled_output_are_the_same(device: torch.device, head: str
     assert_same_gradients(less, whole)
 
 
-def test_the_last_layer_sees_first_rows_only(device: torch.device, life: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_layer_sees_first_rows_only(
+    device: torch.device, backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, less = two("BertForSequenceClassification", device)
     rows = Rows(monkeypatch)
     less(**inputs_of("BertForSequenceClassification", "ragged", device))
@@ -51,7 +53,7 @@ def test_the_last_layer_sees_first_rows_only(device: torch.device, life: str, mo
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_a_model_told_so_gives_first_rows(device: torch.device, life: str, mask: str) -> None:
+def test_a_model_told_so_gives_first_rows(device: torch.device, backend_name: str, mask: str) -> None:
     bert = two("BertForSequenceClassification", device)[0].bert.eval()
     where = None if MASKS[mask] is None else MASKS[mask].to(device)
     x = ids(3, SEQ, device)
@@ -62,7 +64,7 @@ def test_a_model_told_so_gives_first_rows(device: torch.device, life: str, mask:
     assert_close(got.pooler_output, wanted.pooler_output)
 
 
-def test_first_rows_of_a_batch_that_the_caller_packed(device: torch.device, life: str) -> None:
+def test_first_rows_of_a_batch_that_the_caller_packed(device: torch.device, backend_name: str) -> None:
     bert = two("BertForSequenceClassification", device)[0].bert.eval()
     cu_seqlens = torch.tensor([0, 4, 5, 11], dtype=torch.int32, device=device)
     lengths = dict.fromkeys(("max_length_q", "max_length_k"), 6)
@@ -74,7 +76,7 @@ def test_first_rows_of_a_batch_that_the_caller_packed(device: torch.device, life
     assert bert(x, **packed).last_hidden_state.shape == (1, SEQ, 32)
 
 
-def test_masks_with_rows_and_head_masks(device: torch.device, life: str) -> None:
+def test_masks_with_rows_and_head_masks(device: torch.device, backend_name: str) -> None:
     bert = two("BertForSequenceClassification", device)[0].bert.eval()
     x, head_mask = ids(3, SEQ, device), torch.rand(2, 4, device=device)
     mask = torch.rand(3, SEQ, SEQ, device=device) < 0.6

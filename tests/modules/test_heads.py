@@ -12,7 +12,7 @@ import fastbert_kernels
 
 @pytest.mark.parametrize("head", MASKED_LM)
 @pytest.mark.parametrize("mask", ["full", "ragged", "left"])
-def test_labelled_rows_make_the_same_loss(device: torch.device, life: str, head: str, mask: str) -> None:
+def test_labelled_rows_make_the_same_loss(device: torch.device, backend_name: str, head: str, mask: str) -> None:
     whole, less = two(head, device)
     inputs = inputs_of(head, mask, device)
     wanted, got = whole(**inputs), less(**inputs)

@@ -72,15 +72,15 @@ def tensors(output: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("side", ["right", "left", "holes"])
-@pytest.mark.parametrize("life", ["torch", "triton"])
-def test_a_bare_model_hands_out_eagers_rows(device: torch.device, life: str, side: str) -> None:
+@pytest.mark.parametrize("backend_name", ["torch", "triton"])
+def test_a_bare_model_hands_out_eagers_rows(device: torch.device, backend_name: str, side: str) -> None:
     plain, fused = pair(device, packing="auto")
     x, mask = ids(3, 11, device), mask_of(LENGTHS, 11, device)
     if side == "left":
         mask = mask.flip(1)
     if side == "holes":
         mask[0, 4:6] = 0
-    with backend(life), torch.no_grad():
+    with backend(backend_name), torch.no_grad():
         for asked in ({}, {"output_hidden_states": True, "output_attentions": True}):
             ours, theirs = fused(x, mask, **asked), plain(x, mask, **asked)
             for a, b in zip(tensors(ours), tensors(theirs), strict=True):
@@ -89,11 +89,13 @@ def test_a_bare_model_hands_out_eagers_rows(device: torch.device, life: str, sid
 
 @pytest.mark.parametrize("at_padding", [-100, 0])
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("life", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
-def test_every_heads_loss_and_gradients_are_eagers(device: torch.device, life: str, name: str, at_padding: int) -> None:
+@pytest.mark.parametrize("backend_name", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+def test_every_heads_loss_and_gradients_are_eagers(
+    device: torch.device, backend_name: str, name: str, at_padding: int
+) -> None:
     plain, fused = heads(name, device)
     given = batch(name, device, at_padding)
-    with backend(life):
+    with backend(backend_name):
         ours, theirs = fused(**given), plain(**given)
         assert_close(ours.loss, theirs.loss, atol=1e-5)
         ours.loss.backward()

@@ -16,28 +16,28 @@ EPS = 0.3
 
 
 @pytest.mark.parametrize("kind", ["block", "modules", "embeddings"])
-@pytest.mark.parametrize("life", ["torch", "triton"])
-def test_layer_norms_eps_is_the_configurations(device: torch.device, life: str, kind: str) -> None:
+@pytest.mark.parametrize("backend_name", ["torch", "triton"])
+def test_layer_norms_eps_is_the_configurations(device: torch.device, backend_name: str, kind: str) -> None:
     plain, fused = pair(device, layer_norm_eps=EPS)
     if kind == "modules":  # a module in a Linear's place keeps the layer from running as one step
         for layer in fused.encoder.layer:
             layer.output.dense = nn.Sequential(layer.output.dense)
             layer.attention.output.dense = nn.Sequential(layer.attention.output.dense)
     x = ids(2, 6, device)
-    with backend(life), torch.no_grad():
+    with backend(backend_name), torch.no_grad():
         if kind == "embeddings":
             assert_close(fused.embeddings(x), plain.embeddings(x))
         else:
             assert_close(fused(x).last_hidden_state, plain(x).last_hidden_state)
 
 
-@pytest.mark.parametrize("life", ["torch", "triton"])
-def test_the_padding_row_of_the_words_gets_no_gradient(device: torch.device, life: str) -> None:
+@pytest.mark.parametrize("backend_name", ["torch", "triton"])
+def test_the_padding_row_of_the_words_gets_no_gradient(device: torch.device, backend_name: str) -> None:
     plain, fused = pair(device, pad_token_id=3)
     x = ids(2, 6, device)
     x[0, 2] = x[1, 4] = 3
     grads = []
-    with backend(life):
+    with backend(backend_name):
         for model in (fused, plain):
             model(x).last_hidden_state.square().sum().backward()
             grads.append(model.embeddings.word_embeddings.weight.grad)
