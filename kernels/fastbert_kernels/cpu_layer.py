@@ -27,20 +27,22 @@ SCORES = 2**19
 FEW_SCORES = 2**15
 
 
-def _norm(x: torch.Tensor, residual: torch.Tensor, of: "AttentionArguments | FeedForwardArguments") -> torch.Tensor:
+def _norm(
+    x: torch.Tensor, residual: torch.Tensor, arguments: "AttentionArguments | FeedForwardArguments"
+) -> torch.Tensor:
     """LayerNorm(dropout(x @ weight^T + bias) + residual): x (rows, in), residual (rows, hidden)."""
-    if of.hidden_dropout_p > 0.0:
-        z = F.dropout(linear(x, of.weight, of.bias), of.hidden_dropout_p) + residual
+    if arguments.hidden_dropout_p > 0.0:
+        z = F.dropout(linear(x, arguments.weight, arguments.bias), arguments.hidden_dropout_p) + residual
     else:
-        z = linear(x, of.weight, of.bias, residual=residual)
-    if of.norm_weight.dtype != z.dtype:
-        return reference.add_layer_norm(z, None, None, of.norm_weight, of.norm_bias, of.eps)
-    return F.layer_norm(z, z.shape[-1:], of.norm_weight, of.norm_bias, of.eps)
+        z = linear(x, arguments.weight, arguments.bias, residual=residual)
+    if arguments.norm_weight.dtype != z.dtype:
+        return reference.add_layer_norm(z, None, None, arguments.norm_weight, arguments.norm_bias, arguments.eps)
+    return F.layer_norm(z, z.shape[-1:], arguments.norm_weight, arguments.norm_bias, arguments.eps)
 
 
-def _feed_forward(x: torch.Tensor, of: "FeedForwardArguments") -> torch.Tensor:
+def _feed_forward(x: torch.Tensor, arguments: "FeedForwardArguments") -> torch.Tensor:
     """The feed-forward block on rows (rows, hidden)."""
-    return _norm(linear(x, of.up_weight, of.up_bias, of.activation), x, of)
+    return _norm(linear(x, arguments.up_weight, arguments.up_bias, arguments.activation), x, arguments)
 
 
 def _attend_run(qkv: torch.Tensor, length: int, scale: float) -> torch.Tensor:
@@ -65,25 +67,30 @@ def _attend_in_parts(qkv: torch.Tensor, length: int, scale: float) -> torch.Tens
     return reference.as_rows(context.view(-1, heads, length, head_dim).transpose(1, 2))
 
 
-def _attend(hidden: torch.Tensor, of: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
+def _attend(hidden: torch.Tensor, arguments: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
     """The context of rows (tokens, hidden), like them, and the maps if asked for."""
-    views = (of.qkv_weight,) if of.qkv_bias is None else (of.qkv_weight, of.qkv_bias)
-    weight, *bias = stacked(views, of.qkv_parameters)
+    views = (arguments.qkv_weight,) if arguments.qkv_bias is None else (arguments.qkv_weight, arguments.qkv_bias)
+    weight, *bias = stacked(views, arguments.qkv_parameters)
     qkv = linear(hidden, weight, bias[0] if bias else None)
-    qkv = qkv.view(-1, 3, of.heads, qkv.shape[-1] // (3 * of.heads))
-    probs, packed = None, of.cu_seqlens
-    if of.mask is not None or of.head_mask is not None or of.probs_seq is not None or of.dropout_p > 0.0:
+    qkv = qkv.view(-1, 3, arguments.heads, qkv.shape[-1] // (3 * arguments.heads))
+    probs, packed = None, arguments.cu_seqlens
+    if (
+        arguments.mask is not None
+        or arguments.head_mask is not None
+        or arguments.probs_seq is not None
+        or arguments.dropout_p > 0.0
+    ):
         context, probs = attention(
-            qkv, packed, of.max_seqlen, bias=of.mask, head_mask=of.head_mask, scale=of.scale, dropout_p=of.dropout_p,
-            probs_seq=of.probs_seq, columns=of.columns, order=of.order,
+            qkv, packed, arguments.max_seqlen, bias=arguments.mask, head_mask=arguments.head_mask, scale=arguments.scale, dropout_p=arguments.dropout_p,
+            probs_seq=arguments.probs_seq, columns=arguments.columns, order=arguments.order,
         )  # fmt: skip
     elif packed is None:
-        context = _attend_run(qkv, of.max_seqlen, of.scale)
+        context = _attend_run(qkv, arguments.max_seqlen, arguments.scale)
     else:
         # Neighbours of one length together.
         runs = [(length, len([*run])) for length, run in itertools.groupby(packed.diff().tolist()) if length > 0]
         parts = qkv.split([length * count for length, count in runs])
-        contexts = [_attend_run(part, length, of.scale) for part, (length, _) in zip(parts, runs, strict=True)]
+        contexts = [_attend_run(part, length, arguments.scale) for part, (length, _) in zip(parts, runs, strict=True)]
         context = torch.cat(contexts or [qkv[:, 2]])
     return context.flatten(1), probs
 
@@ -92,16 +99,16 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def attention_block(hidden: torch.Tensor, of: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
+def attention_block(hidden: torch.Tensor, arguments: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
     """`blocks.attention_block` on a CPU."""
     x = _rows(hidden)
-    context, probs = _attend(x, of)
-    return _norm(context, x, of).view(hidden.shape), probs
+    context, probs = _attend(x, arguments)
+    return _norm(context, x, arguments).view(hidden.shape), probs
 
 
-def feed_forward_block(hidden: torch.Tensor, of: "FeedForwardArguments") -> torch.Tensor:
+def feed_forward_block(hidden: torch.Tensor, arguments: "FeedForwardArguments") -> torch.Tensor:
     """`blocks.feed_forward_block` on a CPU."""
-    return _feed_forward(_rows(hidden), of).view(hidden.shape)
+    return _feed_forward(_rows(hidden), arguments).view(hidden.shape)
 
 
 def layer_block(

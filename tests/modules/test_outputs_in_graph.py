@@ -31,7 +31,9 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The backend, and of kernels, the steps that a layer is made of."""
     found, _, how = request.param.partition(", ")
     if how == "attention block":
-        monkeypatch.setattr(layer.FusedLayer, "_feed_forward", lambda self, x, seed, readable: self.feed_forward_chunk(x))
+        monkeypatch.setattr(
+            layer.FusedLayer, "_feed_forward", lambda self, x, seed, readable: self.feed_forward_chunk(x)
+        )
         monkeypatch.setattr(layer, "look_at", lambda module: None)
     if how == "one by one":
         monkeypatch.setattr(layer, "runs_as_block", lambda x: False)
