@@ -81,9 +81,17 @@ def _attend(hidden: torch.Tensor, arguments: "AttentionArguments") -> tuple[torc
         or arguments.dropout_p > 0.0
     ):
         context, probs = attention(
-            qkv, packed, arguments.max_seqlen, bias=arguments.mask, head_mask=arguments.head_mask, scale=arguments.scale, dropout_p=arguments.dropout_p,
-            probs_seq=arguments.probs_seq, columns=arguments.columns, order=arguments.order,
-        )  # fmt: skip
+            qkv,
+            packed,
+            arguments.max_seqlen,
+            bias=arguments.mask,
+            head_mask=arguments.head_mask,
+            scale=arguments.scale,
+            dropout_p=arguments.dropout_p,
+            probs_seq=arguments.probs_seq,
+            columns=arguments.columns,
+            order=arguments.order,
+        )
     elif packed is None:
         context = _attend_run(qkv, arguments.max_seqlen, arguments.scale)
     else:
