@@ -35,12 +35,13 @@ def normalize(z, cols, features, eps):
 def normalize_backward(dnormed, normed, rstd, cols, features):
     """Gradient of the input of `normalize`: rstd * (g - mean(g) - normed * mean(g * normed)).
 
-    Rows past the end have dnormed = 0 and so contribute nothing.
+    Rows past the end have dnormed = 0 and so contribute nothing. A row of one value has no gradient at all; what a
+    fused multiply-add of dnormed leaves of it, rstd would magnify.
     """
     mean_grad = tl.sum(dnormed, axis=1) / features
     mean_grad_normed = tl.sum(dnormed * normed, axis=1) / features
     dz = (dnormed - mean_grad[:, None] - normed * mean_grad_normed[:, None]) * rstd[:, None]
-    return tl.where(cols[None, :] < features, dz, 0.0)
+    return tl.where((cols[None, :] < features) & (features > 1), dz, 0.0)
 
 
 @triton.jit(do_not_specialize=["count", "site", "keep_threshold"])

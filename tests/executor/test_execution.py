@@ -63,7 +63,7 @@ def test_a_kernel_s_tests(file: str) -> None:
     assert launched
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_two_layers_in_training() -> None:
     passed, launched = execute("tests/executor/executed_model.py")
     assert passed == 4

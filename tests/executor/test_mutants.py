@@ -18,7 +18,7 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_every_fault_is_noticed_or_harmless() -> None:
     lines = run_uninterpreted("-m", "tests.executor.mutants").splitlines()
     planted = [json.loads(line) for line in lines]
