@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
+from .backend import has_values
+
 
 def fused_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, dropout_p: float = 0.0
 ) -> torch.Tensor:
     """softmax(scale * q k^T + bias) v, all (batch, heads, length, head_dim); bias broadcasts to (batch, heads, length,
     length) and has no gradient."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not has_values(q):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     if dropout_p == 0.0 and (_are_functorch_transforms_active() or forward_ad._current_level >= 0):
         return _by_products(q, k, v, bias, scale)
