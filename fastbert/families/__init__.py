@@ -7,9 +7,17 @@ from fastbert.modules.model import EncoderModel
 from fastbert.modules.swap import FUSED
 
 from . import bert as bert
+from . import camembert as camembert
+from . import data2vec_text as data2vec_text
+from . import electra as electra
+from . import roberta as roberta
+from . import xlm_roberta as xlm_roberta
 
 #: Hugging Face's encoder models that have a family here.
 MODELS: tuple[type[Any], ...] = tuple(theirs for theirs, ours in FUSED.items() if issubclass(ours, EncoderModel))
+
+#: What configurations call the families: Hugging Face's `model_type` -> the encoder model.
+MODEL_TYPES: dict[str, type[Any]] = {theirs.config_class.model_type: theirs for theirs in MODELS}
 
 #: Hugging Face's heads on them -> ours.
 HEADS: dict[type[Any], type[FusedHead]] = {

@@ -27,10 +27,17 @@ WRITTEN_AGAINST = {
     "Model": f"{_MODEL} {_CROSS} cache use_cache kwargs",
     "ForMaskedLM": f"{_MODEL} {_CROSS} labels kwargs",
     "ForPreTraining": f"{_MODEL} labels next_sentence_label kwargs",
+    "ElectraForMaskedLM": f"{_MODEL} labels kwargs",
+    "ElectraForPreTraining": f"{_MODEL} labels kwargs",
+    "ForCausalLM": f"{_MODEL} {_CROSS} labels cache use_cache logits_to_keep kwargs",
     "ForTokenClassification": f"{_MODEL} labels kwargs",
     "ForSequenceClassification": f"{_MODEL} labels kwargs",
     "ForNextSentencePrediction": f"{_MODEL} labels kwargs",
     "ForMultipleChoice": f"{_MODEL} labels kwargs",
+    **dict.fromkeys(
+        ("RobertaForMultipleChoice", "CamembertForMultipleChoice", "Data2VecTextForMultipleChoice"),
+        "input_ids token_type_ids attention_mask labels position_ids inputs_embeds kwargs",
+    ),
     "ForQuestionAnswering": f"{_MODEL} start_positions end_positions kwargs",
     "LMHeadModel": f"{_MODEL} {_CROSS} labels cache use_cache logits_to_keep kwargs",
 }
