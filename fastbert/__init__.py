@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .families.bert import *  # noqa: F403
     from .families.camembert import *  # noqa: F403
     from .families.data2vec_text import *  # noqa: F403
+    from .families.distilbert import *  # noqa: F403
     from .families.electra import *  # noqa: F403
     from .families.roberta import *  # noqa: F403
     from .families.xlm_roberta import *  # noqa: F403
@@ -32,6 +33,7 @@ _FAMILIES = {
     "bert": ("Bert", (*_HEADS, "ForNextSentencePrediction", "ForPreTraining", "LMHeadModel")),
     "camembert": ("Camembert", (*_HEADS, "ForCausalLM")),
     "data2vec_text": ("Data2VecText", (*_HEADS, "ForCausalLM")),
+    "distilbert": ("DistilBert", _HEADS),
     "electra": ("Electra", (*_HEADS, "ForPreTraining", "ForCausalLM")),
     "roberta": ("Roberta", (*_HEADS, "ForCausalLM")),
     "xlm_roberta": ("XLMRoberta", (*_HEADS, "ForCausalLM")),

@@ -9,6 +9,7 @@ from fastbert.modules.swap import FUSED
 from . import bert as bert
 from . import camembert as camembert
 from . import data2vec_text as data2vec_text
+from . import distilbert as distilbert
 from . import electra as electra
 from . import roberta as roberta
 from . import xlm_roberta as xlm_roberta

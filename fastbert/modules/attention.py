@@ -199,11 +199,9 @@ class FusedSelfAttention(nn.Module):
         context, probs = self.contexts(hidden_states, attention_mask, attend, head_mask, map_slot, kwargs)
         return self.output_product(context), probs
 
-    def _hugging_faces(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any, **kwargs: Any
-    ) -> Any:
+    def _hugging_faces(self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, /, **kwargs: Any) -> Any:
         """Hugging Face's own forward."""
-        return super().forward(hidden_states, attention_mask, cache, **kwargs)
+        return super().forward(hidden, mask, cache, **kwargs)
 
     def output_product(self, context: torch.Tensor) -> torch.Tensor:
         """What a family's attention does with the context before it returns it."""

@@ -192,7 +192,7 @@ class FusedLayer(nn.Module):
         return self._feed_forward(attended, attend.seed, not attend.by_modules)
 
     def _hugging_faces(
-        self, hidden: torch.Tensor, mask: torch.Tensor | None, other: Any, other_mask: Any, cache: Any, **kwargs: Any
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, other: Any, other_mask: Any, cache: Any, /, **kwargs: Any
     ) -> Any:
         """Hugging Face's own forward; `other` is what a decoder looks at."""
         return super().forward(hidden, mask, other, other_mask, **{CACHE: cache}, **kwargs)

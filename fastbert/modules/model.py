@@ -416,7 +416,8 @@ class EncoderModel(nn.Module):
         if not (self.training and torch.is_grad_enabled()) or len(self.layers) == 0:
             return
         layer: Any = self.layers[0]
-        if not (layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant")):
+        checkpointed = getattr(layer, "gradient_checkpointing", False)  # some families' layers cannot be
+        if not (checkpointed and layer._gradient_checkpointing_func.keywords.get("use_reentrant")):
             return
         if batch.prefix is not None:
             raise ValueError(
