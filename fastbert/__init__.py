@@ -6,6 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import distill as distill
     from . import encode as encode
+    from .auto import AutoModel as AutoModel
+    from .auto import AutoModelForMaskedLM as AutoModelForMaskedLM
+    from .auto import AutoModelForMultipleChoice as AutoModelForMultipleChoice
+    from .auto import AutoModelForNextSentencePrediction as AutoModelForNextSentencePrediction
+    from .auto import AutoModelForPreTraining as AutoModelForPreTraining
+    from .auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+    from .auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from .auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from .families.bert import *  # noqa: F403
     from .families.camembert import *  # noqa: F403
     from .families.data2vec_text import *  # noqa: F403
