@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .families.data2vec_text import *  # noqa: F403
     from .families.distilbert import *  # noqa: F403
     from .families.electra import *  # noqa: F403
+    from .families.mpnet import *  # noqa: F403
     from .families.roberta import *  # noqa: F403
     from .families.xlm_roberta import *  # noqa: F403
     from .fusing import explain as explain
@@ -43,6 +44,7 @@ _FAMILIES = {
     "data2vec_text": ("Data2VecText", (*_HEADS, "ForCausalLM")),
     "distilbert": ("DistilBert", _HEADS),
     "electra": ("Electra", (*_HEADS, "ForPreTraining", "ForCausalLM")),
+    "mpnet": ("MPNet", _HEADS),
     "roberta": ("Roberta", (*_HEADS, "ForCausalLM")),
     "xlm_roberta": ("XLMRoberta", (*_HEADS, "ForCausalLM")),
 }

@@ -12,6 +12,7 @@ from . import camembert as camembert
 from . import data2vec_text as data2vec_text
 from . import distilbert as distilbert
 from . import electra as electra
+from . import mpnet as mpnet
 from . import roberta as roberta
 from . import xlm_roberta as xlm_roberta
 
