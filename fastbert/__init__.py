@@ -62,6 +62,7 @@ _HOMES = {
     "skip_unread": "fusing",
     "unfuse": "fusing",
 }
+_HOMES |= {f"AutoModel{end}": "auto" for end in ("", *_HEADS, "ForNextSentencePrediction", "ForPreTraining")}
 _HOMES |= {start + end: f"families.{module}" for module, (start, ends) in _FAMILIES.items() for end in ("Model", *ends)}
 
 #: Packages and modules of public names, loaded likewise.
