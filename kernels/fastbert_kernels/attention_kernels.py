@@ -1,34 +1,15 @@
 """Device code of the attention op: the forward kernel, and dQ and dK/dV of the backward pass.
 
 The derivation stands in `attention.py`. Scores are in base 2 throughout, statistics and sums in float32.
+
+What is read to find a place is read in the kernels themselves. torch.compile (2.13) looks for the tensors that a kernel
+writes by walking back from each store: a load ends the walk, a call of a device function does not, and every pointer
+that was given to it would be taken for written and cloned.
 """
 
 from .language import tl, triton
 from .numerics import LOG2E, MASKED, cast, dot, dropout_keep_map
 from .tiles import LOAD_STAGES
-
-
-@triton.jit
-def _head(order_ptr, place, heads, HAS_ORDER: tl.constexpr):
-    """The head that comes `place`-th: its sequence, its number, and its plane, the same whatever the order."""
-    b = place // heads
-    h = place % heads
-    if HAS_ORDER:
-        b = tl.load(order_ptr + b)
-        place = b * heads + h
-    return b, h, place
-
-
-@triton.jit
-def _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS: tl.constexpr):
-    """First token (int64) and length of sequence b."""
-    if HAS_CU_SEQLENS:
-        start = tl.load(cu_seqlens_ptr + b)
-        length = tl.load(cu_seqlens_ptr + b + 1) - start
-    else:
-        start = b * max_seqlen
-        length = max_seqlen
-    return tl.cast(start, tl.int64), length
 
 
 @triton.jit
@@ -61,11 +42,8 @@ def _bias_tile(bias_ptr, rows, cols, row_stride, length, masked_below):
 
 
 @triton.jit
-def _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS: tl.constexpr):
+def _probs_offsets(rows, cols, probs_seq):
     """Offsets of a tile inside one (probs_seq, probs_seq) map: int64 [BLOCK_M, BLOCK_N]."""
-    if HAS_COLUMNS:
-        rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
-        cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
     return rows[:, None].to(tl.int64) * probs_seq + cols[None, :]
 
 
@@ -120,9 +98,17 @@ def attention_forward(
     else:
         blocks = tl.cdiv(max_seqlen, BLOCK_M)
     pid = tl.program_id(0)
-    b, h, plane = _head(order_ptr, pid // blocks, heads, HAS_ORDER)
+    plane = pid // blocks
+    b, h = plane // heads, plane % heads
+    if HAS_ORDER:
+        b = tl.load(order_ptr + b)
+        plane = b * heads + h
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     row_start = (pid % blocks) * BLOCK_M
-    start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
     if HAS_PROBS and not HAS_COLUMNS:
         # Blocks of padding rows only have zeros of the map to write.
         length_read = tl.where(row_start < length, length, 0)
@@ -196,7 +182,11 @@ def attention_forward(
             if HAS_DROPOUT:
                 keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
-            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            map_rows, map_cols = rows, cols
+            if HAS_COLUMNS:
+                map_rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
+                map_cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
+            offsets = _probs_offsets(map_rows, map_cols, probs_seq)
             if HAS_COLUMNS:
                 written = valid
             else:
@@ -256,9 +246,17 @@ def attention_backward_dq(
     """One program: dQ of BLOCK_M rows of one head of one sequence, and the rows' delta."""
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
     pid = tl.program_id(0)
-    b, h, plane = _head(order_ptr, pid // blocks, heads, HAS_ORDER)
+    plane = pid // blocks
+    b, h = plane // heads, plane % heads
+    if HAS_ORDER:
+        b = tl.load(order_ptr + b)
+        plane = b * heads + h
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     row_start = (pid % blocks) * BLOCK_M
-    start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
     if row_start >= length:
         if HAS_HEAD_MASK:
             tl.store(dhead_mask_ptr + (h.to(tl.int64) * batch + b) * blocks + pid % blocks, 0.0)
@@ -307,7 +305,11 @@ def attention_backward_dq(
             if HAS_DROPOUT:
                 keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
-            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            map_rows, map_cols = rows, cols
+            if HAS_COLUMNS:
+                map_rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
+                map_cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
+            offsets = _probs_offsets(map_rows, map_cols, probs_seq)
             dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
             delta += tl.sum(p * dprobs.to(tl.float32), axis=1)
     tl.store(delta_ptr + row_offset, delta, mask=rows < length)
@@ -327,7 +329,11 @@ def attention_backward_dq(
             v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
             dp = dot(dout, tl.trans(v), dp)
         if HAS_DPROBS:
-            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            map_rows, map_cols = rows, cols
+            if HAS_COLUMNS:
+                map_rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
+                map_cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
+            offsets = _probs_offsets(map_rows, map_cols, probs_seq)
             dp += tl.load(dprobs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
         dp *= factor
         if HAS_DROPOUT:
@@ -391,9 +397,17 @@ def attention_backward_dkv(
     """
     blocks = tl.cdiv(max_seqlen, BLOCK_N)
     pid = tl.program_id(0)
-    b, h, plane = _head(order_ptr, pid // blocks, heads, HAS_ORDER)
+    plane = pid // blocks
+    b, h = plane // heads, plane % heads
+    if HAS_ORDER:
+        b = tl.load(order_ptr + b)
+        plane = b * heads + h
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     col_start = (pid % blocks) * BLOCK_N
-    start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
     if col_start >= length:
         return
 
@@ -440,7 +454,11 @@ def attention_backward_dkv(
         if not HAS_WHOLE_DPROBS:
             dp = dot(v, tl.trans(dout), dp)
         if HAS_DPROBS:
-            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            map_rows, map_cols = rows, cols
+            if HAS_COLUMNS:
+                map_rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
+                map_cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
+            offsets = _probs_offsets(map_rows, map_cols, probs_seq)
             valid = (rows[:, None] < length) & (cols[None, :] < length)
             dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
             dp += tl.trans(dprobs).to(tl.float32)

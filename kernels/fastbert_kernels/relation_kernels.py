@@ -3,7 +3,7 @@
 The derivation stands in `relation.py`. Softmax scores are in base 2, statistics and sums in float32.
 """
 
-from .attention_kernels import _load_heads, _sequence, _store_heads
+from .attention_kernels import _load_heads, _store_heads
 from .language import tl, triton
 from .numerics import LOG2E, cast, dot
 
@@ -39,9 +39,13 @@ def relation_forward(
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
     pid = tl.program_id(0)
     plane = pid // blocks
-    h = plane % heads
+    b, h = plane // heads, plane % heads
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     row_start = (pid % blocks) * BLOCK_M
-    start, length = _sequence(cu_seqlens_ptr, plane // heads, max_seqlen, HAS_CU_SEQLENS)
     if row_start >= length:
         return
 
@@ -142,9 +146,13 @@ def relation_backward_a(
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
     pid = tl.program_id(0)
     plane = pid // blocks
-    h = plane % heads
+    b, h = plane // heads, plane % heads
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     row_start = (pid % blocks) * BLOCK_M
-    start, length = _sequence(cu_seqlens_ptr, plane // heads, max_seqlen, HAS_CU_SEQLENS)
     if row_start >= length:
         return
 
@@ -217,9 +225,13 @@ def relation_backward_b(
     blocks = tl.cdiv(max_seqlen, BLOCK_N)
     pid = tl.program_id(0)
     plane = pid // blocks
-    h = plane % heads
+    b, h = plane // heads, plane % heads
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     col_start = (pid % blocks) * BLOCK_N
-    start, length = _sequence(cu_seqlens_ptr, plane // heads, max_seqlen, HAS_CU_SEQLENS)
     if col_start >= length:
         return
 
