@@ -47,7 +47,7 @@ _POINTERS: dict[str, torch.dtype | None] = {
     ),
     **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), torch.float32),
     **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "dloss_max_ptr"), torch.float32),
-    **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr", "order_ptr"), torch.int32),
+    **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr", "order_ptr", "key_spans_ptr"), torch.int32),
     **dict.fromkeys(("seed_ptr", "words_ptr", "positions_ptr", "token_types_ptr"), torch.int64),
 }
 
@@ -177,7 +177,6 @@ def cases(full: bool) -> list[Case]:
 #: Switches of the attention kernels where the model has packed a ragged batch.
 _PACKED = ("CU_SEQLENS", "ORDER")
 
-
 def _attention_cases(dtype: str, head_dim: int, *switches: str, aligned: bool = False) -> Iterator[Case]:
     """The three attention kernels; PROBS stands for probabilities asked for and, in the backward pass, used."""
     for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv"):
@@ -196,6 +195,8 @@ def _representative_cases() -> Iterator[Case]:
         yield from _attention_cases("bfloat16", head_dim, *_PACKED, "DROPOUT")
     yield from _attention_cases("bfloat16", 64, *_PACKED, "DROPOUT", "PROBS")
     yield from _attention_cases("bfloat16", 64, "BIAS")
+    yield from _attention_cases("bfloat16", 64, "KEY_SPANS")
+    yield from _attention_cases("bfloat16", 64, "KEY_SPANS", "DROPOUT")
     yield from _attention_cases("float32", 64, *_PACKED)
     for dtype, dim in (("bfloat16", 64), ("bfloat16", 32), ("float32", 64)):
         yield from _relation_cases(dtype, dim, "CU_SEQLENS", "SOFTMAX")

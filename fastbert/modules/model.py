@@ -202,10 +202,11 @@ class EncoderModel(nn.Module):
         seed = self._draw_seed()
         self._check_reentrant(outputs, batch)
         hidden = self._embed(batch, seed)
+        strangers = batch.bias is not None and self._has_strangers()
         encoded = self.encoder(
             hidden,
-            self._seen(batch),
-            attend=batch.attend(seed, by_modules=self._is_captured_and_checkpointed()),
+            batch.all_rows() if strangers else batch.bias,
+            attend=batch.attend(seed, self._is_captured_and_checkpointed(), mask_changes=strangers),
             head_masks=batch.head_masks,
             state_layers=outputs.states,
             map_layers=outputs.maps,
@@ -240,13 +241,6 @@ class EncoderModel(nn.Module):
         """The first hidden states, in the batch's layout."""
         seeded = {"seed": seed} if takes_ours(self.embeddings) else {}
         return self.embeddings(**batch.embeddings, **seeded)
-
-    def _seen(self, batch: Batch) -> torch.Tensor | None:
-        """The batch's additive mask; where a stranger may look at it, with all its rows, as Hugging Face makes it."""
-        bias = batch.bias
-        if bias is None or bias.shape[2] > 1 or batch.prefix is not None or not self._has_strangers():
-            return bias
-        return bias.expand(batch.layout.batch, 1, batch.layout.seq, bias.shape[3])
 
     @torch.compiler.assume_constant_result
     def _has_strangers(self) -> bool:
