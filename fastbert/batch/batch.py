@@ -152,14 +152,14 @@ class Padding:
     """What is to become of padding.
 
     Attributes:
-        drops: whether it may be dropped; asked where a batch may have some.
+        drops: whether that of a mask, bool (batch, seq), may be dropped.
         zeroes: where it is not, outputs are to be zero there all the same.
         eager: it is not where somebody could read it: where a row starts with it, which a pooler would read, or where
             `labels` are other than -100.
         labels: int (batch, seq), of rows that are read.
     """
 
-    drops: Callable[[], bool]
+    drops: Callable[[torch.Tensor], bool]
     zeroes: bool = False
     eager: bool = False
     labels: torch.Tensor | None = None
@@ -247,7 +247,7 @@ def _lay(
     whole_mask = token_mask(mask, batch, before + seq)
     mask = whole_mask[:, before:]
     packed = None
-    known = padding.drops() and has_values(mask)
+    known = padding.drops(mask) and has_values(mask)
     if known and (not before or bool(whole_mask[:, :before].all())):
         packed = pack_unless(mask, padding.is_read(mask))
     if packed is None:

@@ -11,8 +11,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from fastbert.batch.batch import PACKED_KEYWORDS, Batch, EncoderShape, Inputs, Padding, check_in
 from fastbert.batch.first_tokens import READ_ROWS
 from fastbert.batch.prefix import CACHE, either, prefix_length
-from fastbert.notices import say_once, warn_once
+from fastbert.notices import say_once, warn_of_padding, warn_once
 from fastbert_kernels import uses_triton
+from fastbert_kernels.backend import has_values
 
 from .attention import attends_fused
 from .dropout import draw_seed
@@ -295,11 +296,13 @@ class EncoderModel(nn.Module):
         check_packing(packing)
         reads = plan.reads or self.reads
 
-        def drops() -> bool:
+        def drops(mask: torch.Tensor) -> bool:
             whole = bool(outputs.maps or outputs.states)
             reason = why(self, packing, reads, plan.labels is not None, whole)
             if reason is not None and packing is not False:
-                warn_once(f"fastbert: padding is kept: {reason}")
+                # A GPU would have to be waited for.
+                tokens = int(mask.sum()) if mask.is_cpu and has_values(mask) else None
+                warn_of_padding(reason, tokens, mask.numel())
             return reason is None
 
         labels = plan.labels if reads == "labelled" else None

@@ -11,6 +11,7 @@ from models import assert_close, ids, mask_of, pair, randomize, tiny_config
 from torch import nn
 
 import fastbert
+from fastbert import notices
 from fastbert.batch import batch as batches
 from fastbert_kernels import backend
 
@@ -86,6 +87,25 @@ def test_a_bare_model_hands_out_eagers_rows(device: torch.device, backend_name: 
             ours, theirs = fused(x, mask, **asked), plain(x, mask, **asked)
             for a, b in zip(tensors(ours), tensors(theirs), strict=True):
                 assert_close(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForTokenClassification"])
+def test_the_log_tells_once_how_much_padding_is_kept(caplog: pytest.LogCaptureFixture, name: str) -> None:
+    notices.say_once.cache_clear()
+    fused, given = heads(name)[1], batch(name, at_padding=0)
+    if name == "BertModel":
+        del given["labels"]
+    full = given | {"attention_mask": torch.ones_like(given["attention_mask"])}
+    with caplog.at_level("WARNING", "fastbert"):
+        fused(**full)
+        assert not caplog.messages
+        fused(**given)
+        fused(**given)
+    reason, saved = caplog.messages
+    assert "padding is kept: " in reason
+    assert (
+        saved == "fastbert: 67% of this batch are tokens: packing=True would leave the other 33% out of every product"
+    )
 
 
 def test_attention_is_told_the_lengths_of_kept_padding(monkeypatch: pytest.MonkeyPatch) -> None:
