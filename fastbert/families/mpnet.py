@@ -5,6 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,7 +174,8 @@ class MPNetEncoder(FusedEncoder, hf.MPNetEncoder):
         if attend is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         bias = self.relative_bias(hidden_states, attend)
-        bias = bias if attention_mask is None else bias + attention_mask
+        if attention_mask is not None:
+            bias, attend = bias + attention_mask, replace(attend, key_spans=None)
         return super().forward(hidden_states, bias, attend=attend, **kwargs)
 
     relative_attention_bias: Any
