@@ -9,22 +9,21 @@ import pytest
 import torch
 import transformers
 from comparison import (
+    apart,
     assert_as_good,
     assert_equal_gradients,
     assert_equals,
-    apart,
     gradients,
     named_tensors,
     worst,
     zeroed,
 )
-from family_table import FAMILIES, LENGTHS, SEQ, VOCABULARY, Family, each_family
+from family_table import FAMILIES, LENGTHS, SEQ, Family, each_family
 from models import assert_close
 from torch.func import functional_call
 
 import fastbert
 from fastbert import families
-from fastbert_kernels import backend
 
 ALL = {"output_hidden_states": True, "output_attentions": True}
 KINDS = ["full", "ragged", "left", "holes", "pad inside"]

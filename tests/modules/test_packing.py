@@ -11,7 +11,6 @@ from models import assert_close, ids, mask_of, pair, randomize, tiny_config
 from torch import nn
 
 import fastbert
-from fastbert.batch import batch as batches
 from fastbert_kernels import backend
 
 LENGTHS = [11, 4, 7]
@@ -19,21 +18,6 @@ HEADS = [
     "BertForPreTraining", "BertLMHeadModel", "BertForMaskedLM", "BertForNextSentencePrediction",
     "BertForSequenceClassification", "BertForMultipleChoice", "BertForTokenClassification", "BertForQuestionAnswering",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def packed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each batch whose padding might have been dropped, whether it was."""
-    seen: list[bool] = []
-    pack_unless = batches.pack_unless
-
-    def noted(*arguments: torch.Tensor) -> Any:
-        layout = pack_unless(*arguments)
-        seen.append(layout is not None and layout.indices is not None)
-        return layout
-
-    monkeypatch.setattr(batches, "pack_unless", noted)
-    return seen
 
 
 def heads(name: str, device: torch.device | str = "cpu") -> tuple[Any, Any]:
