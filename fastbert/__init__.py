@@ -6,11 +6,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import distill as distill
     from . import encode as encode
+    from .auto import AutoModel as AutoModel
+    from .auto import AutoModelForMaskedLM as AutoModelForMaskedLM
+    from .auto import AutoModelForMultipleChoice as AutoModelForMultipleChoice
+    from .auto import AutoModelForNextSentencePrediction as AutoModelForNextSentencePrediction
+    from .auto import AutoModelForPreTraining as AutoModelForPreTraining
+    from .auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+    from .auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from .auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from .families.bert import *  # noqa: F403
     from .families.camembert import *  # noqa: F403
     from .families.data2vec_text import *  # noqa: F403
     from .families.distilbert import *  # noqa: F403
     from .families.electra import *  # noqa: F403
+    from .families.mpnet import *  # noqa: F403
     from .families.roberta import *  # noqa: F403
     from .families.xlm_roberta import *  # noqa: F403
     from .fusing import explain as explain
@@ -35,6 +44,7 @@ _FAMILIES = {
     "data2vec_text": ("Data2VecText", (*_HEADS, "ForCausalLM")),
     "distilbert": ("DistilBert", _HEADS),
     "electra": ("Electra", (*_HEADS, "ForPreTraining", "ForCausalLM")),
+    "mpnet": ("MPNet", _HEADS),
     "roberta": ("Roberta", (*_HEADS, "ForCausalLM")),
     "xlm_roberta": ("XLMRoberta", (*_HEADS, "ForCausalLM")),
 }
@@ -52,6 +62,7 @@ _HOMES = {
     "skip_unread": "fusing",
     "unfuse": "fusing",
 }
+_HOMES |= {f"AutoModel{end}": "auto" for end in ("", *_HEADS, "ForNextSentencePrediction", "ForPreTraining")}
 _HOMES |= {start + end: f"families.{module}" for module, (start, ends) in _FAMILIES.items() for end in ("Model", *ends)}
 
 #: Packages and modules of public names, loaded likewise.

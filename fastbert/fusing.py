@@ -41,8 +41,8 @@ def _refuse_sharded(model: nn.Module, verb: str) -> None:
 def _encoders(model: nn.Module) -> list[Any]:
     encoders = [module for module in model.modules() if isinstance(module, families.MODELS)]
     if not encoders:
-        known = ", ".join(f"transformers.{kind.__name__}" for kind in families.MODELS)
-        raise ValueError(f"{type(model).__name__} holds no {known}: fastbert fuses BERT encoders")
+        known = ", ".join(f"{kind.__name__} ({name})" for name, kind in families.MODEL_TYPES.items())
+        raise ValueError(f"{type(model).__name__} holds no encoder that fastbert fuses: it knows {known}")
     return encoders
 
 

@@ -37,6 +37,7 @@ def attend(
 
     import torch
 
+    from fastbert.families import longest_text
     from fastbert.fusing import fuse
     from fastbert.inputs import InputError, check_backend, load, parse_device, tokenize
     from fastbert.maps.heatmap import attention_heatmap
@@ -54,7 +55,7 @@ def attend(
         unknown = sorted({i for i in layer or () if not 0 <= i < count})
         if unknown:
             fail(f"no layer {', '.join(map(str, unknown))}: this model has 0 to {count - 1}")
-        batch = tokenize(tokenizer, [text], None, bert.config.max_position_embeddings)
+        batch = tokenize(tokenizer, [text], None, longest_text(bert))
         inputs = {name: ids.to(on) for name, ids in batch.inputs.items()}
         with torch.inference_mode():
             attentions = fuse(bert).to(on)(**inputs, output_attentions=layer or True).attentions

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import BertModel, PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from fastbert.families import MODELS, longest_text
 from fastbert.fusing import fuse
 from fastbert.inputs import (
     InputError,
@@ -26,6 +27,7 @@ from fastbert.inputs import (
     parse_dtype,
 )
 from fastbert.modules.model import EncoderModel
+from fastbert.modules.swap import is_decoder
 
 #: Tokens of a batch: enough to keep the products of a GPU busy, few enough for the memory of any.
 TOKENS = 8192
@@ -67,8 +69,8 @@ class Encoder:
 
     Args:
         model: a folder saved by transformers or sentence-transformers, a name on the Hugging Face hub, or a
-            `BertModel`, which is then fused in place.
-        tokenizer: only with a `BertModel`: its tokenizer.
+            encoder model of one of the families, which is then fused in place.
+        tokenizer: only with an encoder model: its tokenizer.
         pooling: `mean` of a text's tokens, special ones included, or `cls`, the first of them.
         normalize: scale embeddings to length 1.
         max_length: texts are cut to this many tokens. Default: what the model takes.
@@ -78,13 +80,13 @@ class Encoder:
 
     Raises:
         InputError: for an unknown pooling, dtype or device, a length or a number of tokens out of range, when there is
-            no BERT checkpoint under that name, and for one that cannot be used: with a tokenizer that does not fit, or
-            a weight that is not finite in that dtype.
+            no such checkpoint, and for one that cannot be used: with a tokenizer that does not fit, or a weight that is
+            not finite in that dtype.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | BertModel,
+        model: str | os.PathLike[str] | PreTrainedModel,
         tokenizer: Any = None,
         *,
         pooling: str = "mean",
@@ -100,22 +102,25 @@ class Encoder:
             raise InputError(f"a batch of {tokens} tokens holds no text: give at least 1")
         self.dtype, self.device = parse_dtype(dtype), parse_device(device)
         check_backend(self.dtype, self.device)
-        if isinstance(model, BertModel):
+        if isinstance(model, MODELS):
             if tokenizer is None:
-                raise InputError("a BertModel comes without a tokenizer: pass its tokenizer too")
+                raise InputError("an encoder model comes without a tokenizer: pass its tokenizer too")
             bert, name = model, type(model).__name__
             check_tokenizer(tokenizer, bert.config.vocab_size, name)
         elif tokenizer is not None:
-            raise InputError(f"{str(model)!r} brings its own tokenizer: pass a tokenizer with a BertModel only")
+            raise InputError(f"{str(model)!r} brings its own tokenizer: pass a tokenizer with an encoder model only")
         else:
             bert, tokenizer = load(model)
-            bert.pooler, name = None, str(model)
-        length = check_max_length(max_length, int(min(bert.config.max_position_embeddings, tokenizer.model_max_length)))
+            name = str(model)
+            if hasattr(bert, "pooler"):
+                bert.pooler = None
+        length = check_max_length(max_length, int(min(longest_text(bert), tokenizer.model_max_length)))
         self.bert = fuse(bert).to(self.device, self.dtype).eval()
         check_finite(self.bert, name)  # in its dtype: float16 ends at 65504
-        if not isinstance(self.bert, EncoderModel) or bert.config.is_decoder:
+        if not isinstance(self.bert, EncoderModel) or is_decoder(bert):
             raise InputError(
-                f"{type(bert).__name__} is a decoder or overrides BertModel: only BERT encoders take packed text"
+                f"{type(bert).__name__} is a decoder or overrides Hugging Face's class: "
+                "only fused ones take packed text"
             )
         self.tokenizer = tokenizer
         self.pooling, self.normalize, self.max_length, self.tokens = pooling, normalize, length, tokens

@@ -15,6 +15,12 @@ from .readable import PATCHED, fused_repr, is_plain_embedding, leave, norm_reaso
 from .swap import is_patched
 
 
+def table_rows(embeddings: Any) -> int:
+    """How many positions embeddings have, ours or Hugging Face's: as many as the buffer has, and the table."""
+    rows = getattr(embeddings.position_embeddings, "num_embeddings", embeddings.position_ids.shape[1])
+    return min(embeddings.position_ids.shape[1], rows)
+
+
 class FusedEmbeddings(nn.Module):
     """Gathers, LayerNorm and dropout in one kernel. Word embeddings that are not plain are called instead."""
 
@@ -26,11 +32,15 @@ class FusedEmbeddings(nn.Module):
     position_ids: torch.Tensor
     dropout_stream = 0
 
+    @staticmethod
+    def first_position(embeddings: Any) -> int:
+        """The position of a text's first token, of embeddings of this class or of Hugging Face's."""
+        return 0
+
     @property
     def longest(self) -> int:
-        """Tokens in the longest sequence that has positions: as many as the buffer has, and the table."""
-        rows = getattr(self.position_embeddings, "num_embeddings", self.position_ids.shape[1])
-        return min(self.position_ids.shape[1], rows)
+        """Tokens in the longest sequence that has positions."""
+        return table_rows(self) - self.first_position(self)
 
     @property
     def limit(self) -> str:
@@ -156,17 +166,19 @@ class CountedPositions(FusedEmbeddings):
 
     padding_idx: int
 
-    @property
-    def longest(self) -> int:
-        return super().longest - self.padding_idx - 1
+    @staticmethod
+    def first_position(embeddings: Any) -> int:
+        return embeddings.padding_idx + 1
 
     @property
     def limit(self) -> str:
-        rows = super().longest
-        return f"{self.longest} tokens: max_position_embeddings={rows}, and positions begin at {self.padding_idx + 1}"
+        first = self.first_position(self)
+        return (
+            f"the model's {self.longest} tokens: max_position_embeddings={table_rows(self)}, and the first is {first}"
+        )
 
     def has_rows(self, positions: torch.Tensor) -> bool:
-        return has_values(positions) and bool(positions.max() < super().longest)
+        return has_values(positions) and bool(positions.max() < table_rows(self))
 
     def positions(self, words: torch.Tensor, before: int = 0) -> torch.Tensor:
         if words.dim() == 3:

@@ -12,7 +12,7 @@ from .layer import FusedLayer
 from .packing import find_strangers
 from .readable import norm_reason
 from .strangers import unwrapped
-from .swap import hugging_face_class, model_class
+from .swap import FUSED, hugging_face_class, model_class
 
 
 @dataclass(frozen=True)
@@ -115,4 +115,6 @@ def explain_encoder(encoder: Any, context: str | None = None) -> Iterator[Part]:
 
 def _layer_name(encoder: Any) -> str:
     """Hugging Face's name of a family's layer."""
-    return hugging_face_class(type(encoder))._can_record_outputs["hidden_states"].__name__  # type: ignore[attr-defined]
+    family = model_class(encoder).__module__
+    layer = next(ours for ours in FUSED.values() if ours.__module__ == family and issubclass(ours, FusedLayer))
+    return hugging_face_class(layer).__name__

@@ -55,11 +55,12 @@ def attend_and_norm(
         context, probs = attention.contexts(hidden, mask, attend, head_mask, map_slot, kwargs)
         x, bias = project(attention.output_linear(), context)
     elif takes_ours(attention):
-        x, probs = attention(hidden, mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs)
+        x, *maps = attention(hidden, mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs)
+        probs = maps[0] if maps else None
     else:
         refuse_packed(attention, attend, head_mask)
-        x, *rest = attention(hidden, mask_like(mask, hidden), **kwargs)
-        probs = rest[0] if rest else None
+        x, *maps = attention(hidden, mask_like(mask, hidden), **kwargs)
+        probs = maps[0] if maps else None
         leave_foreign_map(map_slot, probs)
     return add_norm_anyhow(x, bias, residual, dropout, norm, attend.seed, stream), probs
 

@@ -31,6 +31,11 @@ def _attends_as_block(hidden: torch.Tensor, attend: Attend) -> bool:
     return runs_as_block(hidden) and attend.fits_block and not is_capturing()
 
 
+def _is_trained(mask: torch.Tensor | None) -> bool:
+    """Whether a mask has a learned bias in it that wants a gradient, which no block gives."""
+    return mask is not None and mask.requires_grad and torch.is_grad_enabled()
+
+
 def _attention_arguments(
     block: dict[str, Any],
     hidden: torch.Tensor,
@@ -114,7 +119,7 @@ class FusedAttention(nn.Module):
             )
             leave_foreign_map(map_slot, probs)
             return call_output(self.output, context, hidden_states, attend.seed), probs
-        if _attends_as_block(hidden_states, attend) and cache is None:
+        if _attends_as_block(hidden_states, attend) and cache is None and not _is_trained(attention_mask):
             block = block_arguments(self.self, self.output)
             if block is not None:
                 wanted, hand_out = wants_map(map_slot, kwargs), hand_out_of(map_slot)
@@ -178,7 +183,7 @@ class FusedLayer(nn.Module):
             )
         attend = attend_from(attend, kwargs)
         look = look_at(self) if runs_as_block(hidden_states) and not is_capturing() else None
-        if look is not None and look.whole and attend.fits_block:
+        if look is not None and look.whole and attend.fits_block and not _is_trained(attention_mask):
             wanted, hand_out = wants_map(map_slot, kwargs), hand_out_of(map_slot)
             block = look.attention
             hidden, probs = layer_block(

@@ -153,5 +153,5 @@ def _attributes_of(state: dict[str, Any]) -> list[str]:
 
 def chunk_is_replaced(layer: Any) -> bool:
     """Whether someone put a function of their own in the place of Hugging Face's `feed_forward_chunk`."""
-    theirs = hugging_face_class(type(layer)).feed_forward_chunk  # type: ignore[attr-defined]
-    return getattr(layer.feed_forward_chunk, "__func__", None) is not theirs
+    theirs = getattr(hugging_face_class(type(layer)), "feed_forward_chunk", None)  # some families have none
+    return getattr(getattr(layer, "feed_forward_chunk", None), "__func__", None) is not theirs

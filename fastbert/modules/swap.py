@@ -22,7 +22,12 @@ _OURS: dict[type[nn.Module], tuple[Any, Any]] = {}
 
 def hugging_face_class(ours: type) -> type:
     """The class of Hugging Face's that a class derives from."""
-    return next(base for base in ours.__mro__ if base.__module__.startswith("transformers."))
+    return next(base for base in ours.__mro__ if is_hugging_faces(base))
+
+
+def is_hugging_faces(kind: type) -> bool:
+    """Whether a class is one of Hugging Face's own."""
+    return kind.__module__.startswith("transformers.")
 
 
 def register(family: str) -> None:
@@ -33,6 +38,8 @@ def register(family: str) -> None:
     """
     defined = vars(sys.modules[family]).values()
     for ours in [kind for kind in defined if isinstance(kind, type) and kind.__module__ == family]:
+        if not any(map(is_hugging_faces, ours.__mro__)):
+            continue  # a base of the family's own
         theirs = hugging_face_class(ours)
         FUSED[theirs] = ours
         _OURS[ours] = theirs, theirs.forward  # type: ignore[attr-defined]

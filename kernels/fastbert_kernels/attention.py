@@ -286,7 +286,7 @@ def attention(
         max_seqlen: tokens in the longest sequence.
         bias: additive scores (batch | 1, heads | 1, seq | 1, seq), float, or bool with True where a key is visible;
             seq at least `max_seqlen`. Entries at or under half the dtype's lowest finite value are masked keys; a row
-            with no visible key attends uniformly. It gets no gradient.
+            with no visible key attends uniformly. Where it is to get a gradient, plain PyTorch runs.
         head_mask: (heads,) factors on each head's probabilities.
         scale: factor on the scores; default 1 / sqrt(head_dim).
         dropout_p: probability that an attention probability is dropped.
@@ -309,7 +309,8 @@ def attention(
         TypeError: for a dtype that no kernel has.
     """
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    if not uses_triton(qkv):
+    trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if trained or not uses_triton(qkv):
         _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns, order)
         return reference.attention(
             qkv,
@@ -414,8 +415,6 @@ def _check(
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     check_lengths("qkv", qkv, cu_seqlens, max_seqlen)
     if bias is not None:
-        if bias.requires_grad:
-            raise ValueError("attention has no gradient for bias: pass bias.detach()")
         wanted = (batch_size(qkv, cu_seqlens, max_seqlen), heads, max_seqlen, max_seqlen)
         fits = bias.dim() == 4 and all(
             have == want or (have == 1 and dim < 3) or (have > want and dim > 1)

@@ -138,7 +138,8 @@ def attention(
     batch = len(lengths) if isinstance(lengths, list) else qkv.shape[0] // lengths
     if bias is not None:
         bias = additive(bias).expand(batch, heads, -1, -1)
-    explicit = probs_seq is not None or head_mask is not None or keep is not None or _hides_rows(bias)
+    trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    explicit = probs_seq is not None or head_mask is not None or keep is not None or trained or _hides_rows(bias)
 
     def probabilities(part: torch.Tensor, sequences: slice, length: int) -> torch.Tensor:
         """Of sequences of one length, the part of qkv that holds their tokens: (batch, heads, length, length)."""
