@@ -181,7 +181,12 @@ def test_states_of_another_encoder_take_hugging_faces_path(family: Family, said:
 
 # What a family adds to the kernels.
 
-ADDS = {"roberta": "counted positions", "electra, narrow": "narrow embeddings", "distilbert": "no token types"}
+ADDS = {
+    "roberta": "counted positions",
+    "electra, narrow": "narrow embeddings",
+    "distilbert": "no token types",
+    "mpnet": "a learned bias of attention",
+}
 
 
 @pytest.mark.parametrize("name", ADDS)

@@ -49,15 +49,20 @@ def worst(ours: Tensors, truth: Tensors) -> dict[str, float]:
 def apart(ours: Tensors, truth: Tensors) -> dict[str, float]:
     """Of each gradient, the norm of the difference beside its own norm.
 
-    A key's bias moves a row of scores by one number, which the softmax takes out: its gradient is rounding alone, and
-    is held against its weight's.
+    A bias that moves all scores of a softmax by one number has a gradient of rounding alone, and is held against its
+    weight's: a key's, and those of heads whose softmax runs over positions or choices.
     """
     assert ours.keys() == truth.keys()
     found = {}
     for name, x in ours.items():
-        beside = name.replace(".bias", ".weight") if name.endswith(("key.bias", "k_lin.bias", ".k.bias")) else name
-        found[name] = ((x.double() - truth[name].double()).norm() / truth[beside].double().norm()).item()
+        own, weights = (truth[each].double().norm().item() for each in (name, _weight_of(name, truth)))
+        found[name] = (x.double() - truth[name].double()).norm().item() / (own if own > 1e-5 * weights else weights)
     return found
+
+
+def _weight_of(name: str, tensors: Tensors) -> str:
+    weight = name.removesuffix("bias") + "weight"
+    return weight if name.endswith("bias") and weight in tensors else name
 
 
 def assert_equals(ours: Tensors, theirs: Tensors, bound: float = 2e-5) -> None:

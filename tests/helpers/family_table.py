@@ -178,6 +178,17 @@ FAMILIES: dict[str, Family] = {
         token_types=0,
         decodes=False,
     ),
+    "mpnet": Family(
+        transformers.MPNetModel,
+        {"intermediate_size": 48},
+        COMMON_HEADS,
+        projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        norm="attention.LayerNorm",
+        pad=1,
+        token_types=0,
+        counts=True,
+        decodes=False,
+    ),
 }
 
 #: For tests of every family, of those that take a cache, and of every head of every family.
