@@ -64,7 +64,8 @@ class Plan:
     Attributes:
         replay: takes the place of embeddings and layers where it can.
         labelled: bool (batch, seq), the rows of `last_hidden_state` that are handed out, as (rows, hidden).
-        pools_each: the pooler reads each sequence of a batch that its caller packed.
+        pools_each: the pooler reads each sequence of a batch that its caller packed; a head that reads nothing else is
+            given their first rows, (sequences, 1, hidden), for some families' heads have the pooler in themselves.
         reads: what of the output is read, one of `packing.READS`; None: what the model says of itself.
         labels: int (batch, seq), of a caller that reads rows whose label is not -100.
     """
@@ -281,8 +282,10 @@ class EncoderModel(nn.Module):
     ) -> Any:
         """Hugging Face's output class, or a tuple."""
         more: dict[str, Any] = {}
+        pooled = _first_rows(last, cu_seqlens) if plan.pools_each and cu_seqlens is not None else last
         if "pooler_output" in self.output_names:
-            more["pooler_output"] = self._pool(last, cu_seqlens if plan.pools_each else None)
+            more["pooler_output"] = None if getattr(self, "pooler", None) is None else self.pooler(pooled)
+        last = pooled if plan.reads == "pooled" else last
         if "cross_attentions" in self.output_names and outputs.wants_maps:
             more["cross_attentions"] = ()
         last = last if plan.labelled is None else last[plan.labelled.to(last.device)]
@@ -359,16 +362,6 @@ class EncoderModel(nn.Module):
             return f"forward hooks on {name}" if "hooks" in what else f"{name} ({what}) may look at it"
         return None
 
-    def _pool(self, last: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor | None:
-        """What the pooler makes of `last` (batch, seq, hidden); or, with cu_seqlens, of each sequence packed in `last`
-        (1, tokens, hidden), an empty one reading zeros as padding does: (batch, hidden)."""
-        if getattr(self, "pooler", None) is None:
-            return None
-        if cu_seqlens is not None:
-            starts = cu_seqlens[:-1].clamp(max=last.shape[1] - 1)
-            last = last[0].index_select(0, starts).masked_fill((cu_seqlens.diff() == 0)[:, None], 0.0)[:, None]
-        return self.pooler(last)
-
     def _is_captured_and_checkpointed(self) -> bool:
         """Whether layers that run again in the backward pass are captured now, and perhaps no longer then."""
         checkpointed = (
@@ -434,3 +427,10 @@ def _selected(wanted: bool | int | Iterable[int] | None, count: int) -> set[int]
         return set(range(count)) if wanted else set()
     indices = ([wanted] if wanted else []) if isinstance(wanted, int) else wanted
     return {i % count for i in indices if -count <= i < count}
+
+
+def _first_rows(last: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """The first row of each sequence packed in `last` (1, tokens, hidden), an empty one's being zeros as padding is:
+    (sequences, 1, hidden)."""
+    starts = cu_seqlens[:-1].clamp(max=last.shape[1] - 1)
+    return last[0].index_select(0, starts).masked_fill((cu_seqlens.diff() == 0)[:, None], 0.0)[:, None]
