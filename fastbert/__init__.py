@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import attribution as attribution
     from . import distill as distill
     from . import encode as encode
     from .families.bert import BertForMaskedLM as BertForMaskedLM
@@ -51,7 +52,7 @@ _HOMES = {
 }
 
 #: Packages and modules of public names, loaded likewise.
-_MODULES = ("distill", "encode")
+_MODULES = ("attribution", "distill", "encode")
 
 __all__ = sorted([*_HOMES, *_MODULES])
 
