@@ -3,7 +3,7 @@
 Every row keeps its columns and gets two more: `embedding`, and `problem`, which is null unless the text is null, empty
 or not UTF-8; the embedding is then NaN. On one machine, with two workers:
 
-    pip install 'fastbert[encode]' 'ray[data]'
+    pip install pyarrow 'ray[data]'
     python examples/encode_ray.py path/to/checkpoint texts.parquet --column text --out embedded --workers 2
 
 The folder written holds Parquet files, which together have the rows in the order of the input. On a cluster, paths have

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .namesake import warn_of_namesake
+
 if TYPE_CHECKING:
     from . import attribution as attribution
     from . import distill as distill
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from .modules.explaining import Explanation as Explanation
 
 __version__ = "0.1.0"
+
+warn_of_namesake()
 
 #: Public name -> the module it lives in. Loaded when first used: the command line has to choose how kernels run, which
 #: Triton reads when they are defined, and its help should not wait for torch.

@@ -101,7 +101,7 @@ def encode(
     130: interrupted.
     """
     if importlib.util.find_spec("pyarrow") is None:
-        fail("encode needs pyarrow, which is not installed: pip install 'fastbert[encode]'")
+        fail("encode needs pyarrow, which is not installed: pip install pyarrow")
     _check_paths(input_file, out)
 
     from rich.console import Console

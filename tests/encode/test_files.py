@@ -20,7 +20,7 @@ from fastbert.encode import Encoder
 from fastbert.encode.encoder import PackedTexts
 from fastbert.inputs import InputError
 
-pytest.importorskip("pyarrow", reason="pip install 'fastbert[encode]'")
+pytest.importorskip("pyarrow", reason="pip install pyarrow")
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -12,7 +12,7 @@ from embedded import Stop, encode, same, stop_after
 from transformers import AutoTokenizer, BertModel
 from typer.testing import CliRunner
 
-pytest.importorskip("pyarrow", reason="pip install 'fastbert[encode]'")
+pytest.importorskip("pyarrow", reason="pip install pyarrow")
 
 import pyarrow.parquet as pq
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pyarrow", reason="pip install 'fastbert[encode]'")
+pytest.importorskip("pyarrow", reason="pip install pyarrow")
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -44,7 +44,7 @@ def test_bertviz_takes_our_outputs(looked_at: tuple[Any, list[str]], view: str) 
 
 
 def test_captum_attributes_as_with_hugging_face(checkpoint: Path) -> None:
-    attr = pytest.importorskip("captum.attr", reason="pip install 'fastbert[integrations]'")
+    attr = pytest.importorskip("captum.attr", reason="needs `make test-all`")
     theirs = transformers.BertForSequenceClassification.from_pretrained(checkpoint, attn_implementation="eager").eval()
     with torch.no_grad():
         theirs.classifier.weight.normal_()  # a head whose answer depends on the text
