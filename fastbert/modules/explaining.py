@@ -70,10 +70,10 @@ class Explanation:
             short = "; the last one computes first rows only" if any(p.rows == "first" for p in self.parts) else ""
             return f"every part is fused: embeddings and {layers} layers{short}"
         table = Table("layer", "part", "runs", "because")
-        for layers, parts in _folded(self.parts):
+        for alike, parts in _folded(self.parts):
             for part in parts:
                 if not part.fused or part.reason:
-                    table.add_row(layers, part.name, "fused" if part.fused else "unfused", part.reason or "")
+                    table.add_row(alike, part.name, "fused" if part.fused else "unfused", part.reason or "")
         return table
 
     def __str__(self) -> str:
