@@ -1,7 +1,7 @@
 """Rank texts for a query: a cross-encoder, which reads query and text together and gives one number.
 
-The task: which docstring goes on as this one begins? `data/docstrings.jsonl` has the docstrings; a query is the first
-sentence of one, the texts are what follows in it and in others.
+The texts are the docstrings of `data/docstrings.jsonl`, the queries are words for their six subjects. It trains on each
+docstring with its own query and with another's, and is tested on how far up a query's own texts come among others.
 
     python examples/rerank.py
 """
@@ -14,42 +14,44 @@ import typer
 from finetune import DATA
 from steps import DEMO_CHECKPOINT, load, predict, train
 
+QUERIES = {
+    "concurrency": "wait for another thread or task",
+    "files": "read and write files and folders",
+    "mail": "send and parse e-mail messages",
+    "numbers": "calculate with numbers",
+    "web": "fetch and parse pages of the web",
+    "widgets": "draw windows and buttons",
+}
+MAX_LENGTH = 64
+
 Row = tuple[str, str, float]  # query, text, 1 where they belong together
-MAX_LENGTH = 96
 
 
-def read_pairs() -> dict[str, list[tuple[str, str]]]:
-    """The first sentence and the rest of each docstring that has both, by split."""
-    pairs: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
-    for line in DATA.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        first, _, rest = row["text"].partition(". ")
-        if len(rest) > 20:
-            pairs[row["split"]].append((first, rest))
-    return pairs
+def read_texts(split: str) -> list[tuple[str, str]]:
+    """The docstrings of a split, each with its subject."""
+    rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    return [(row["text"], row["label"]) for row in rows if row["split"] == split]
 
 
-def make_rows(pairs: list[tuple[str, str]], seed: int) -> list[Row]:
-    """Each query with its own text, and with another's."""
+def make_rows(texts: list[tuple[str, str]], seed: int) -> list[Row]:
+    """Each text with its own query, and with another's."""
     draw = random.Random(seed)
     rows: list[Row] = []
-    for query, text in pairs:
-        rows += [(query, text, 1.0), (query, draw.choice(pairs)[1], 0.0)]
+    for text, subject in texts:
+        other = draw.choice([each for each in QUERIES if each != subject])
+        rows += [(QUERIES[subject], text, 1.0), (QUERIES[other], text, 0.0)]
     return rows
 
 
-def make_lists(pairs: list[tuple[str, str]], count: int, seed: int) -> list[list[Row]]:
-    """Each query with its own text first, and `count` - 1 of others."""
-    draw = random.Random(seed)
-    lists = []
-    for i, (query, text) in enumerate(pairs):
-        others = [pair[1] for j, pair in enumerate(pairs) if j != i]
-        lists.append([(query, text, 1.0), *((query, other, 0.0) for other in draw.sample(others, count - 1))])
-    return lists
+def average_precision(scores: list[float], right: list[bool]) -> float:
+    """The mean, over the right texts, of the share of right ones among those that come no later."""
+    ranked = [is_right for _, is_right in sorted(zip(scores, right, strict=True), key=lambda pair: -pair[0])]
+    found = [place for place, is_right in enumerate(ranked, 1) if is_right]
+    return sum(count / place for count, place in enumerate(found, 1)) / len(found)
 
 
 def collate(rows: list[Row], tokenizer: Any) -> Any:
-    """A batch of pairs with their labels, (batch, 1) as one logit with `multi_label_classification` takes them."""
+    """A batch of pairs with their labels (batch, 1), as one logit with `multi_label_classification` takes them."""
     import torch
 
     queries, texts, labels = (list(column) for column in zip(*rows, strict=True))
@@ -60,32 +62,30 @@ def collate(rows: list[Row], tokenizer: Any) -> Any:
 
 def main(
     model: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint.")] = str(DEMO_CHECKPOINT),
-    steps: Annotated[int, typer.Option(min=1)] = 80,
+    steps: Annotated[int, typer.Option(min=1)] = 100,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-4,
-    queries: Annotated[int, typer.Option(min=1, help="Queries to test on, with eight texts each.")] = 40,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 3e-4,
+    texts: Annotated[int, typer.Option(min=6, max=240, help="Texts to rank for each query.")] = 60,
     seed: int = 0,
 ) -> None:
-    """Train a cross-encoder, and test where it ranks the right one of eight texts."""
+    """Train a cross-encoder, and rank texts for each query."""
     settings = {"num_labels": 1, "problem_type": "multi_label_classification"}
     network, tokenizer = load(model, "AutoModelForSequenceClassification", seed, **settings)
-    pairs = read_pairs()
 
     def to_batch(rows: list[Row]) -> Any:
         return collate(rows, tokenizer)
 
-    train(network, make_rows(pairs["train"], seed), to_batch, steps, batch_size, learning_rate)
-    lists = make_lists(pairs["test"], 8, seed)[:queries]
-    ranks = []
-    for _, output in predict(network, [row for each in lists for row in each], to_batch, batch_size=8):
-        scores = output.logits[:, 0]
-        ranks.append(1 + int((scores[1:] >= scores[0]).sum()))
-    first = sum(rank == 1 for rank in ranks) / len(ranks)
-    typer.echo(f"the right text of eight comes first for {first:.1%}, mean reciprocal rank {_mrr(ranks):.3f}")
-
-
-def _mrr(ranks: list[int]) -> float:
-    return sum(1 / rank for rank in ranks) / len(ranks)
+    train(network, make_rows(read_texts("train"), seed), to_batch, steps, batch_size, learning_rate)
+    tests = read_texts("test")
+    tests = tests[:: len(tests) // texts][:texts]  # they stand by subject: some of each
+    precisions = []
+    for subject, query in QUERIES.items():
+        right = [each == subject for _, each in tests]
+        rows = [(query, text, float(is_right)) for (text, _), is_right in zip(tests, right, strict=True)]
+        scores = [score for _, output in predict(network, rows, to_batch) for score in output.logits[:, 0].tolist()]
+        precisions.append(average_precision(scores, right))
+        typer.echo(f"{query}: average precision {precisions[-1]:.3f}, by chance about {sum(right) / len(right):.3f}")
+    typer.echo(f"mean average precision {sum(precisions) / len(precisions):.3f}")
 
 
 if __name__ == "__main__":
