@@ -50,6 +50,9 @@ demo: $(VENV)/.installed $(CHECKPOINT)/config.json
 	@printf '\n== a ragged batch, the way this machine runs it\n\n'
 	@mkdir -p $(DEMO)
 	$(BIN)/fastbert verify $(CHECKPOINT) --heatmap $(DEMO)/attentions.png
+	@printf '\n== a full and a ragged batch, with padding dropped (fastbert) and as it comes, beside Hugging Face\n\n'
+	$(BIN)/fastbert bench $(CHECKPOINT) --workload full --workload ragged --peer fastbert-auto --peer eager --peer sdpa \
+		--seconds 3
 
 test: $(VENV)/.installed $(CHECKPOINT)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile

@@ -33,9 +33,11 @@ _ONNX_RUNTIMES = {
     "openvino": ("openvino", "onnx", "onnxscript"),
 }
 
-#: What each name stands for.
+#: What each name stands for. "fastbert" drops padding (`packing=True`), as its peers' users would choose who read tokens
+#: only; as it comes (`packing="auto"`), it drops padding where nobody reads its rows, so a bare encoder keeps it.
 CONTENDERS = {
     "fastbert": "fastbert",
+    "fastbert-auto": "fastbert as it comes",
     "eager": "HF eager",
     "sdpa": "HF sdpa",
     "flash": "HF flash_attention_2",
@@ -117,6 +119,8 @@ def build(
         return _onnx(name, module, attentions), module
     if name == "fastbert":
         return fuse(module, packing=True), module
+    if name == "fastbert-auto":
+        return fuse(module), module
     if name == "fastbert-graphed":
         return graphed(fuse(module, packing=True), BUCKETS, MAX_SEQUENCES), module
     if name != "eager" and not attentions:  # only eager attention returns its maps

@@ -187,7 +187,7 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest
 
 
 def test_unknown_peer_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="unknown peer 'tensorrt': choose from fastbert, eager, sdpa"):
+    with pytest.raises(ValueError, match="unknown peer 'tensorrt': choose from fastbert, fastbert-auto, eager, sdpa"):
         contenders.named(["eager", "tensorrt"])
 
 
