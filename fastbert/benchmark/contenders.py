@@ -33,8 +33,8 @@ _ONNX_RUNTIMES = {
     "openvino": ("openvino", "onnx", "onnxscript"),
 }
 
-#: What each name stands for. "fastbert" drops padding (`packing=True`), as its peers' users would choose who read tokens
-#: only; as it comes (`packing="auto"`), it drops padding where nobody reads its rows, so a bare encoder keeps it.
+#: What each name stands for. "fastbert" drops padding (`packing=True`), as people choose who read tokens only; as it
+#: comes (`packing="auto"`) it drops padding where nobody reads its rows, so a bare encoder keeps it.
 CONTENDERS = {
     "fastbert": "fastbert",
     "fastbert-auto": "fastbert as it comes",
