@@ -177,6 +177,7 @@ def cases(full: bool) -> list[Case]:
 #: Switches of the attention kernels where the model has packed a ragged batch.
 _PACKED = ("CU_SEQLENS", "ORDER")
 
+
 def _attention_cases(dtype: str, head_dim: int, *switches: str, aligned: bool = False) -> Iterator[Case]:
     """The three attention kernels; PROBS stands for probabilities asked for and, in the backward pass, used."""
     for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv"):
