@@ -25,8 +25,8 @@ def warn_once(message: str) -> bool:
 
 
 def warn_of_padding(reason: str, tokens: int | None, places: int) -> None:
-    """Log once why a batch's padding is kept, and what dropping it would save, where it is known how many `tokens` its
-    places hold."""
+    """Log once why a batch's padding is kept, and what dropping it would save, where it is known how many `tokens`
+    are at the batch's places."""
     if tokens == places or not warn_once(f"fastbert: padding is kept: {reason}") or tokens is None:
         return
     logger.warning(

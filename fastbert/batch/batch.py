@@ -44,7 +44,13 @@ class Inputs:
 
 
 class Positions(Protocol):
-    """Which positions tokens have that come without: a family's rule."""
+    """Which positions tokens have that come without: a family's rule.
+
+    Attributes:
+        limit: what a model's longest sequence comes from, in a message.
+    """
+
+    limit: str
 
     def positions(self, words: torch.Tensor, before: int = 0) -> torch.Tensor:
         """Of words (batch, seq), ids or (batch, seq, hidden) vectors, after a prefix of length `before`: int64
@@ -52,6 +58,9 @@ class Positions(Protocol):
 
     def packed_positions(self, words: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Of words (1, tokens) in packed sequences: int64 (1, tokens)."""
+
+    def has_rows(self, positions: torch.Tensor) -> bool:
+        """Whether a sequence over the longest is all right, for these are its positions."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +244,7 @@ def _lay(
     of; positions are added where the layout or the prefix needs them."""
     batch, seq = words.shape[:2]
     if embeddings["position_ids"] is None:
-        _check_length(before + seq, shape.longest)
+        _check_length(before + seq, shape, lambda: shape.rule.positions(words, before))
         if before:
             embeddings["position_ids"] = shape.rule.positions(words, before).expand(batch, seq)
     layout = dense_layout(batch, seq)
@@ -272,8 +281,9 @@ def _lay_callers(
         raise ValueError("a packed batch takes no cache: pass a padded one, or leave it out")
     layout = _callers_layout(inputs.packed, words, inputs.attention_mask)
     if embeddings["position_ids"] is None:
-        _check_length(layout.seq, shape.longest)
-        embeddings["position_ids"] = shape.rule.packed_positions(words, inputs.packed["cu_seq_lens_q"])
+        positions = shape.rule.packed_positions(words, inputs.packed["cu_seq_lens_q"])
+        _check_length(layout.seq, shape, lambda: positions)
+        embeddings["position_ids"] = positions
     return layout
 
 
@@ -308,11 +318,11 @@ def _exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
     return words
 
 
-def _check_length(length: int, longest: int) -> None:
-    if length > longest:
+def _check_length(length: int, shape: EncoderShape, positions: Callable[[], torch.Tensor]) -> None:
+    if length > shape.longest and not shape.rule.has_rows(positions()):
         raise ValueError(
-            f"sequence length {length} is over the model's max_position_embeddings={longest}: truncate the input "
-            "(tokenizer(..., truncation=True)), or pass position_ids"
+            f"sequence length {length} is over {shape.rule.limit}: truncate the input (tokenizer(..., "
+            "truncation=True)), or pass position_ids"
         )
 
 

@@ -301,7 +301,7 @@ def attention(
         max_seqlen: tokens in the longest sequence.
         bias: additive scores (batch | 1, heads | 1, seq | 1, seq), float, or bool with True where a key is visible;
             seq at least `max_seqlen`. Entries at or under half the dtype's lowest finite value are masked keys; a row
-            with no visible key attends uniformly. It gets no gradient.
+            with no visible key attends uniformly. Where it is to get a gradient, plain PyTorch runs.
         head_mask: (heads,) factors on each head's probabilities.
         scale: factor on the scores; default 1 / sqrt(head_dim).
         dropout_p: probability that an attention probability is dropped.
@@ -327,7 +327,8 @@ def attention(
         TypeError: for a dtype that no kernel has.
     """
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    if not uses_triton(qkv):
+    trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if trained or not uses_triton(qkv):
         check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns, order, key_spans)
         return reference.attention(
             qkv,

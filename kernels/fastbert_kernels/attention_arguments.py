@@ -93,8 +93,6 @@ def check(
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     check_lengths("qkv", qkv, cu_seqlens, max_seqlen)
     if bias is not None:
-        if bias.requires_grad:
-            raise ValueError("attention has no gradient for bias: pass bias.detach()")
         wanted = (batch_size(qkv, cu_seqlens, max_seqlen), heads, max_seqlen, max_seqlen)
         fits = bias.dim() == 4 and all(
             have == want or (have == 1 and dim < 3) or (have > want and dim > 1)

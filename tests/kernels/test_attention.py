@@ -328,6 +328,26 @@ def test_strided_bias(device: torch.device, layout: str) -> None:
     compare(device, torch.float32, [20, 11], bias=bias, probs_seq=20)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend_name", ["torch", "triton"])
+def test_gradient_of_a_learned_bias(device: torch.device, backend_name: str, packed: bool) -> None:
+    lengths = [9, 4, 7] if packed else [9, 9]
+    qkv = random_qkv(lengths, 2, 16, torch.float32, device).requires_grad_()
+    bias = torch.randn(1, 2, 9, 9, device=device, requires_grad=True)
+    cotangent = torch.randn(sum(lengths), 2, 16, device=device)
+    with backend(backend_name):
+        out, _ = attention(qkv, offsets(lengths, device) if packed else None, 9, bias=bias)
+    got = torch.autograd.grad(out, (qkv, bias), cotangent)
+    contexts = []
+    for part in qkv.double().split(lengths):
+        q, k, v = part.permute(1, 2, 0, 3)  # each (heads, length, head_dim)
+        probs = torch.softmax(q @ k.mT / 4 + bias.double()[0, :, : q.shape[1], : q.shape[1]], -1)
+        contexts.append((probs @ v).transpose(0, 1))
+    want = torch.autograd.grad(torch.cat(contexts), (qkv, bias), cotangent.double())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     [
@@ -765,7 +785,6 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
         ({"bias": torch.zeros(3, 1, 9, 9)}, "= (2, 2, 9, 9), got (3, 1, 9, 9)"),
         ({"bias": torch.zeros(2, 1, 9, 1)}, "= (2, 2, 9, 9), got (2, 1, 9, 1)"),
         ({"bias": torch.zeros(2, 1, 8, 9)}, "= (2, 2, 9, 9), got (2, 1, 8, 9)"),
-        ({"bias": torch.zeros(2, 1, 9, 9, requires_grad=True)}, "no gradient for bias: pass bias.detach()"),
         ({"head_mask": torch.ones(3)}, "head_mask must have shape (heads,) = (2,), got (3,)"),
         ({"probs_seq": 8}, "probs_seq=8 is shorter than the longest sequence, max_seqlen=9"),
         ({"columns": torch.zeros(13, dtype=torch.int32)}, "= (14,), got torch.int32 (13,)"),

@@ -22,21 +22,6 @@ HEADS = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def packed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each batch whose padding might have been dropped, whether it was."""
-    seen: list[bool] = []
-    pack_unless = batches.pack_unless
-
-    def noted(*arguments: torch.Tensor) -> Any:
-        layout = pack_unless(*arguments)
-        seen.append(layout is not None and layout.indices is not None)
-        return layout
-
-    monkeypatch.setattr(batches, "pack_unless", noted)
-    return seen
-
-
 def heads(name: str, device: torch.device | str = "cpu") -> tuple[Any, Any]:
     """One of Hugging Face's heads with eager attention, and the same fused in place with the defaults."""
     torch.manual_seed(2)
