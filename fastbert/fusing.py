@@ -207,11 +207,12 @@ def explain(model: nn.Module) -> Explanation:
     heads = {id(module.base_model): module for module in model.modules() if isinstance(module, FusedHead)}
     with as_if_gathered():
         parts = [part for encoder in encoders for part in explain_encoder(encoder, _context(encoder))]
-        padding = [
-            describe_padding(encoder, getattr(heads.get(id(encoder)), "reads", encoder.reads))
-            for encoder in encoders
-            if _context(encoder) is None
-        ]
+        padding = []
+        for encoder in encoders:
+            if _context(encoder) is None:
+                head = heads.get(id(encoder))
+                reads = encoder.what_is_read(None if head is None else head.what_is_read())
+                padding.append(describe_padding(encoder, reads))
     return Explanation(tuple(parts), tuple(padding))
 
 

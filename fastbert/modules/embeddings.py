@@ -65,6 +65,8 @@ class FusedEmbeddings(nn.Module):
         for name in ("position_embeddings", "token_type_embeddings"):
             if not is_plain_embedding(getattr(self, name)):
                 return not_plain(name, getattr(self, name), nn.Embedding)
+            if getattr(self, name).padding_idx is not None:
+                return f"{name} has a row without a gradient (padding_idx)"
         return norm_reason(self.LayerNorm, self.dropout)
 
     def extra_repr(self) -> str:
