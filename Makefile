@@ -20,7 +20,7 @@ help:
 	@echo "make bench         models on this CPU against the peers people use, interleaved"
 	@echo "make bench-static  what the kernels compile to on four GPUs beside their floors; needs no GPU"
 	@echo "make bench-dev     models and ops, compared with the time they took before"
-	@echo "make bench-report  tables, pictures and README's figures from bench/results"
+	@echo "make bench-report  tables, pictures and the docs' figures from bench/results"
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

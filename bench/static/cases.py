@@ -48,7 +48,7 @@ _POINTERS: dict[str, torch.dtype | None] = {
     ),
     **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), torch.float32),
     **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "dloss_max_ptr"), torch.float32),
-    **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr", "order_ptr"), torch.int32),
+    **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr", "order_ptr", "key_spans_ptr"), torch.int32),
     **dict.fromkeys(("seed_ptr", "words_ptr", "positions_ptr", "token_types_ptr"), torch.int64),
 }
 
@@ -197,6 +197,7 @@ def _representative_cases() -> Iterator[Case]:
         yield from _attention_cases("bfloat16", head_dim, *_PACKED, "DROPOUT")
     yield from _attention_cases("bfloat16", 64, *_PACKED, "DROPOUT", "PROBS")
     yield from _attention_cases("bfloat16", 64, "BIAS")
+    yield from _attention_cases("bfloat16", 64, "KEY_SPANS", "DROPOUT")
     yield from _attention_cases("float32", 64, *_PACKED)
     for dtype, dim in (("bfloat16", 64), ("bfloat16", 32), ("float32", 64)):
         yield from _relation_cases(dtype, dim, "CU_SEQLENS", "SOFTMAX")
@@ -204,10 +205,10 @@ def _representative_cases() -> Iterator[Case]:
         yield Case("add_layer_norm_forward", "bfloat16", features, ("BIAS", "RESIDUAL", "DROPOUT", "NORMED"))
         yield Case("add_layer_norm_backward", "bfloat16", features, ("BIAS", "DROPOUT"))
         yield Case("add_layer_norm_backward", "bfloat16", features, ("BIAS", "DROPOUT", "Y"))
-        yield Case("embed_forward", "bfloat16", features, ("WORD_TABLE", "DROPOUT", "NORMED"))
+        yield Case("embed_forward", "bfloat16", features, ("WORD_TABLE", "TOKEN_TYPES", "DROPOUT", "NORMED"))
         yield Case("embed_backward", "bfloat16", features, ("DROPOUT",))
     yield Case("add_layer_norm_forward", "bfloat16", 768, ("BIAS", "RESIDUAL"))
-    yield Case("embed_forward", "bfloat16", 768, ("WORD_TABLE",))
+    yield Case("embed_forward", "bfloat16", 768, ("WORD_TABLE", "TOKEN_TYPES"))
     yield Case("bias_activation_forward", "bfloat16", 3072, ("BIAS",), activation="gelu")
     yield Case("bias_activation_forward", "bfloat16", 3072, ("BIAS", "THEN"), activation="gelu")
     yield Case("bias_activation_backward", "bfloat16", 3072, ("BIAS", "Y"), activation="gelu")
@@ -245,6 +246,8 @@ def _all_cases() -> Iterator[Case]:
             packed = () if "BIAS" in switches else (*_PACKED, "COLUMNS") if "PROBS" in switches else _PACKED
             yield from _attention_cases(dtype, head_dim, *packed, *switches)
         yield from _attention_cases(dtype, head_dim, *_PACKED, "DROPOUT", "PROBS")
+        yield from _attention_cases(dtype, head_dim, "KEY_SPANS", "HEAD_MASK", "DROPOUT")
+        yield from _attention_cases(dtype, head_dim, "KEY_SPANS", "HEAD_MASK", "DROPOUT", "PROBS")
         yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS")
         yield from _attention_cases(dtype, head_dim, "BIAS", "DROPOUT", "PROBS", aligned=True)
         for switches in (("CU_SEQLENS", "SOFTMAX"), ("CU_SEQLENS",), ("SOFTMAX",)):
@@ -255,7 +258,7 @@ def _all_cases() -> Iterator[Case]:
             yield Case("add_layer_norm_forward", dtype, features, switches)
         for switches in (("BIAS",), ("BIAS", "DROPOUT"), ("BIAS", "DROPOUT", "Y"), ()):
             yield Case("add_layer_norm_backward", dtype, features, switches)
-        for switches in (("WORD_TABLE", "DROPOUT", "NORMED"), ()):
+        for switches in (("WORD_TABLE", "TOKEN_TYPES", "DROPOUT", "NORMED"), ()):
             yield Case("embed_forward", dtype, features, switches)
         for switches in (("DROPOUT",), ()):
             yield Case("embed_backward", dtype, features, switches)

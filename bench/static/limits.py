@@ -17,8 +17,8 @@ from fastbert_kernels.tiles import PARTIAL_SUMS
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Compile-time switches of the kernels, without their HAS_.
 FLAGS = (
-    *("CU_SEQLENS", "ORDER", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS", "WHOLE_DPROBS"),
-    *("RESIDUAL", "WORD_TABLE", "SOFTMAX", "PRE", "NORMED", "Y", "THEN"),
+    *("CU_SEQLENS", "ORDER", "COLUMNS", "BIAS", "KEY_SPANS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS", "WHOLE_DPROBS"),
+    *("RESIDUAL", "WORD_TABLE", "TOKEN_TYPES", "SOFTMAX", "PRE", "NORMED", "Y", "THEN"),
 )
 #: Intermediate size of the feed-forward block by its hidden size, in every BERT.
 FEED_FORWARD = 4

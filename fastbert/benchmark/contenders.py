@@ -87,7 +87,7 @@ def missing(name: str, *, task: Task, attentions: bool, dtype: torch.dtype, devi
     if name in _ONNX_RUNTIMES:
         absent = [package for package in _ONNX_RUNTIMES[name] if not importlib.util.find_spec(package)]
         if absent:
-            return f"{', '.join(absent)} not installed: pip install 'fastbert[bench]'"
+            return f"{', '.join(absent)} not installed: pip install {' '.join(absent)}"
         if device.type != "cpu":
             return "compared on a CPU only"
         if task != "forward":

@@ -132,6 +132,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def describe(module: nn.Module, expected: type[nn.Module]) -> str:
     """What `module` is, in a message that it is not a plain `expected`."""
     actual = type(module)
+    others = [type(p).__name__ for p in module._parameters.values() if p is not None and not is_ordinary(p)]
+    if actual is expected and others:  # such as a quantized one
+        return f"{actual.__name__} whose weight is {others[0]}"
     if actual is expected:
         return f"{actual.__name__} that is hooked, sharded or changed"
     return f"{actual.__module__}.{actual.__name__}" if actual.__name__ == expected.__name__ else actual.__name__
@@ -199,8 +202,8 @@ def not_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> str:
     return f"{name} is not a plain nn.{expected.__name__} but {describe(module, expected)}"
 
 
-def norm_reason(norm: nn.Module, dropout: nn.Module) -> str | None:
-    """Why a LayerNorm and the dropout beside it cannot be one kernel's."""
+def norm_reason(norm: nn.Module, dropout: nn.Module | None) -> str | None:
+    """Why a LayerNorm and the dropout beside it, if any, cannot be one kernel's."""
     if not is_plain_layer_norm(norm):
         return not_plain("LayerNorm", norm, nn.LayerNorm)
-    return None if is_plain_dropout(dropout) else not_plain("dropout", dropout, nn.Dropout)
+    return None if dropout is None or is_plain_dropout(dropout) else not_plain("dropout", dropout, nn.Dropout)
