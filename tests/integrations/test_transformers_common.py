@@ -29,9 +29,22 @@ if not (SOURCE / "tests" / "test_modeling_common.py").exists():
     pytest.skip("transformers' own tests: TRANSFORMERS_SOURCE names no source release", allow_module_level=True)
 pytest.importorskip("parameterized")
 
+#: DistilBERT's words for BERT's sizes.
+DISTILBERT = {
+    "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim", "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}  # fmt: skip
+
 #: One line a family: its configuration, and what that calls sizes otherwise than BERT's does.
 FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "Bert": (transformers.BertConfig, {}),
+    "Roberta": (transformers.RobertaConfig, {}),
+    "XLMRoberta": (transformers.XLMRobertaConfig, {}),
+    "Camembert": (transformers.CamembertConfig, {}),
+    "Data2VecText": (transformers.Data2VecTextConfig, {}),
+    "Electra": (transformers.ElectraConfig, {}),
+    "DistilBert": (transformers.DistilBertConfig, DISTILBERT),
 }
 
 #: Tests that demand an attention of another name than "eager", whose semantics ours has.
