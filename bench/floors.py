@@ -136,5 +136,5 @@ def _embedding_calls(
             lengths=workload.lengths,
             width=config.hidden_size,
             dtype=dtype_name(dtype),
-            flags=("WORD_TABLE",),
+            flags={"WORD_TABLE"} | ({"NORMED"} if training and direction == "forward" else set()),
         )

@@ -209,9 +209,11 @@ def explain(model: nn.Module) -> Explanation:
         parts = [part for encoder in encoders for part in explain_encoder(encoder, _context(encoder))]
         fused = [encoder for encoder in encoders if _context(encoder) is None]
         backends = [describe_backend(next(encoder.parameters())) for encoder in fused]
-        padding = [
-            describe_padding(encoder, getattr(heads.get(id(encoder)), "reads", encoder.reads)) for encoder in fused
-        ]
+        padding = []
+        for encoder in fused:
+            head = heads.get(id(encoder))
+            reads = encoder.what_is_read(None if head is None else head.what_is_read())
+            padding.append(describe_padding(encoder, reads))
     return Explanation(tuple(parts), tuple(padding), tuple(backends))
 
 

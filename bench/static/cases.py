@@ -43,7 +43,8 @@ _POINTERS: dict[str, torch.dtype | None] = {
     **dict.fromkeys(("pre_ptr", "dpre_ptr", "normed_ptr")),
     **dict.fromkeys(("word_table_ptr", "position_table_ptr", "token_type_table_ptr", "bias_ptr")),
     **dict.fromkeys(
-        ("stats_ptr", "delta_ptr", "dhead_mask_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), torch.float32
+        ("stats_ptr", "delta_ptr", "dhead_mask_ptr", "rstd_ptr", "then_bias_ptr", "kept_ptr", "partials_ptr"),
+        torch.float32,
     ),
     **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), torch.float32),
     **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "dloss_max_ptr"), torch.float32),
@@ -204,11 +205,12 @@ def _representative_cases() -> Iterator[Case]:
         yield Case("add_layer_norm_forward", "bfloat16", features, ("BIAS", "RESIDUAL", "DROPOUT", "NORMED"))
         yield Case("add_layer_norm_backward", "bfloat16", features, ("BIAS", "DROPOUT"))
         yield Case("add_layer_norm_backward", "bfloat16", features, ("BIAS", "DROPOUT", "Y"))
-        for direction in ("forward", "backward"):
-            yield Case(f"embed_{direction}", "bfloat16", features, ("WORD_TABLE", "DROPOUT"))
+        yield Case("embed_forward", "bfloat16", features, ("WORD_TABLE", "TOKEN_TYPES", "DROPOUT", "NORMED"))
+        yield Case("embed_backward", "bfloat16", features, ("DROPOUT",))
     yield Case("add_layer_norm_forward", "bfloat16", 768, ("BIAS", "RESIDUAL"))
-    yield Case("embed_forward", "bfloat16", 768, ("WORD_TABLE",))
+    yield Case("embed_forward", "bfloat16", 768, ("WORD_TABLE", "TOKEN_TYPES"))
     yield Case("bias_activation_forward", "bfloat16", 3072, ("BIAS",), activation="gelu")
+    yield Case("bias_activation_forward", "bfloat16", 3072, ("BIAS", "THEN"), activation="gelu")
     yield Case("bias_activation_backward", "bfloat16", 3072, ("BIAS", "Y"), activation="gelu")
     for hidden in (384, 768, 1024):
         yield from _feed_forward_cases("bfloat16", hidden, "gelu")
@@ -256,12 +258,13 @@ def _all_cases() -> Iterator[Case]:
             yield Case("add_layer_norm_forward", dtype, features, switches)
         for switches in (("BIAS",), ("BIAS", "DROPOUT"), ("BIAS", "DROPOUT", "Y"), ()):
             yield Case("add_layer_norm_backward", dtype, features, switches)
-        for switches in (("WORD_TABLE", "DROPOUT"), ()):
+        for switches in (("WORD_TABLE", "TOKEN_TYPES", "DROPOUT", "NORMED"), ()):
             yield Case("embed_forward", dtype, features, switches)
+        for switches in (("DROPOUT",), ()):
             yield Case("embed_backward", dtype, features, switches)
     for dtype, features in itertools.product(DTYPES, (37, 768)):
         for activation in ACTIVATIONS:
-            yield Case("bias_activation_forward", dtype, features, ("BIAS",), activation)
+            yield Case("bias_activation_forward", dtype, features, ("BIAS", "THEN"), activation)
             yield Case("bias_activation_backward", dtype, features, ("BIAS",), activation)
             yield Case("bias_activation_backward", dtype, features, ("BIAS", "Y"), activation)
         for activation in FEED_FORWARD_ACTIVATIONS:

@@ -18,7 +18,7 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Compile-time switches of the kernels, without their HAS_.
 FLAGS = (
     *("CU_SEQLENS", "ORDER", "COLUMNS", "BIAS", "KEY_SPANS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS", "WHOLE_DPROBS"),
-    *("RESIDUAL", "WORD_TABLE", "SOFTMAX", "PRE", "NORMED", "Y"),
+    *("RESIDUAL", "WORD_TABLE", "TOKEN_TYPES", "SOFTMAX", "PRE", "NORMED", "Y", "THEN"),
 )
 #: Intermediate size of the feed-forward block by its hidden size, in every BERT.
 FEED_FORWARD = 4
@@ -199,16 +199,18 @@ def _feed_forward(matrices: int, direction: int) -> Callable[[_CallSizes], Cost]
     return cost
 
 
-def _embedding(matrices: int, vectors: int, partials: int) -> Callable[[_CallSizes], Cost]:
-    def cost(call: _CallSizes) -> Cost:
-        # The tables' rows come from cache when they come again. Three ids are read for each token.
-        words = min(call.tokens, VOCABULARY) if call.having("WORD_TABLE") else call.tokens
-        gathered = (words + max(call.lengths) + 2) * call.width * call.itemsize
-        ids = (2 + call.having("WORD_TABLE")) * call.tokens * 8
-        moved = call.matrices(matrices) + gathered + ids + call.statistics(2)
-        return Cost(0, moved + call.vectors(vectors) + call.partials(partials), 0)
+def _embed_forward(call: _CallSizes) -> Cost:
+    # The tables' rows come from cache when they come again. Three ids are read for each token.
+    words = min(call.tokens, VOCABULARY) if call.having("WORD_TABLE") else call.tokens
+    gathered = (words + max(call.lengths) + 2) * call.width * call.itemsize
+    ids = (2 + call.having("WORD_TABLE")) * call.tokens * 8
+    kept = call.having("NORMED") * (call.tokens * call.width * 4 + call.statistics(1))
+    return Cost(0, call.matrices(1) + gathered + ids + kept + call.vectors(2), 0)
 
-    return cost
+
+def _embed_backward(call: _CallSizes) -> Cost:
+    kept = call.tokens * call.width * 4
+    return Cost(0, call.matrices(2) + kept + call.statistics(1) + call.vectors(1) + call.partials(2), 0)
 
 
 def _column_sums(call: _CallSizes) -> Cost:
@@ -241,8 +243,10 @@ _COSTS: dict[str, Callable[[_CallSizes], Cost]] = {
     "add_layer_norm_forward": _rows(2, ("RESIDUAL", "NORMED"), 1, 2, 0),
     # dy and the normed sum in, dz out, with dropout dx, and y again; rstd in; sums of dweight and dnorm_bias.
     "add_layer_norm_backward": _rows(3, ("DROPOUT", "Y"), 1, 1, 2, direction=1),
-    "embed_forward": _embedding(1, 2, 0),
-    "embed_backward": _embedding(2, 1, 2),
+    # y out, and to keep the normed sum in float32; rstd out; weight and bias of the norm.
+    "embed_forward": _embed_forward,
+    # dy and the normed sum in, dz out; rstd in; sums of dweight and dnorm_bias.
+    "embed_backward": _embed_backward,
     "column_sums": _column_sums,
 }
 

@@ -12,6 +12,8 @@ from fastbert.batch.prefix import Prefix, either
 from fastbert_kernels import attention
 from fastbert_kernels.attention_arguments import MAX_HEAD_DIM
 from fastbert_kernels.attention_map import HandOut, handed_out
+from fastbert_kernels.backend import is_traced
+from fastbert_kernels.stacked import ContextUse
 
 from .dropout import seed_for
 from .qkv import (
@@ -220,14 +222,17 @@ class FusedSelfAttention(nn.Module):
         if attend.first is not None:
             return self._attend_first(hidden_states, attention_mask, head_mask, attend.first), None
         batch, seq = hidden_states.shape[:2]
-        qkv = project_qkv(*self.linears(), hidden_states)
+        wanted = wants_map(map_slot, kwargs) or foreign_hooks(self)  # Hugging Face's returns a map in any case
+        use = ContextUse() if wanted and torch.is_grad_enabled() and not is_traced() else None
+        qkv = project_qkv(*self.linears(), hidden_states, use)
         if torch.compiler.is_compiling():
             qkv = qkv.view(-1)  # or a graph is guarded by the number of tokens
         qkv = qkv.view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
-        wanted = wants_map(map_slot, kwargs) or foreign_hooks(self)  # Hugging Face's returns a map in any case
         hand_out = hand_out_of(map_slot, attend.prefix)
         context, probs = self._attend(qkv, seq, attention_mask, attend, head_mask, wanted, hand_out)
         leave_map(map_slot, probs)
+        if use is not None:
+            use.watch(context)
         return context.reshape(batch, seq, self.all_head_size), probs
 
     def _attend(

@@ -87,6 +87,8 @@ class FusedEmbeddings(nn.Module):
             table = self._modules.get(name)
             if table is not None and not is_plain_embedding(table):
                 return not_plain(name, table, nn.Embedding)
+        if getattr(self._modules.get("token_type_embeddings"), "padding_idx", None) is not None:
+            return "token_type_embeddings has a row without a gradient (padding_idx)"
         return norm_reason(self.LayerNorm, self.dropout)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -25,6 +26,12 @@ KERNEL_ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 
 
+def _is_as_made(activation: nn.Module) -> bool:
+    """Whether an activation of Hugging Face's that keeps its function computes what one of its class does."""
+    act = activation.__dict__.get("act")
+    return act in (None, F.gelu) or getattr(act, "__func__", act) is getattr(type(activation), "_gelu_python", None)
+
+
 class FusedIntermediate(nn.Module):
     """The feed-forward block's first product, then bias and activation in one kernel."""
 
@@ -36,7 +43,9 @@ class FusedIntermediate(nn.Module):
             return PATCHED
         activation = self.intermediate_act_fn
         if type(activation) in KERNEL_ACTIVATIONS:
-            return "the activation is hooked" if is_called(activation) else None
+            if is_called(activation):
+                return "the activation is hooked"
+            return None if _is_as_made(activation) else "the activation's function was replaced"
         return f"no kernel has the activation {getattr(activation, '__name__', activation)}"
 
     def extra_repr(self) -> str:

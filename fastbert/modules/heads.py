@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastbert.batch.batch import UNLABELLED
-from fastbert.notices import say_once
+from fastbert.notices import say_once, warn_once
 
 from .model import EncoderModel, Plan
-from .swap import FUSED, eager_semantics, fuse_modules, own_config
+from .strangers import why_mixes
+from .swap import FUSED, eager_semantics, fuse_modules, hugging_face_class, is_patched, own_config
 
 #: What `read_rows` of a head for masked language modelling may be.
 MASKED_LM_ROWS = ("all", "labelled")
@@ -43,7 +44,21 @@ class FusedHead(nn.Module):
         super().__init_subclass__(**kwargs)
         for base in cls.__bases__:
             if base.__module__.startswith("transformers."):
-                cls.forward = cls._around(base.forward)  # type: ignore[attr-defined]
+                cls.forward = _unless_patched(cls._around(base.forward))  # type: ignore[attr-defined]
+
+    def why_mixes(self) -> str | None:
+        """Why what is made of a row of the encoder's output may depend on others: a module that is not Hugging Face's
+        own, untouched and unwatched."""
+        encoder = self.base_model
+        for name, part in self.named_children():
+            why = None if part is encoder else why_mixes(part)
+            if why is not None:
+                return f"{name} ({why}) may read them"
+        return None
+
+    def what_is_read(self) -> str:
+        """What of the encoder's output is read now, one of `packing.READS`."""
+        return "all" if self.reads == "labelled" and self.why_mixes() is not None else self.reads
 
     @classmethod
     def _around(cls, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,19 +69,32 @@ class FusedHead(nn.Module):
         return eager_semantics(attn_implementation)
 
 
+def _unless_patched(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A head's forward, unless someone replaced that of Hugging Face's class."""
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_patched(self):
+            return hugging_face_class(type(self)).forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return forward(self, *args, **kwargs)
+
+    return wrapped
+
+
 def _tells_what_is_read(forward: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(forward)
 
     @functools.wraps(forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or self.reads == "all":
+        reads = "all" if torch.compiler.is_compiling() else self.what_is_read()
+        if reads == "all":
             return forward(self, *args, **kwargs)
         plan = kwargs.get("plan") or Plan()
         labels = plan.labels
-        if labels is None and self.reads == "labelled":
+        if labels is None and reads == "labelled":
             given = signature.bind_partial(self, *args, **kwargs).arguments if args else kwargs
             labels = given.get("labels")
-        return forward(self, *args, **kwargs | {"plan": replace(plan, reads=self.reads, labels=labels)})
+        return forward(self, *args, **kwargs | {"plan": replace(plan, reads=reads, labels=labels)})
 
     return wrapped
 
@@ -83,6 +111,10 @@ def _of_labelled_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             _say_compiled()
+            return forward(self, *args, **kwargs)
+        why = self.why_mixes()
+        if why is not None:
+            warn_once(f"fastbert: {type(self).__name__} computes every row, labelled or not: {why}")
             return forward(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         labels, words = given.get("labels"), given.get("input_ids")

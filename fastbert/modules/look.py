@@ -28,6 +28,7 @@ _ATTRIBUTES = {
     "dropout_stream": ("dropout_stream",),
     "eps": ("eps",),
     "p": ("p", "training"),
+    "act": ("act",),
 }  # fmt: skip
 
 _values = itertools.chain.from_iterable

@@ -1,6 +1,7 @@
 """The way of a batch through a fused encoder model, on one page: in, embed, layers, out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,9 +22,9 @@ from .dropout import draw_seed
 from .explaining import Explanation, explain_encoder
 from .layer import FusedLayer
 from .look import strangers_in
-from .packing import check_packing, find_strangers, is_captured, named_layers, why_kept, why_read
-from .readable import PATCHED, as_if_gathered, is_plain_embedding
-from .strangers import takes_ours, why_strange
+from .packing import Strangers, check_packing, find_strangers, is_captured, named_layers, why_kept, why_read
+from .readable import PATCHED, as_if_gathered, foreign_hooks, is_plain_embedding
+from .strangers import takes_ours, why_mixes, why_strange
 from .swap import eager_semantics, fuse_modules, is_decoder, is_patched, own_config
 
 
@@ -219,11 +220,14 @@ class EncoderModel(nn.Module):
             last = plan.replay.replay(self.check_in(inputs, self._padding(packing, plan, outputs, why_read)))
             if last is not None:
                 return self._made(last[:, :1] if reads_first else last, None, None, None, outputs, plan)
-        batch = self.check_in(inputs, self._padding(packing, plan, outputs), reads_first)
+        look = Strangers(self)
+        why = functools.partial(why_kept, strangers=look)
+        batch = self.check_in(inputs, self._padding(packing, plan, outputs, why), reads_first)
         seed = self._draw_seed()
         self._check_reentrant(outputs, batch)
         hidden = self.embed(batch.embeddings, seed)
-        strangers = batch.bias is not None and self._has_strangers()
+        compiled = torch.compiler.is_compiling()
+        strangers = batch.bias is not None and (self._has_strangers() if compiled else look.first is not None)
         encoded = self.encoder(
             hidden,
             batch.all_rows() if strangers else batch.bias,
@@ -315,12 +319,10 @@ class EncoderModel(nn.Module):
         if inputs.head_mask is not None:
             raise ValueError(f"head_mask has no effect on Hugging Face's own path ({reason}): leave it out")
 
-    def _padding(
-        self, packing: Any, plan: Plan, outputs: Outputs, why: Callable[..., str | None] = why_kept
-    ) -> Padding:
-        """What becomes of padding in a call."""
+    def _padding(self, packing: Any, plan: Plan, outputs: Outputs, why: Callable[..., str | None]) -> Padding:
+        """What becomes of padding in a call, by `why`, one of packing's two questions."""
         check_packing(packing)
-        reads = plan.reads or self.reads
+        reads = self.what_is_read(plan.reads)
 
         def drops(mask: torch.Tensor) -> bool:
             whole = bool(outputs.maps or outputs.states)
@@ -333,6 +335,18 @@ class EncoderModel(nn.Module):
 
         labels = plan.labels if reads == "labelled" else None
         return Padding(drops, zeroes=packing is True, eager=packing == "auto", labels=labels)
+
+    def what_is_read(self, told: str | None = None) -> str:
+        """One of `packing.READS`: as the caller told, or the attribute says, unless someone sees more."""
+        reads = told or self.reads
+        if reads == "all" or foreign_hooks(self):
+            return "all"
+        return "all" if reads == "pooled" and self._why_pooler_mixes() is not None else reads
+
+    def _why_pooler_mixes(self) -> str | None:
+        """Why the pooler may read more than each sequence's first row."""
+        pooler = getattr(self, "pooler", None)
+        return None if pooler is None else why_mixes(pooler)
 
     def _reads_first(self, read_rows: str, prefixed: bool, outputs: Outputs) -> bool:
         """Whether the last layer is to compute first rows only, and can."""
@@ -353,6 +367,9 @@ class EncoderModel(nn.Module):
         layer: Any = self.layers[-1]
         if not (isinstance(layer, FusedLayer) and attends_fused(layer)):
             return f"it is not fused ({type(layer).__name__})"
+        pooler = self._why_pooler_mixes()
+        if pooler is not None:
+            return f"pooler ({pooler}) may read it"
         if is_captured(self, slice(-1, None)):
             return "distill.capture looks at it"
         where = f"{self.encoder_name}.layer.{len(self.layers) - 1}"

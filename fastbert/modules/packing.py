@@ -4,6 +4,7 @@ What is handed out equals eager's, rows of padding included. So padding is dropp
 has a row of padding in it, or where labels say that nobody reads it; and, by choice, everywhere.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +36,20 @@ def check_packing(packing: Any) -> None:
         raise ValueError(f"packing must be one of {', '.join(map(repr, PACKING))}, got {packing!r}")
 
 
-def why_kept(model: Any, packing: Any, reads: str, labelled: bool, whole: bool) -> str | None:
+class Strangers:
+    """The first stranger in an `EncoderModel`, looked for once, where something asks."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @functools.cached_property
+    def first(self) -> tuple[str, str] | None:
+        return next(find_strangers(self.model), None)
+
+
+def why_kept(
+    model: Any, packing: Any, reads: str, labelled: bool, whole: bool, strangers: Strangers | None = None
+) -> str | None:
     """Why rows of padding are kept; None where they are dropped, unless labels at padding are read.
 
     Args:
@@ -44,12 +58,13 @@ def why_kept(model: Any, packing: Any, reads: str, labelled: bool, whole: bool) 
         reads: one of `READS`.
         labelled: there are labels.
         whole: hidden states or attentions are asked for.
+        strangers: in the model.
     """
     if packing is False:
         return "packing=False"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "what is traced serves every number of tokens"
-    found = next(find_strangers(model), None)
+    found = (strangers or Strangers(model)).first
     if found is not None:
         return f"{found[0]} ({found[1]}) may read it"
     return why_read(model, packing, reads, labelled, whole)

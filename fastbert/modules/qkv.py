@@ -15,7 +15,7 @@ from torch import nn
 from fastbert.notices import warn_once
 from fastbert_kernels import uses_triton
 from fastbert_kernels.backend import is_traced
-from fastbert_kernels.stacked import stacked
+from fastbert_kernels.stacked import ContextUse, SideBySide, stacked
 
 from .readable import describe, is_plain_linear
 
@@ -120,7 +120,9 @@ def separate(parts: tuple[nn.Parameter, ...]) -> None:
             p.data = p.detach().clone()
 
 
-def stack_parameters(groups: list[tuple[nn.Parameter, ...]]) -> tuple[torch.Tensor, ...] | None:
+def stack_parameters(
+    groups: list[tuple[nn.Parameter, ...]], use: ContextUse | None = None
+) -> tuple[torch.Tensor, ...] | None:
     """Each group's parameters (rows, ...) as one (sum of rows, ...), a view; None where some cannot be neighbours.
 
     Compiled code sees copies instead, which it may fold away: no graph has a view across parameters.
@@ -133,28 +135,32 @@ def stack_parameters(groups: list[tuple[nn.Parameter, ...]]) -> tuple[torch.Tens
         if view is None:
             return None
         views.append(view)
-    return stacked(tuple(views), tuple(itertools.chain(*groups)))
+    return stacked(tuple(views), tuple(itertools.chain(*groups)), use)
 
 
-def project_qkv(query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def project_qkv(
+    query: nn.Module, key: nn.Module, value: nn.Module, x: torch.Tensor, use: ContextUse | None = None
+) -> torch.Tensor:
     """The three projections side by side: x (..., in) to (..., 3 * out).
 
-    One product if all three are plain and their parameters can be neighbours, else three.
+    One product if all three are plain and their parameters can be neighbours, else three. Given the `use` of the
+    context that is made of them, values have a gradient only where that has one.
     """
-    return project_together((query, key, value), x)
+    return project_together((query, key, value), x, use)
 
 
-def project_together(linears: tuple[nn.Module, ...], x: torch.Tensor) -> torch.Tensor:
+def project_together(linears: tuple[nn.Module, ...], x: torch.Tensor, use: ContextUse | None = None) -> torch.Tensor:
     """`project_qkv` for any neighbours among the three."""
     if can_stack(*linears):
-        stacked = stack_parameters(qkv_parameters(*linears))
+        stacked = stack_parameters(qkv_parameters(*linears), use)
         if stacked is not None:
             return F.linear(x, *stacked)
         warn_once(f"fastbert: {APART}; the layer around them stays fused")
     else:
         for linear in linears:
             _say_called(linear)
-    return torch.cat([linear(x) for linear in linears], dim=-1)
+    projected = [linear(x) for linear in linears]
+    return torch.cat(projected, dim=-1) if use is None else SideBySide.apply(use, *projected)
 
 
 def qkv_parameters(*linears: Any) -> list[tuple[nn.Parameter, ...]]:

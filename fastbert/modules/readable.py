@@ -44,11 +44,21 @@ _MISSING: Any = object()
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in HOOKS]
 
+#: torch's own hooks of all modules that only note which one runs, as FlopCounterMode does.
+_NOTING = "torch.utils.module_tracker"
+
+
+def all_are_watched() -> bool:
+    """Whether someone has hooked every module there is."""
+    return any(GLOBAL_HOOKS) and any(
+        getattr(hook, "__module__", "") != _NOTING for hooks in GLOBAL_HOOKS for hook in hooks.values()
+    )
+
 
 def is_called(module: nn.Module) -> bool:
     """Whether someone relies on the module being called: a hook, or a replaced `forward`."""
     state = module.__dict__  # a module's attributes are looked up slowly
-    if "forward" in state or any(GLOBAL_HOOKS):
+    if "forward" in state or all_are_watched():
         return True
     for hooks in HOOKS:
         if state[hooks]:
@@ -145,7 +155,11 @@ def is_plain_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
 
 
 def is_plain_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    return is_plain(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
+    """A plain `nn.LayerNorm` of rows, with weight and bias."""
+    if not is_plain(module, nn.LayerNorm):
+        return False
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    return weight is not None and bias is not None and weight.dim() == 1
 
 
 def is_plain_dropout(module: nn.Module) -> TypeGuard[nn.Dropout]:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import activation
 
-from .readable import GLOBAL_HOOKS, foreign_hooks, is_infrastructure
-from .swap import is_patched, ours_of
+from .readable import all_are_watched, foreign_hooks, is_infrastructure
+from .swap import is_known_part, is_patched, ours_of
 
 #: Where torch.compile, torch's checkpoint_wrapper and FSDP keep the layer that they stand in front of.
 _LAYER_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -66,7 +66,7 @@ def strangers(root: nn.Module, name: str) -> Iterator[tuple[str, str]]:
 def why_strange(module: nn.Module) -> str | None:
     """What a module is if it is not known, whatever is inside."""
     kind = type(module)
-    if any(GLOBAL_HOOKS):
+    if all_are_watched():
         return f"{kind.__name__} under a global hook"
     if foreign_hooks(module):
         return f"{kind.__name__} with hooks"
@@ -80,6 +80,20 @@ def why_strange(module: nn.Module) -> str | None:
     if ours_of(kind) is not None or _is_row_by_row(kind):
         return None
     return kind.__name__
+
+
+def why_mixes(part: nn.Module) -> str | None:
+    """Why what a part of a head, or a pooler, makes of an encoder's rows may depend on rows of padding, or be seen by
+    someone; None for Hugging Face's own, untouched and unwatched."""
+    for module in part.modules():
+        kind = type(module)
+        if not (is_known_part(kind) or _is_row_by_row(kind)):
+            return kind.__name__
+        if all_are_watched() or foreign_hooks(module):
+            return f"{kind.__name__} with hooks"
+        if _is_replaced(module):
+            return f"{kind.__name__} whose forward was replaced"
+    return None
 
 
 def _is_replaced(module: nn.Module) -> bool:

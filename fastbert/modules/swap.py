@@ -20,6 +20,11 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {}
 _OURS: dict[type[nn.Module], tuple[Any, Any]] = {}
 
 
+#: The other modules of the files that Hugging Face's heads of a family are in, such as poolers and heads' parts, each
+#: with its forward: what they make of one row, or of the first, depends on no other.
+_PARTS: dict[type[nn.Module], Any] = {}
+
+
 def hugging_face_class(ours: type) -> type:
     """The class of Hugging Face's that a class derives from."""
     return next(base for base in ours.__mro__ if is_hugging_faces(base))
@@ -41,12 +46,20 @@ def register(family: str) -> None:
         if not any(map(is_hugging_faces, ours.__mro__)):
             continue  # a base of the family's own
         theirs = hugging_face_class(ours)
+        for kind in vars(sys.modules[theirs.__module__]).values():
+            if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == theirs.__module__:
+                _PARTS.setdefault(kind, kind.forward)
         FUSED[theirs] = ours
         _OURS[ours] = theirs, theirs.forward  # type: ignore[attr-defined]
         # Hugging Face keeps, by class, what its own path may record; a model fused in place never passed its
         # constructor.
         if str(theirs) in _CAN_RECORD_REGISTRY or hasattr(theirs, "_can_record_outputs"):
             _CAN_RECORD_REGISTRY.setdefault(str(ours), theirs._can_record_outputs)  # type: ignore[attr-defined]
+
+
+def is_known_part(kind: type[nn.Module]) -> bool:
+    """Whether a class is Hugging Face's, in a file of a family's, as it was."""
+    return _PARTS.get(kind) is kind.forward
 
 
 def ours_of(kind: type) -> type[nn.Module] | None:

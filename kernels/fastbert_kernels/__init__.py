@@ -3,6 +3,7 @@
 Every op runs as a compiled kernel on a GPU and as plain PyTorch on a CPU; `backend` says how that is decided.
 """
 
+from . import flops as flops
 from .attention import attention
 from .backend import backend, get_backend, set_backend, uses_triton
 from .bias_activation import ACTIVATIONS, bias_activation

@@ -7,6 +7,7 @@ compiled for a GPU. The tensor's device decides, here and nowhere else:
 |---|---|
 | GPU | the compiled kernel |
 | GPU older than sm_80, or without Triton | plain PyTorch |
+| any, under torch.func or in forward-mode AD | plain PyTorch |
 | CPU | plain PyTorch; whole layers by oneDNN |
 | CPU, `FASTBERT_BACKEND=triton` with `TRITON_INTERPRET=1` | the kernel, interpreted |
 
@@ -110,12 +111,27 @@ def backend(name: str) -> Iterator[None]:
 
 def is_traced() -> bool:
     """Whether a compiler, a tracer or a functorch transform is to see what runs, and not only torch's dispatcher."""
-    return torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing()
+    return torch.compiler.is_compiling() or is_transformed() or _is_tracing()
 
 
 def is_watched() -> bool:
     """Whether any of these, or a dispatch mode, is to see ops, and not what they are made of."""
     return is_traced() or _len_torch_dispatch_stack() > 0
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func runs, whose tensors hold several values, or gradients, at once."""
+    return _are_functorch_transforms_active()
+
+
+def takes_tangents() -> bool:
+    """Whether forward-mode derivatives are being taken."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+@functools.cache
+def _say_transformed() -> None:
+    logger.warning("fastbert: plain PyTorch runs under torch.func and in forward-mode AD, for which no kernel is made")
 
 
 #: GPU -> why it runs no kernel, or None; of those that somebody has asked for.
@@ -154,6 +170,9 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     """
     if _backend == "torch" or (_backend == "auto" and not tensor.is_cuda):
         return False
+    if not torch.compiler.is_compiling() and (is_transformed() or takes_tangents()):
+        _say_transformed()
+        return False
     if tensor.is_cuda:
         reason = why_no_kernels(tensor.get_device())
         if reason is not None and _backend == "auto":
@@ -183,19 +202,20 @@ def uses_cpu_layers(tensor: torch.Tensor) -> bool:
         and tensor.dtype in KERNEL_DTYPES
         and not is_watched()
         and not torch.is_autocast_enabled("cpu")  # which knows the products of the definition, not oneDNN's
-        and torch.autograd.forward_ad._current_level < 0
+        and not takes_tangents()
     )
 
 
 def has_values(x: torch.Tensor) -> bool:
     """Whether what a tensor holds may be read on the host.
 
-    Not where a compiler or a tracer looks on, for its graph serves other values too; and on the meta device and under
-    FakeTensorMode there is nothing to read.
+    Not where a compiler or a tracer looks on, for its graph serves other values too; nor under torch.func, whose
+    tensors may hold many; and on the meta device and under FakeTensorMode there is nothing to read.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return False
-    return not (x.is_meta or isinstance(x, FakeTensor) or _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None)
+    modes = _TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY
+    return not (x.is_meta or isinstance(x, FakeTensor) or any(_get_dispatch_mode(mode) is not None for mode in modes))
 
 
 def check_mode() -> bool:

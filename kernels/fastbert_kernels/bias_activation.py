@@ -1,7 +1,7 @@
 """f(x + bias) in one pass, forward and backward, for f one of gelu (erf), gelu_tanh, relu, silu.
 
 Only x, the pre-activation before its bias, is kept for the backward pass, which recomputes f' and sums the bias
-gradient on the way.
+gradient on the way; and a copy of the bias, which `.data` may have changed meanwhile, unseen.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from .column_sums import column_sums, empty_partials
 from .language import tl, triton
 from .launch import cdiv, forbid_double_backward, is_watched, register_op, wrap_triton
 from .numerics import activation as apply_activation
-from .numerics import activation_grad, load_rows, load_vector, store_rows
+from .numerics import activation_grad, load_rows, load_vector, store_rows, store_vector
 from .tiles import LOAD_STAGES, column_tiles
 from .tuned import tuned_tiles
 
@@ -28,12 +28,14 @@ def _bias_activation_forward(
     x_ptr,  # (count, features)
     bias_ptr,  # (features,); unused without HAS_BIAS
     y_ptr,  # (count, features), dtype of x
+    then_bias_ptr,  # (features,) float32, a copy of the bias; unused without HAS_THEN
     count,
     features,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_THEN: tl.constexpr,
 ):
     """One program: one tile."""
     col_blocks = tl.cdiv(features, BLOCK_N)
@@ -41,7 +43,11 @@ def _bias_activation_forward(
     cols = (tl.program_id(0) % col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     x = load_rows(x_ptr, rows, cols, count, features)
     if HAS_BIAS:
-        x += load_vector(bias_ptr, cols, features)
+        bias = load_vector(bias_ptr, cols, features)
+        x += bias
+        if HAS_THEN:
+            if tl.program_id(0) < col_blocks:
+                store_vector(then_bias_ptr, bias, cols, features)
     store_rows(y_ptr, apply_activation(x, ACTIVATION), rows, cols, count, features)
 
 
@@ -49,7 +55,7 @@ def _bias_activation_forward(
 def _bias_activation_backward(
     dy_ptr,  # (count, features)
     x_ptr,  # (count, features)
-    bias_ptr,  # (features,); unused without HAS_BIAS
+    then_bias_ptr,  # (features,) float32; unused without HAS_BIAS
     dx_ptr,  # (count, features); may be dy_ptr
     y_ptr,  # (count, features), f(x + bias); unused without HAS_Y
     partials_ptr,  # (programs, features) float32; unused without HAS_BIAS
@@ -66,7 +72,7 @@ def _bias_activation_backward(
     programs = tl.num_programs(1)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
-        bias = load_vector(bias_ptr, cols, features)
+        bias = load_vector(then_bias_ptr, cols, features)
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
     for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=LOAD_STAGES):
         rows = row_start + tl.arange(0, BLOCK_M)
@@ -82,15 +88,25 @@ def _bias_activation_backward(
         tl.store(partials_ptr + program.to(tl.int64) * features + cols, dbias, mask=cols < features)
 
 
-def _forward_fake(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    return torch.empty_like(x)
+def _empty_copy(x: torch.Tensor, bias: torch.Tensor | None, keep: bool) -> torch.Tensor:
+    """Memory for a copy of the bias, if one is to be kept."""
+    return x.new_empty(0 if bias is None or not keep else bias.shape[0], dtype=torch.float32)
+
+
+def _forward_fake(
+    x: torch.Tensor, bias: torch.Tensor | None, activation: str, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), _empty_copy(x, bias, keep)
 
 
 @register_op("bias_activation", _forward_fake)
-def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+def _forward(
+    x: torch.Tensor, bias: torch.Tensor | None, activation: str, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f(x + bias) and, to keep, a copy of the bias."""
     features = x.shape[-1]
     count = x.numel() // features if features > 0 else 0
-    y = torch.empty_like(x)
+    y, then_bias = torch.empty_like(x), _empty_copy(x, bias, keep)
     tiles = tuned_tiles("bias_activation_forward", x, features, column_tiles(features))
     grid = (cdiv(count, tiles["BLOCK_M"]) * cdiv(features, tiles["BLOCK_N"]),)
     if count > 0:
@@ -98,47 +114,49 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> tor
             x_ptr=x,
             bias_ptr=x if bias is None else bias,
             y_ptr=y,
+            then_bias_ptr=then_bias,
             count=count,
             features=features,
             ACTIVATION=activation,
             HAS_BIAS=bias is not None,
+            HAS_THEN=keep and bias is not None,
             **tiles,
         )
-    return y
+    return y, then_bias
 
 
-def _backward_plan(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int, Tiles, torch.Tensor]:
+def _backward_plan(x: torch.Tensor, then_bias: torch.Tensor | None) -> tuple[int, int, Tiles, torch.Tensor]:
     """Of the backward pass: rows, features, tiles, and the memory of its partial sums."""
     features = int(x.shape[-1])  # of a graph's symbol, the number
     count = x.numel() // features if features > 0 else 0
     tiles = tuned_tiles("bias_activation_backward", x, features, column_tiles(features))
-    return count, features, tiles, empty_partials(x, count, tiles["BLOCK_M"], 0 if bias is None else features)
+    return count, features, tiles, empty_partials(x, count, tiles["BLOCK_M"], 0 if then_bias is None else features)
 
 
 def _backward_fake(
-    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool
+    dy: torch.Tensor, x: torch.Tensor, then_bias: torch.Tensor | None, activation: str, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *_, partials = _backward_plan(x, bias)
+    *_, partials = _backward_plan(x, then_bias)
     return torch.empty_like(x), torch.empty_like(x) if again else x.new_empty(0), partials
 
 
 def _launch_backward(
-    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool, *, dx: torch.Tensor
+    dy: torch.Tensor, x: torch.Tensor, then_bias: torch.Tensor | None, activation: str, again: bool, *, dx: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `_backward` returns, the gradient of x in the memory of `dx`, which may be dy."""
-    count, features, tiles, partials = _backward_plan(x, bias)
+    count, features, tiles, partials = _backward_plan(x, then_bias)
     y = torch.empty_like(x) if again else x.new_empty(0)
     wrap_triton(_bias_activation_backward)[(cdiv(features, tiles["BLOCK_N"]), partials.shape[0])](
         dy_ptr=dy,
         x_ptr=x,
-        bias_ptr=x if bias is None else bias,
+        then_bias_ptr=x if then_bias is None else then_bias,
         dx_ptr=dx,
         y_ptr=y,
         partials_ptr=partials,
         count=count,
         features=features,
         ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=then_bias is not None,
         HAS_Y=again,
         **tiles,
     )
@@ -147,35 +165,44 @@ def _launch_backward(
 
 @register_op("bias_activation_backward", _backward_fake)
 def _backward(
-    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool
+    dy: torch.Tensor, x: torch.Tensor, then_bias: torch.Tensor | None, activation: str, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradient of x, dy * f'(x + bias); f(x + bias) `again`, if asked; and rows of partial sums of a bias's."""
-    return _launch_backward(dy.contiguous(), x, bias, activation, again, dx=torch.empty_like(x))
+    """The gradient of x, dy * f'(x + bias); f(x + bias) `again`, if asked; and rows of partial sums of a bias's. The
+    bias, float32, is the copy that the forward pass made."""
+    return _launch_backward(dy.contiguous(), x, then_bias, activation, again, dx=torch.empty_like(x))
 
 
 forbid_double_backward(_backward, "bias_activation")
 
 
 def backward_in_place(
-    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, activation: str, again: bool
+    dy: torch.Tensor, x: torch.Tensor, then_bias: torch.Tensor | None, activation: str, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the op returns, but the gradient of x takes the memory of dy, which must be contiguous and nobody else's;
     without a gradient of its own. Nothing is taken where a dispatch mode may hold dy."""
     if is_watched():
-        return _backward(dy, x, bias, activation, again)
-    return _launch_backward(dy, x, bias, activation, again, dx=dy)
+        return _backward(dy, x, then_bias, activation, again)
+    return _launch_backward(dy, x, then_bias, activation, again, dx=dy)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, bias, ctx.activation = inputs
-    ctx.save_for_backward(x, bias)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, bias, ctx.activation, ctx.keep = inputs
+    _, then_bias = output
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, None if bias is None else then_bias)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(then_bias)
 
 
-def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, bias = ctx.saved_tensors
-    dx, _, partials = _backward(dy, x, bias, ctx.activation, False)
-    (dbias,) = column_sums((partials, (None if bias is None else bias.dtype,)))
-    return dx, dbias, None
+def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 4
+    if not ctx.keep:
+        raise RuntimeError("bias_activation has a gradient with keep=True only")
+    x, then_bias = ctx.saved_tensors
+    dx, _, partials = _backward(dy, x, then_bias, ctx.activation, False)
+    (dbias,) = column_sums((partials, (ctx.bias_dtype,)))
+    return dx, dbias, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -200,7 +227,7 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor | None, activation: str 
     if not uses_triton(x):
         return reference.bias_activation(x, bias, activation)
     bias = None if bias is None else bias.contiguous()
-    return _forward(x.contiguous(), bias, activation)
+    return _forward(x.contiguous(), bias, activation, torch.is_grad_enabled())[0]
 
 
 def check(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .attention import _backward as attend_op_backward
 from .attention import _forward as attend_op
 from .attention_arguments import op_arguments as attend_arguments
+from .backend import is_watched
 from .block_records import (
     AttentionArguments,
     AttentionSaved,
@@ -36,9 +37,12 @@ Nothing: TypeAlias = tuple[()]
 
 
 def _add_product(dz: torch.Tensor, dx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """dz (..., out) + dx (rows, in) @ weight (in, out), in the memory of dz, which must be nobody else's."""
+    """dz (..., out) + dx (rows, in) @ weight (in, out), in the memory of dz, which must be nobody else's; in its own
+    where a dispatch mode sees it, which may hold dz, or know addmm alone."""
     rows = dz.view(-1, dz.shape[-1])
     if dx.dtype == dz.dtype:
+        if is_watched():
+            return torch.addmm(rows, dx, weight).view(dz.shape)
         rows.addmm_(dx, weight)
     else:
         rows.add_(dx @ weight)
@@ -50,18 +54,16 @@ def norm(
     residual: torch.Tensor,
     arguments: AttentionArguments | FeedForwardArguments,
     keep: bool,
-    again: bool,
 ) -> tuple[torch.Tensor, NormSaved | Nothing]:
-    """A block's norm, of the result of its last product; and what it is to keep, with which its backward pass makes the
-    result `again`, if asked."""
+    """A block's norm, of the result of its last product; and what it is to keep."""
     op = norm_arguments(
         x, arguments.bias, residual, arguments.norm_weight, arguments.norm_bias, arguments.eps,
         arguments.hidden_dropout_p, arguments.seed, arguments.hidden_stream,
     )  # fmt: skip
     if not keep:
         return norm_forward(*op, False)[0], ()
-    y, normed, rstd = norm_forward_in_place(*op)
-    return y, NormSaved(normed, rstd, op.weight, op.norm_bias if again else None)
+    y, normed, stats = norm_forward_in_place(*op)
+    return y, NormSaved(normed, stats, op.weight)
 
 
 def norm_backward(
@@ -73,7 +75,7 @@ def norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PartialSums]:
     """What `layer_norm.gradients` returns, of a block's norm; `again`: its result too."""
     return norm_gradients(
-        dy, saved.normed, saved.weight, saved.bias if again else None, saved.rstd,
+        dy, saved.normed, saved.weight, saved.stats, again,
         None if arguments.bias is None else arguments.bias.dtype, arguments.hidden_dropout_p, seed,
         arguments.hidden_stream,
     )  # fmt: skip
@@ -149,11 +151,13 @@ def feed_forward_forward(
         hidden.view(-1, hidden.shape[-1]), arguments.up_weight.contiguous(), arguments.weight.contiguous()
     )
     up_bias = None if arguments.up_bias is None else arguments.up_bias.contiguous()
-    out, pre = products(x, up_weight, up_bias, weight, arguments.activation, arguments.fused, keep)
-    y, norm_saved = norm(out.view(hidden.shape), hidden, arguments, keep, again=False)
+    out, pre, then_bias = products(x, up_weight, up_bias, weight, arguments.activation, arguments.fused, keep)
+    y, norm_saved = norm(out.view(hidden.shape), hidden, arguments, keep)
     if pre is None:
         return y, (), ()
-    return y, FeedForwardSaved(None if again else x, up_weight, up_bias, weight, pre, arguments.seed), norm_saved
+    # Aliases: of a parameter itself, autograd would give back what its `.data` is then.
+    saved = FeedForwardSaved(None if again else x, up_weight.detach(), then_bias, weight.detach(), pre, arguments.seed)
+    return y, saved, norm_saved
 
 
 def feed_forward_backward(
@@ -169,7 +173,7 @@ def feed_forward_backward(
     dout, dz, _, norm_sums = norm_backward(dy, arguments, norm_saved, saved.seed, again=False)
     dpre, dweight, bias_sums = products_backward(
         dout.view(-1, dout.shape[-1]), saved.weight, saved.up_bias, saved.pre, arguments.activation, arguments.fused,
-        needs_weight,
+        needs_weight, None if arguments.up_bias is None else arguments.up_bias.dtype,
     )  # fmt: skip
     dhidden = _add_product(dz, dpre, saved.up_weight) if needs_hidden else None
     return dhidden, dpre, dweight, (bias_sums, norm_sums)
@@ -178,12 +182,11 @@ def feed_forward_backward(
 def output_product(
     context: torch.Tensor, residual: torch.Tensor, arguments: AttentionArguments, keep: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """What the attention block makes of the context, and what is to be kept, with which its norm's backward pass makes
-    the result again."""
+    """What the attention block makes of the context, and what is to be kept."""
     x, weight = in_product_dtype(context, arguments.weight)
     out = F.linear(x.view(*residual.shape[:-1], weight.shape[1]), weight)
-    y, norm_saved = norm(out, residual, arguments, keep, again=True)
-    return y, (*OutputSaved(context, weight, arguments.seed), *norm_saved) if keep else ()
+    y, norm_saved = norm(out, residual, arguments, keep)
+    return y, (*OutputSaved(context, weight.detach(), arguments.seed), *norm_saved) if keep else ()
 
 
 def second_block(

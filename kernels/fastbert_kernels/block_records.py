@@ -148,15 +148,13 @@ class NormSaved(NamedTuple):
 
     Attributes:
         normed: like the block's result, the norm without weight and bias.
-        rstd: (tokens,) float32.
+        stats: what the norm op returned.
         weight: (hidden,).
-        bias: (hidden,), where the backward pass makes the norm's result again.
     """
 
     normed: torch.Tensor
-    rstd: torch.Tensor
+    stats: torch.Tensor
     weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 class AttentionSaved(NamedTuple):
@@ -214,7 +212,8 @@ class FeedForwardSaved(NamedTuple):
 
     Attributes:
         x: (tokens, hidden), the hidden states in the products' dtype; None where the backward pass makes them again.
-        up_weight, up_bias, weight: as in `FeedForwardArguments`, the weights in the products' dtype.
+        up_weight, weight: as in `FeedForwardArguments`, in the products' dtype.
+        up_bias: as it was, where the activation adds it.
         pre: (tokens, intermediate), what the activation was taken of: with up_bias where fused, else without.
         seed: of the dropout before the norm.
     """

@@ -37,7 +37,7 @@ from .block_records import (
     read,
 )
 from .column_sums import column_sums
-from .launch import second_derivative_error
+from .launch import refuse_batched, second_derivative_error
 from .onednn import product_dtype
 
 
@@ -77,6 +77,7 @@ def _backward_pass(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        refuse_batched("layer", grads)
         if torch.is_grad_enabled():  # with create_graph=True
             with torch.no_grad():
                 found = wrapped(ctx, *grads)

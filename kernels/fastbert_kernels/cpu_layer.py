@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from . import reference
 from .attention import attention
 from .onednn import linear, product_dtype
-from .stacked import stacked
+from .stacked import ContextUse, stacked
 from .torch_attention import fused_attention
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def _key_ends(arguments: "AttentionArguments") -> list[int] | None:
 def _attend(hidden: torch.Tensor, arguments: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
     """The context of rows (tokens, hidden), like them, and the maps if asked for."""
     views = (arguments.qkv_weight,) if arguments.qkv_bias is None else (arguments.qkv_weight, arguments.qkv_bias)
-    weight, *bias = stacked(views, arguments.qkv_parameters)
+    use = None if arguments.probs_seq is None else ContextUse()
+    weight, *bias = stacked(views, arguments.qkv_parameters, use)
     qkv = linear(hidden, weight, bias[0] if bias else None)
     qkv = qkv.view(-1, 3, arguments.heads, qkv.shape[-1] // (3 * arguments.heads))
     probs, packed, ends = None, arguments.cu_seqlens, _key_ends(arguments)
@@ -103,6 +104,8 @@ def _attend(hidden: torch.Tensor, arguments: "AttentionArguments") -> tuple[torc
             order=arguments.order,
             key_spans=arguments.key_spans,
         )
+        if use is not None:
+            use.watch(context)
     elif packed is None and ends is None:
         context = _attend_run(qkv, arguments.max_seqlen, arguments.scale, arguments.max_seqlen)
     else:

@@ -1,7 +1,8 @@
 """dropout(LayerNorm(word + token type + position)): three gathers, norm and dropout in one pass.
 
-The backward pass gathers again, gives the gradient of the sum, and leaves the scatter into the three tables to
-PyTorch's own embedding backward, which is deterministic and knows `padding_idx`.
+The normalized sum is kept for the backward pass, and not gathered again: the tables may have changed meanwhile, by
+`.data`, as in adversarial training, which nobody would notice. The scatter into the three tables is PyTorch's own
+embedding backward, which is deterministic and knows `padding_idx`.
 """
 
 from typing import Any
@@ -58,8 +59,8 @@ def _embed_forward(
     norm_bias_ptr,  # (features,)
     seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
     y_ptr,  # (count, features)
-    mean_ptr,  # (count,) float32
-    rstd_ptr,  # (count,) float32
+    kept_ptr,  # (count, features) float32, the norm without weight and bias; unused without HAS_NORMED
+    rstd_ptr,  # (count,) float32; unused without HAS_NORMED
     count,
     vocab_rows,
     position_rows,
@@ -74,6 +75,7 @@ def _embed_forward(
     HAS_WORD_TABLE: tl.constexpr,
     HAS_TOKEN_TYPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_NORMED: tl.constexpr,
 ):
     """One program: BLOCK_M tokens."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -83,43 +85,33 @@ def _embed_forward(
         rows, cols, count, vocab_rows, position_rows, token_type_rows, features, HAS_WORD_TABLE,
         HAS_TOKEN_TYPES,
     )  # fmt: skip
-    normed, mean, rstd = normalize(z, cols, features, eps)
+    normed, _, rstd = normalize(z, cols, features, eps)
     y = normed * load_vector(weight_ptr, cols, features) + load_vector(norm_bias_ptr, cols, features)
     if HAS_DROPOUT:
         keep = dropout_keep(seed_ptr, site, rows, keep_threshold, BLOCK_N)
         y = tl.where(keep, y * keep_scale, 0.0)
     store_rows(y_ptr, y, rows, cols, count, features)
-    tl.store(mean_ptr + rows, mean, mask=rows < count)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < count)
+    if HAS_NORMED:
+        store_rows(kept_ptr, normed, rows, cols, count, features)
+        tl.store(rstd_ptr + rows, rstd, mask=rows < count)
 
 
 @triton.jit(do_not_specialize=["count", "site", "keep_threshold"])
 def _embed_backward(
     dy_ptr,  # (count, features)
-    words_ptr,  # as in _embed_forward, and so on
-    positions_ptr,
-    token_types_ptr,
-    word_table_ptr,
-    position_table_ptr,
-    token_type_table_ptr,
-    weight_ptr,
-    seed_ptr,
-    mean_ptr,
-    rstd_ptr,
+    kept_ptr,  # (count, features) float32, as in _embed_forward
+    weight_ptr,  # (features,)
+    seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
+    rstd_ptr,  # (count,) float32
     dz_ptr,  # (count, features), gradient of the sum of the three embeddings
     partials_ptr,  # (programs, 2, features) float32: sums of dweight, dnorm_bias
     count,
-    vocab_rows,
-    position_rows,
-    token_type_rows,
     features,
     site,
     keep_threshold,
     keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_WORD_TABLE: tl.constexpr,
-    HAS_TOKEN_TYPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
     """One program: every num_programs-th block of BLOCK_M tokens, and the column sums over them."""
@@ -131,18 +123,12 @@ def _embed_backward(
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
     for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=LOAD_STAGES):
         rows = row_start + tl.arange(0, BLOCK_M)
-        mean = tl.load(mean_ptr + rows, mask=rows < count, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)
         dy = load_rows(dy_ptr, rows, cols, count, features)
         if HAS_DROPOUT:
             keep = dropout_keep(seed_ptr, site, rows, keep_threshold, BLOCK_N)
             dy = tl.where(keep, dy * keep_scale, 0.0)
-        z = _embedding_sum(
-            words_ptr, positions_ptr, token_types_ptr, word_table_ptr, position_table_ptr, token_type_table_ptr,
-            rows, cols, count, vocab_rows, position_rows, token_type_rows, features, HAS_WORD_TABLE,
-            HAS_TOKEN_TYPES,
-        )  # fmt: skip
-        normed = tl.where(cols[None, :] < features, (z - mean[:, None]) * rstd[:, None], 0.0)
+        normed = load_rows(kept_ptr, rows, cols, count, features)
         dz = normalize_backward(dy * weight, normed, rstd, cols, features)
         store_rows(dz_ptr, dz, rows, cols, count, features)
         dweight += tl.sum(dy * normed, axis=0)
@@ -150,33 +136,6 @@ def _embed_backward(
     partials_ptr += program.to(tl.int64) * 2 * features + cols
     tl.store(partials_ptr, dweight, mask=cols < features)
     tl.store(partials_ptr + features, dnorm_bias, mask=cols < features)
-
-
-def _common_arguments(
-    words: torch.Tensor,
-    positions: torch.Tensor,
-    token_types: torch.Tensor | None,
-    word_table: torch.Tensor | None,
-    position_table: torch.Tensor,
-    token_type_table: torch.Tensor | None,
-    weight: torch.Tensor,
-) -> dict[str, Any]:
-    return {
-        "words_ptr": words,
-        "positions_ptr": positions,
-        "token_types_ptr": positions if token_types is None else token_types,
-        "word_table_ptr": position_table if word_table is None else word_table,
-        "position_table_ptr": position_table,
-        "token_type_table_ptr": position_table if token_type_table is None else token_type_table,
-        "weight_ptr": weight,
-        "count": words.shape[0],
-        "vocab_rows": 0 if word_table is None else word_table.shape[0],
-        "position_rows": position_table.shape[0],
-        "token_type_rows": 0 if token_type_table is None else token_type_table.shape[0],
-        "features": position_table.shape[1],
-        "HAS_WORD_TABLE": word_table is not None,
-        "HAS_TOKEN_TYPES": token_type_table is not None,
-    }
 
 
 def _empty_output(words: torch.Tensor, word_table: torch.Tensor | None, position_table: torch.Tensor) -> torch.Tensor:
@@ -200,11 +159,16 @@ def _forward_fake(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
+    keep: bool,
     position_padding_idx: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = _empty_output(words, word_table, position_table)
-    mean = y.new_empty(words.shape[0], dtype=torch.float32)
-    return y, mean, torch.empty_like(mean)
+    return y, _empty_kept(y, keep), y.new_empty(words.shape[0], dtype=torch.float32)
+
+
+def _empty_kept(y: torch.Tensor, keep: bool) -> torch.Tensor:
+    """Memory for the norm without weight and bias, not rounded: gradients that are sums over tokens would feel it."""
+    return y.new_empty(y.shape if keep else 0, dtype=torch.float32)
 
 
 @register_op("embed", _forward_fake)
@@ -222,25 +186,39 @@ def _forward(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
+    keep: bool,
     position_padding_idx: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = _empty_output(words, word_table, position_table)
     count, features = y.shape
-    mean = y.new_empty(count, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    kept, rstd = _empty_kept(y, keep), y.new_empty(count, dtype=torch.float32)
     tiles = tuned_tiles("embed_forward", y, features, row_tiles(features, y.element_size(), FORWARD_BYTES))
     if count > 0:
         wrap_triton(_embed_forward)[(cdiv(count, tiles["BLOCK_M"]),)](
+            words_ptr=words,
+            positions_ptr=positions,
+            token_types_ptr=positions if token_types is None else token_types,
+            word_table_ptr=position_table if word_table is None else word_table,
+            position_table_ptr=position_table,
+            token_type_table_ptr=position_table if token_type_table is None else token_type_table,
+            weight_ptr=weight,
             norm_bias_ptr=norm_bias,
             y_ptr=y,
-            mean_ptr=mean,
+            kept_ptr=kept,
             rstd_ptr=rstd,
+            count=count,
+            vocab_rows=0 if word_table is None else word_table.shape[0],
+            position_rows=position_table.shape[0],
+            token_type_rows=0 if token_type_table is None else token_type_table.shape[0],
+            features=features,
             eps=eps,
-            **_common_arguments(words, positions, token_types, word_table, position_table, token_type_table, weight),
+            HAS_WORD_TABLE=word_table is not None,
+            HAS_TOKEN_TYPES=token_type_table is not None,
+            HAS_NORMED=keep,
             **dropout_arguments(y, dropout_p, seed, stream),
             **tiles,
         )
-    return y, mean, rstd
+    return y, kept, rstd
 
 
 def _backward_plan(dy: torch.Tensor) -> tuple[Tiles, torch.Tensor]:
@@ -252,14 +230,8 @@ def _backward_plan(dy: torch.Tensor) -> tuple[Tiles, torch.Tensor]:
 
 def _backward_fake(
     dy: torch.Tensor,
-    words: torch.Tensor,
-    positions: torch.Tensor,
-    token_types: torch.Tensor | None,
-    word_table: torch.Tensor | None,
-    position_table: torch.Tensor,
-    token_type_table: torch.Tensor | None,
+    kept: torch.Tensor,
     weight: torch.Tensor,
-    mean: torch.Tensor,
     rstd: torch.Tensor,
     dropout_p: float,
     seed: torch.Tensor | None,
@@ -272,14 +244,8 @@ def _backward_fake(
 @register_op("embed_backward", _backward_fake)
 def _backward(
     dy: torch.Tensor,
-    words: torch.Tensor,
-    positions: torch.Tensor,
-    token_types: torch.Tensor | None,
-    word_table: torch.Tensor | None,
-    position_table: torch.Tensor,
-    token_type_table: torch.Tensor | None,
+    kept: torch.Tensor,
     weight: torch.Tensor,
-    mean: torch.Tensor,
     rstd: torch.Tensor,
     dropout_p: float,
     seed: torch.Tensor | None,
@@ -291,11 +257,13 @@ def _backward(
     tiles, partials = _backward_plan(dy)
     wrap_triton(_embed_backward)[(partials.shape[0],)](
         dy_ptr=dy,
-        mean_ptr=mean,
+        kept_ptr=kept,
+        weight_ptr=weight,
         rstd_ptr=rstd,
         dz_ptr=dz,
         partials_ptr=partials,
-        **_common_arguments(words, positions, token_types, word_table, position_table, token_type_table, weight),
+        count=dy.shape[0],
+        features=dy.shape[1],
         **dropout_arguments(dy, dropout_p, seed, stream),
         **tiles,
     )
@@ -307,41 +275,41 @@ forbid_double_backward(_backward, "embed")
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     (
-        words, positions, token_types, word_table, position_table, token_type_table, weight, _, _, ctx.padding_idx,
-        ctx.dropout_p, seed, ctx.stream, ctx.position_padding_idx,
+        words, positions, token_types, word_table, position_table, token_type_table, weight, _, _, padding_idx,
+        dropout_p, seed, stream, keep, position_padding_idx,
     ) = inputs  # fmt: skip
-    _, mean, rstd = output
-    ctx.save_for_backward(
-        words, positions, token_types, word_table, position_table, token_type_table, weight, mean, rstd, seed
-    )
+    if not keep:
+        raise RuntimeError("embed has a gradient with keep=True only")
+    _, kept, rstd = output
+    ctx.save_for_backward(words, positions, token_types, weight, kept, rstd, seed)
+    tables = word_table, position_table, token_type_table
+    ctx.tables = [None if table is None else (table.shape[0], table.dtype) for table in tables]
+    ctx.constants = padding_idx, position_padding_idx, dropout_p, stream
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.mark_non_differentiable(kept, rstd)
 
 
 def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
-        return (None,) * 14
-    (
-        words, positions, token_types, word_table, position_table, token_type_table, weight, mean, rstd, seed,
-    ) = ctx.saved_tensors  # fmt: skip
-    dz, partials = _backward(
-        dy, words, positions, token_types, word_table, position_table, token_type_table, weight, mean, rstd,
-        ctx.dropout_p, seed, ctx.stream,
-    )  # fmt: skip
+        return (None,) * 15
+    words, positions, token_types, weight, kept, rstd, seed = ctx.saved_tensors
+    padding_idx, position_padding_idx, dropout_p, stream = ctx.constants
+    dz, partials = _backward(dy, kept, weight, rstd, dropout_p, seed, stream)
     dweight, dnorm_bias = column_sums((partials, (weight.dtype, weight.dtype)))
 
     def scatter(ids: Any, table: Any, padding_idx: int) -> torch.Tensor:
-        rows = table.shape[0]
+        rows, dtype = table
         ids = torch.where((ids >= 0) & (ids < rows), ids, padding_idx)  # what read as zero gets no gradient
-        return torch.ops.aten.embedding_dense_backward(dz, ids, rows, padding_idx, False).to(table.dtype)
+        return torch.ops.aten.embedding_dense_backward(dz, ids, rows, padding_idx, False).to(dtype)
 
     needs_words, _, _, needs_word_table, needs_position_table, needs_token_type_table, *_ = ctx.needs_input_grad
+    word_table, position_table, token_type_table = ctx.tables
     dwords = dz.to(words.dtype) if word_table is None and needs_words else None
-    dword_table = scatter(words, word_table, ctx.padding_idx) if word_table is not None and needs_word_table else None
-    dposition_table = scatter(positions, position_table, ctx.position_padding_idx) if needs_position_table else None
+    dword_table = scatter(words, word_table, padding_idx) if needs_word_table else None
+    dposition_table = scatter(positions, position_table, position_padding_idx) if needs_position_table else None
     dtoken_type_table = scatter(token_types, token_type_table, -1) if needs_token_type_table else None
     dtables = dword_table, dposition_table, dtoken_type_table
-    return dwords, None, None, *dtables, dweight, dnorm_bias, *[None] * 6
+    return dwords, None, None, *dtables, dweight, dnorm_bias, *[None] * 7
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -433,6 +401,7 @@ def embed(
         dropout_p,
         seed,
         stream,
+        torch.is_grad_enabled(),
         -1 if position_padding_idx is None else position_padding_idx,
     )
     return y

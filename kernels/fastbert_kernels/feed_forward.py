@@ -122,32 +122,34 @@ forbid_double_backward(_backward, "feed_forward")
 def products(
     x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor | None, weight2: torch.Tensor, activation: str,
     fused: bool, keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """f(x @ weight1^T + bias1) @ weight2^T for x (count, inner), and, to keep, the pre-activation: with its bias where
-    fused, else without."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """f(x @ weight1^T + bias1) @ weight2^T for x (count, inner), and, to keep, the pre-activation, with its bias where
+    fused, else without, and then the bias as it was, if any."""
     pre: torch.Tensor | None
+    then_bias: torch.Tensor | None = None
     if fused:
         assert bias1 is not None
         y, pre = _forward(x, weight1, bias1, activation, keep)
     else:
         pre = F.linear(x, weight1)
         check_bias_activation(pre, bias1, activation)
-        y = activation_forward(pre, bias1, activation)
+        y, then_bias = activation_forward(pre, bias1, activation, keep)
+        then_bias = None if bias1 is None else then_bias
     if not keep:
         pre = None  # its memory is free before the second product's is taken
-    return F.linear(y, weight2), pre
+    return F.linear(y, weight2), pre, then_bias
 
 
 def products_backward(
-    dout: torch.Tensor, weight2: torch.Tensor, bias1: torch.Tensor | None, pre: torch.Tensor, activation: str,
-    fused: bool, needs2: bool,
+    dout: torch.Tensor, weight2: torch.Tensor, then_bias: torch.Tensor | None, pre: torch.Tensor, activation: str,
+    fused: bool, needs2: bool, bias_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, PartialSums]:  # fmt: skip
     """Gradients of the first product and, if needed, of weight2; and for `column_sums` that of bias1."""
     if fused:
         dpre, y, partials = _backward(dout, weight2, pre, activation)
     else:
-        dpre, y, partials = activation_backward(dout @ weight2, pre, bias1, activation, needs2)
-    return dpre, dout.t() @ y if needs2 else None, (partials, (None if bias1 is None else bias1.dtype,))
+        dpre, y, partials = activation_backward(dout @ weight2, pre, then_bias, activation, needs2)
+    return dpre, dout.t() @ y if needs2 else None, (partials, (bias_dtype,))
 
 
 class FeedForward(torch.autograd.Function):
@@ -163,17 +165,18 @@ class FeedForward(torch.autograd.Function):
         activation: str,
         fused: bool,
     ) -> torch.Tensor:
-        y, pre = products(x, weight1, bias1, weight2, activation, fused, keep=True)
-        ctx.save_for_backward(x, weight1, bias1, weight2, pre)
-        ctx.activation, ctx.fused = activation, fused
+        y, pre, then_bias = products(x, weight1, bias1, weight2, activation, fused, keep=True)
+        # Aliases: of a parameter itself, autograd would give back what its `.data` is then.
+        ctx.save_for_backward(x, weight1.detach(), then_bias, weight2.detach(), pre)
+        ctx.activation, ctx.fused, ctx.bias_dtype = activation, fused, bias1.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight1, bias1, weight2, pre = ctx.saved_tensors
+        x, weight1, then_bias, weight2, pre = ctx.saved_tensors
         needs_x, needs1, _, needs2, *_ = ctx.needs_input_grad
         dpre, dweight2, partials = products_backward(
-            dout.contiguous(), weight2, bias1, pre, ctx.activation, ctx.fused, needs2
+            dout.contiguous(), weight2, then_bias, pre, ctx.activation, ctx.fused, needs2, ctx.bias_dtype
         )
         (dbias1,) = column_sums(partials)
         dweight1 = dpre.t() @ x if needs1 else None
@@ -254,5 +257,5 @@ def feed_forward(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
         y = FeedForward.apply(*operands, activation, fused)
     else:
-        y, _ = products(*operands, activation, fused, keep=False)
+        y, *_ = products(*operands, activation, fused, keep=False)
     return y.view(x.shape)

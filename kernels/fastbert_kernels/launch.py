@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 
 from . import reference
-from .backend import INTERPRETED, is_watched
+from .backend import INTERPRETED, is_transformed, is_watched
 from .language import MISSING, triton
 
 #: Functions of one kernel, whose arguments are put in: what a launch is looked up by, and the launch.
@@ -140,7 +141,11 @@ class Op:
             return output
 
         # With a `setup_context` of its own an autograd.Function inspects its signature in each call.
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        def one_at_a_time(ctx: Any, *grads: Any) -> Any:
+            refuse_batched(self.name, grads)
+            return backward(ctx, *grads)
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(one_at_a_time)}
         # By the class autograd names the step: add_layer_norm's is AddLayerNormBackward.
         class_name = self.name.title().replace("_", "")
         function = type(class_name, (torch.autograd.Function,), methods)
@@ -163,9 +168,20 @@ def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     return lambda fn: Op(name, fn, fake)
 
 
-def second_derivative_error(
-    name: str, instead: str = "run plain PyTorch with FASTBERT_BACKEND=torch, or fastbert.unfuse(model)"
-) -> NotImplementedError:
+#: How to run what no kernel has.
+PLAIN_PYTORCH = "run plain PyTorch, by FASTBERT_BACKEND=torch or fastbert_kernels.set_backend('torch')"
+
+
+def refuse_batched(name: str, grads: tuple[torch.Tensor | None, ...]) -> None:
+    """Raise NotImplementedError where a backward pass runs under vmap, as with is_grads_batched=True."""
+    if is_transformed() or any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
+        raise NotImplementedError(
+            f"fastbert's {name} kernel takes one gradient at a time: for is_grads_batched=True, or a vmap over a "
+            f"backward pass, {PLAIN_PYTORCH}"
+        )
+
+
+def second_derivative_error(name: str, instead: str = PLAIN_PYTORCH) -> NotImplementedError:
     return NotImplementedError(
         f"fastbert's {name} kernel has no second derivative: for gradients of gradients {instead}"
     )

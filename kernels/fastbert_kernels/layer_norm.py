@@ -14,7 +14,7 @@ from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums, empty_partials
 from .language import tl, triton
 from .launch import cdiv, dropout_arguments, forbid_double_backward, is_watched, register_op, wrap_triton
-from .numerics import dropout_keep, load_rows, load_vector, store_rows
+from .numerics import dropout_keep, load_rows, load_vector, store_rows, store_vector
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
 
@@ -54,7 +54,7 @@ def _add_layer_norm_forward(
     seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
     y_ptr,  # (count, features)
     normed_ptr,  # (count, features), the norm without weight and bias; may be x_ptr; unused without HAS_NORMED
-    rstd_ptr,  # (count,) float32; unused without HAS_NORMED
+    stats_ptr,  # (2 * features + count,) float32: weight, norm_bias, then 1 / deviation; unused without HAS_NORMED
     count,
     features,
     eps,
@@ -84,7 +84,10 @@ def _add_layer_norm_forward(
     store_rows(y_ptr, y, rows, cols, count, features)
     if HAS_NORMED:
         store_rows(normed_ptr, normed, rows, cols, count, features)
-        tl.store(rstd_ptr + rows, rstd, mask=rows < count)
+        tl.store(stats_ptr + 2 * features + rows, rstd, mask=rows < count)
+        if tl.program_id(0) == 0:  # loaded again: kept since y, they would take registers
+            store_vector(stats_ptr, load_vector(weight_ptr, cols, features), cols, features)
+            store_vector(stats_ptr + features, load_vector(norm_bias_ptr, cols, features), cols, features)
 
 
 @triton.jit(do_not_specialize=["count", "site", "keep_threshold"])
@@ -92,9 +95,8 @@ def _add_layer_norm_backward(
     dy_ptr,  # (count, features)
     normed_ptr,  # (count, features)
     weight_ptr,  # (features,)
-    norm_bias_ptr,  # (features,); unused without HAS_Y
     seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
-    rstd_ptr,  # (count,) float32
+    stats_ptr,  # (2 * features + count,) float32, as in _add_layer_norm_forward
     dz_ptr,  # (count, features), gradient of the sum: of the residual, and of x where nothing was dropped
     dx_ptr,  # (count, features), gradient of x; unused without HAS_DROPOUT
     y_ptr,  # (count, features), the forward pass's result again; unused without HAS_Y
@@ -115,18 +117,19 @@ def _add_layer_norm_backward(
     programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
     weight = load_vector(weight_ptr, cols, features)
-    if HAS_Y:
-        norm_bias = load_vector(norm_bias_ptr, cols, features)
+    if HAS_Y:  # with what weight and bias were then: `.data` changes them unseen
+        then_weight = load_vector(stats_ptr, cols, features)
+        then_norm_bias = load_vector(stats_ptr + features, cols, features)
     dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
     for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=LOAD_STAGES):
         rows = row_start + tl.arange(0, BLOCK_M)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)
+        rstd = tl.load(stats_ptr + 2 * features + rows, mask=rows < count, other=0.0)
         dy = load_rows(dy_ptr, rows, cols, count, features)
         normed = load_rows(normed_ptr, rows, cols, count, features)
         if HAS_Y:
-            store_rows(y_ptr, normed * weight + norm_bias, rows, cols, count, features)
+            store_rows(y_ptr, normed * then_weight + then_norm_bias, rows, cols, count, features)
         dz = normalize_backward(dy * weight, normed, rstd, cols, features)
         store_rows(dz_ptr, dz, rows, cols, count, features)
         dweight += tl.sum(dy * normed, axis=0)
@@ -158,8 +161,13 @@ def _forward_fake(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = torch.empty_like(x if residual is None else residual)
-    rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    return y, torch.empty_like(x) if keep else x.new_empty(0), rstd
+    return y, torch.empty_like(x) if keep else x.new_empty(0), _empty_stats(x)
+
+
+def _empty_stats(x: torch.Tensor) -> torch.Tensor:
+    """Memory for weight and bias of the norm, and 1 / standard deviation of each row."""
+    features = x.shape[-1]
+    return x.new_empty(2 * features + x.numel() // features, dtype=torch.float32)
 
 
 def _launch_forward(
@@ -175,11 +183,11 @@ def _launch_forward(
     *,
     normed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm and, given `normed` to keep it in without weight and bias, which may be x, 1 / standard deviation."""
+    """The norm and, given `normed` to keep it in without weight and bias, which may be x, its statistics."""
     features = x.shape[-1]
     y = torch.empty_like(x if residual is None else residual)
     count = x.numel() // features
-    rstd = x.new_empty(count, dtype=torch.float32)
+    stats = _empty_stats(x)
     shipped = row_tiles(features, x.element_size(), FORWARD_BYTES)
     tiles = tuned_tiles("add_layer_norm_forward", x, features, shipped)
     if count > 0:
@@ -191,7 +199,7 @@ def _launch_forward(
             norm_bias_ptr=norm_bias,
             y_ptr=y,
             normed_ptr=y if normed is None else normed,
-            rstd_ptr=rstd,
+            stats_ptr=stats,
             count=count,
             features=features,
             eps=eps,
@@ -201,7 +209,7 @@ def _launch_forward(
             **dropout_arguments(x, dropout_p, seed, stream),
             **tiles,
         )
-    return y, rstd
+    return y, stats
 
 
 @register_op("add_layer_norm", _forward_fake)
@@ -218,8 +226,8 @@ def _forward(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     normed = torch.empty_like(x) if keep else None
-    y, rstd = _launch_forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, normed=normed)
-    return y, x.new_empty(0) if normed is None else normed, rstd
+    y, stats = _launch_forward(x, bias, residual, weight, norm_bias, eps, dropout_p, seed, stream, normed=normed)
+    return y, x.new_empty(0) if normed is None else normed, stats
 
 
 def forward_in_place(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -228,8 +236,8 @@ def forward_in_place(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, to
     """
     if is_watched():
         return _forward(x, *arguments, True)
-    y, rstd = _launch_forward(x, *arguments, normed=x)
-    return y, x, rstd
+    y, stats = _launch_forward(x, *arguments, normed=x)
+    return y, x, stats
 
 
 def _backward_plan(dy: torch.Tensor, count: int, has_bias: bool) -> tuple[Tiles, torch.Tensor]:
@@ -244,15 +252,15 @@ def _backward_fake(
     dy: torch.Tensor,
     normed: torch.Tensor,
     weight: torch.Tensor,
-    norm_bias: torch.Tensor | None,
-    rstd: torch.Tensor,
+    stats: torch.Tensor,
+    again: bool,
     has_bias: bool,
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, y = (torch.empty_like(normed) if it else normed.new_empty(0) for it in (dropout_p > 0.0, norm_bias is not None))
-    _, partials = _backward_plan(dy, rstd.shape[0], has_bias)
+    dx, y = (torch.empty_like(normed) if it else normed.new_empty(0) for it in (dropout_p > 0.0, again))
+    _, partials = _backward_plan(dy, dy.numel() // dy.shape[-1], has_bias)
     return torch.empty_like(dy), dx, y, partials
 
 
@@ -261,30 +269,30 @@ def _backward(
     dy: torch.Tensor,
     normed: torch.Tensor,
     weight: torch.Tensor,
-    norm_bias: torch.Tensor | None,
-    rstd: torch.Tensor,
+    stats: torch.Tensor,
+    again: bool,
     has_bias: bool,
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the sum (..., features), and of x where dropout ran; given the norm's bias, its result again, in x's
+    """Gradients of the sum (..., features), and of x where dropout ran; the norm's result `again`, if asked, in x's
     dtype; and rows of partial sums of dweight, dnorm_bias and, of a bias that x has, dbias.
 
     With g = dy * weight and n the normalized sum: dz = rstd * (g - mean(g) - n * mean(g * n)).
     """
-    count, features = rstd.numel(), normed.shape[-1]
+    features = normed.shape[-1]
+    count = normed.numel() // features
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
     dx = torch.empty_like(normed) if dropout_p > 0.0 else normed.new_empty(0)
-    y = normed.new_empty(0) if norm_bias is None else torch.empty_like(normed)
+    y = torch.empty_like(normed) if again else normed.new_empty(0)
     tiles, partials = _backward_plan(dy, count, has_bias)
     wrap_triton(_add_layer_norm_backward)[(partials.shape[0],)](
         dy_ptr=dy,
         normed_ptr=normed,
         weight_ptr=weight,
-        norm_bias_ptr=weight if norm_bias is None else norm_bias,
-        rstd_ptr=rstd,
+        stats_ptr=stats,
         dz_ptr=dz,
         dx_ptr=dx,
         y_ptr=y,
@@ -292,7 +300,7 @@ def _backward(
         count=count,
         features=features,
         HAS_BIAS=has_bias,
-        HAS_Y=norm_bias is not None,
+        HAS_Y=again,
         **dropout_arguments(normed, dropout_p, seed, stream),
         **tiles,
     )
@@ -306,18 +314,16 @@ def gradients(
     dy: torch.Tensor,
     normed: torch.Tensor,
     weight: torch.Tensor,
-    norm_bias: torch.Tensor | None,
-    rstd: torch.Tensor,
+    stats: torch.Tensor,
+    again: bool,
     bias_dtype: torch.dtype | None,
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PartialSums]:
-    """Gradients of x and of the residual, the same tensor where nothing was dropped; given norm_bias, the result again,
-    in the dtype of x; and for `column_sums` those of weight, norm_bias and bias."""
-    dz, dx, y, partials = _backward(
-        dy, normed, weight, norm_bias, rstd, bias_dtype is not None, dropout_p, seed, stream
-    )
+    """Gradients of x and of the residual, the same tensor where nothing was dropped; the result `again`, if asked, in
+    the dtype of x; and for `column_sums` those of weight, norm_bias and bias."""
+    dz, dx, y, partials = _backward(dy, normed, weight, stats, again, bias_dtype is not None, dropout_p, seed, stream)
     if dropout_p == 0.0:
         dx = reference.in_dtype(dz, normed.dtype)
     return dx, dz, y, (partials, (weight.dtype, weight.dtype, bias_dtype))
@@ -327,20 +333,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     _, bias, residual, weight, _, _, dropout_p, seed, stream, keep = inputs
     if not keep:
         raise RuntimeError("add_layer_norm has a gradient with keep=True only")
-    _, normed, rstd = output
-    ctx.save_for_backward(normed, weight, rstd, seed)
+    _, normed, stats = output
+    ctx.save_for_backward(normed, weight, stats, seed)
     ctx.constants = None if bias is None else bias.dtype, dropout_p, stream
     ctx.has_residual = residual is not None
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(normed, rstd)
+    ctx.mark_non_differentiable(normed, stats)
 
 
 def _autograd(ctx: Any, dy: torch.Tensor | None, *nothing: Any) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
         return (None,) * 10
-    normed, weight, rstd, seed = ctx.saved_tensors
+    normed, weight, stats, seed = ctx.saved_tensors
     bias_dtype, dropout_p, stream = ctx.constants
-    dx, dz, _, partials = gradients(dy, normed, weight, None, rstd, bias_dtype, dropout_p, seed, stream)
+    dx, dz, _, partials = gradients(dy, normed, weight, stats, False, bias_dtype, dropout_p, seed, stream)
     dweight, dnorm_bias, dbias = column_sums(partials)
     return dx, dbias, dz if ctx.has_residual else None, dweight, dnorm_bias, None, None, None, None, None
 

@@ -62,6 +62,12 @@ def load_vector(ptr, cols, features):
 
 
 @triton.jit
+def store_vector(ptr, x, cols, features):
+    """A vector [1, BLOCK_N], without what is past its end."""
+    tl.store(ptr + cols[None, :], x, mask=cols[None, :] < features)
+
+
+@triton.jit
 def _kept_halves(seed_ptr, stream, plane, rows, groups, threshold):
     """What dropout keeps by the eight 16-bit halves of the four words of a Philox-4x32 call, bool [..., 2, 2, 2].
 

@@ -166,5 +166,6 @@ def linear(
     """`product`, differentiable."""
     if not torch.is_grad_enabled():
         return product(x, weight, bias, activation, residual)
-    y = _Linear.apply(x, weight, bias, residual)
+    # An alias: of a parameter itself, autograd would give back what its `.data` is then.
+    y = _Linear.apply(x, weight.view_as(weight), bias, residual)
     return y if activation == "none" else reference.bias_activation(y, None, activation)

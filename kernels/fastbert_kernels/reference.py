@@ -286,6 +286,11 @@ def feed_forward(
     return F.linear(bias_activation(F.linear(x, weight1, bias1), None, activation), weight2)
 
 
+def _width(z: torch.Tensor) -> tuple[int]:
+    """The shape of a row: a number in a graph that serves batches of any size, whose shapes are not, too."""
+    return (int(z.shape[-1]),)
+
+
 def add_layer_norm(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -304,7 +309,7 @@ def add_layer_norm(
     if residual is not None:
         z = z + upcast(residual)  # torch is slow at adding tensors of different dtypes
     dtype = z.dtype
-    normed = F.layer_norm(z, z.shape[-1:], in_dtype(weight, dtype), in_dtype(norm_bias, dtype), eps)
+    normed = F.layer_norm(z, _width(z), in_dtype(weight, dtype), in_dtype(norm_bias, dtype), eps)
     return in_dtype(normed, x.dtype if residual is None else residual.dtype)
 
 
@@ -335,7 +340,7 @@ def embed(
     if token_types is not None and token_type_table is not None:
         z = z + upcast(F.embedding(token_types, token_type_table))
     z = z + upcast(F.embedding(positions, position_table, position_padding_idx))
-    normed = F.layer_norm(z, z.shape[-1:], weight.to(z.dtype), norm_bias.to(z.dtype), eps)
+    normed = F.layer_norm(z, _width(z), weight.to(z.dtype), norm_bias.to(z.dtype), eps)
     return dropout(normed, dropout_p, keep).to(torch.promote_types(vectors.dtype, position_table.dtype))
 
 

@@ -4,10 +4,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._C import _are_functorch_transforms_active
-from torch.autograd import forward_ad
 
-from .backend import has_values
+from .backend import has_values, is_transformed, is_watched, takes_tangents
 
 
 def fused_attention(
@@ -15,13 +13,23 @@ def fused_attention(
 ) -> torch.Tensor:
     """softmax(scale * q k^T + bias) v, all (batch, heads, length, head_dim); bias broadcasts to (batch, heads, length,
     length) and has no gradient."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not has_values(q):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
-    if dropout_p == 0.0 and (_are_functorch_transforms_active() or forward_ad._current_level >= 0):
+    if dropout_p == 0.0 and _takes_products(q):
         return _by_products(q, k, v, bias, scale)
+    if not has_values(q):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     if dropout_p == 0.0 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return FusedAttention.apply(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def _takes_products(q: torch.Tensor) -> bool:
+    """Whether products are taken one by one, without dropout: for what torch's fused attention has not, or where a
+    dispatch mode looks on, on a CPU: none that counts knows the fused one there."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if is_transformed() or takes_tangents():
+        return True
+    return q.is_cpu and is_watched() and has_values(q)
 
 
 def _by_products(

@@ -96,7 +96,9 @@ def test_feed_forward() -> None:
 
 def test_words_that_come_again_are_in_the_cache() -> None:
     few = cost("embed_forward", **ROWS | {"lengths": [100]}, flags=["WORD_TABLE"])
-    assert few.bytes == 2 * 100 * 768 * 2 + (100 + 2 + 2) * 768 * 2 + 3 * 100 * 8 + 2 * 100 * 4
+    assert few.bytes == 2 * 100 * 768 * 2 + (100 + 2 + 2) * 768 * 2 + 3 * 100 * 8
+    kept = cost("embed_forward", **ROWS | {"lengths": [100]}, flags=["WORD_TABLE", "NORMED"])
+    assert kept.bytes - few.bytes == 100 * 768 * 4 + 100 * 4
     many = cost("embed_forward", **ROWS | {"lengths": [512] * 1000}, flags=["WORD_TABLE"])
     vectors = cost("embed_forward", **ROWS | {"lengths": [512] * 1000})
     assert vectors.bytes - many.bytes == (512_000 - 30522) * 768 * 2 - 512_000 * 8

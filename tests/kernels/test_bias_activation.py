@@ -191,7 +191,7 @@ def test_opcheck(device: torch.device, with_bias: bool) -> None:
         arguments = (torch.randn_like(x), x, bias, "gelu", again)
         torch.library.opcheck(torch.ops.fastbert.bias_activation_backward, arguments)
     bias = bias.requires_grad_() if with_bias else None
-    torch.library.opcheck(torch.ops.fastbert.bias_activation, (x.requires_grad_(), bias, "gelu"))
+    torch.library.opcheck(torch.ops.fastbert.bias_activation, (x.requires_grad_(), bias, "gelu", True))
 
 
 def test_second_derivative_is_refused(device: torch.device) -> None:

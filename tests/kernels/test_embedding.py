@@ -244,7 +244,7 @@ def op_arguments(device: torch.device, with_ids: bool, requires_grad: bool) -> t
         None if name == "word_table" and not with_ids else x.requires_grad_(requires_grad) for name, x in tables.items()
     ]
     dropout = (0.2, torch.tensor(SEED, device=device), STREAM) if with_ids else (0.0, None, 0)
-    return *ids.values(), *tensors, EPS, 0 if with_ids else -1, *dropout
+    return *ids.values(), *tensors, EPS, 0 if with_ids else -1, *dropout, True
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
@@ -255,10 +255,9 @@ def test_opcheck_forward(device: torch.device, with_ids: bool) -> None:
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_opcheck_backward(device: torch.device, with_ids: bool) -> None:
     arguments = op_arguments(device, with_ids, requires_grad=False)
-    y, mean, rstd = torch.ops.fastbert.embed(*arguments)
-    torch.library.opcheck(
-        torch.ops.fastbert.embed_backward, (torch.randn_like(y), *arguments[:7], mean, rstd, *arguments[10:])
-    )
+    y, kept, rstd = torch.ops.fastbert.embed(*arguments)
+    given = torch.randn_like(y), kept, arguments[6], rstd, *arguments[10:13]
+    torch.library.opcheck(torch.ops.fastbert.embed_backward, given)
 
 
 def test_second_derivative_is_refused(device: torch.device) -> None:
@@ -339,7 +338,7 @@ def test_an_unchecked_id_outside_its_table_reads_zero_and_gets_no_gradient(
     outside = {name: x.clone() for name, x in ids.items()}
     outside["words"][2], outside["positions"][4] = VOCABULARY + 7, -3
     cotangent = torch.randn(6, 37, device=device)
-    y, _, _ = torch.ops.fastbert.embed(*outside.values(), *leaves.values(), EPS, padding_idx, 0.0, None, 0)
+    y, _, _ = torch.ops.fastbert.embed(*outside.values(), *leaves.values(), EPS, padding_idx, 0.0, None, 0, True)
     y.backward(cotangent)
 
     z = tables["word_table"][ids["words"]] + tables["token_type_table"][ids["token_types"]]

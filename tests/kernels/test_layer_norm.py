@@ -191,11 +191,11 @@ def test_the_backward_pass_makes_the_result_again(device: torch.device, dtype: t
     x, bias, residual, weight, norm_bias = inputs.values()
     dropout = (dropout_p, torch.tensor(SEED, device=device), STREAM)
     with backend("triton"):
-        y, normed, rstd = layer_norm._forward(x, bias, residual, weight, norm_bias, EPS, *dropout, True)
-        constants = (rstd, dtype, *dropout)
+        y, normed, stats = layer_norm._forward(x, bias, residual, weight, norm_bias, EPS, *dropout, True)
+        norm_bias.data.add_(1.0)  # which nobody sees
         dy = torch.randn_like(y)
-        dx, dz, again, _ = layer_norm.gradients(dy, normed, weight, norm_bias, *constants)
-        same_dx, same_dz, nothing, _ = layer_norm.gradients(dy, normed, weight, None, *constants)
+        dx, dz, again, _ = layer_norm.gradients(dy, normed, weight, stats, True, dtype, *dropout)
+        same_dx, same_dz, nothing, _ = layer_norm.gradients(dy, normed, weight, stats, False, dtype, *dropout)
     # Of the norm as it was kept, which half precision has rounded.
     ulps = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     torch.testing.assert_close(again, y, rtol=ulps, atol=4 * ulps)
@@ -210,12 +210,12 @@ def test_what_is_kept_takes_the_memory_of_x(device: torch.device) -> None:
     arguments = (bias, residual, weight, norm_bias, EPS, 0.2, torch.tensor(SEED, device=device), STREAM)
     with backend("triton"), torch.no_grad():
         alone, nothing, _ = layer_norm._forward(x, *arguments, False)
-        y, normed, rstd = layer_norm._forward(x, *arguments, True)
-        again, kept, same_rstd = layer_norm.forward_in_place(x, *arguments)
+        y, normed, stats = layer_norm._forward(x, *arguments, True)
+        again, kept, same_stats = layer_norm.forward_in_place(x, *arguments)
     assert kept is x
     assert nothing.numel() == 0
     torch.testing.assert_close(normed * weight + norm_bias, y)
-    for a, b in ((alone, y), (again, y), (x, normed), (same_rstd, rstd)):
+    for a, b in ((alone, y), (again, y), (x, normed), (same_stats, stats)):
         assert torch.equal(a, b)
 
 
@@ -282,8 +282,8 @@ def test_opcheck_backward(device: torch.device, dropout_p: float, again: bool, l
     x, bias, residual, weight, norm_bias = random_inputs((9,), 37, torch.float32, device).values()
     dropout = (dropout_p, torch.tensor(SEED, device=device), STREAM)
     given = (x.to(low), bias, residual, weight, norm_bias, EPS)
-    y, normed, rstd = torch.ops.fastbert.add_layer_norm(*given, *dropout, True)
-    arguments = (torch.randn_like(y), normed, weight, norm_bias if again else None, rstd, not again, *dropout)
+    y, normed, stats = torch.ops.fastbert.add_layer_norm(*given, *dropout, True)
+    arguments = (torch.randn_like(y), normed, weight, stats, again, not again, *dropout)
     torch.library.opcheck(torch.ops.fastbert.add_layer_norm_backward, arguments)
 
 

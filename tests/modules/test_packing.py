@@ -1,7 +1,7 @@
 """Padding is dropped where nobody reads it: with the defaults, whatever is handed out equals eager's, every row."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,10 +9,12 @@ import torch
 import transformers
 from models import assert_close, ids, mask_of, pair, randomize, tiny_config
 from torch import nn
+from transformers.models.bert import modeling_bert
 
 import fastbert
 from fastbert import notices
 from fastbert.batch import batch as batches
+from fastbert.modules import packing as packing_module
 from fastbert_kernels import backend
 
 LENGTHS = [11, 4, 7]
@@ -273,6 +275,107 @@ def test_packing_true_leaves_paddings_logits_out_of_question_answering() -> None
     as_tuple = fused(**given, return_dict=False)
     assert_close(as_tuple[0], ours.loss)
     assert len(as_tuple) == 3
+
+
+class Mean(nn.Module):
+    """A pooler of one's own."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.mean(1)
+
+
+class Centred(nn.Module):
+    """What is in it, of rows less their mean."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden - hidden.mean(1, keepdim=True))
+
+
+def replace_pooler(model: Any) -> None:
+    model.bert.pooler = Mean()
+
+
+def replace_poolers_forward(model: Any) -> None:
+    model.bert.pooler.forward = lambda hidden: hidden.mean(1)
+
+
+def patch_poolers_class(model: Any) -> None:
+    pytest.MonkeyPatch().setattr(modeling_bert.BertPooler, "forward", lambda self, hidden: hidden.mean(1))
+
+
+def replace_dropout(model: Any) -> None:
+    model.dropout = Centred(model.dropout)
+
+
+def replace_transform(model: Any) -> None:
+    model.cls.predictions.transform = Centred(model.cls.predictions.transform)
+
+
+def patch_head(model: Any) -> None:
+    def forward(self: Any, input_ids: Any, attention_mask: Any, labels: Any) -> Any:
+        last = self.bert(input_ids, attention_mask).last_hidden_state
+        return {"loss": last.amax(1).square().mean()}
+
+    pytest.MonkeyPatch().setattr(transformers.BertForSequenceClassification, "forward", forward)
+
+
+@pytest.fixture
+def _unpatched() -> Iterator[None]:
+    classes = modeling_bert.BertPooler, transformers.BertForSequenceClassification
+    forwards = [kind.forward for kind in classes]
+    yield
+    for kind, forward in zip(classes, forwards, strict=True):
+        kind.forward = forward
+
+
+@pytest.mark.usefixtures("_unpatched")
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("BertForSequenceClassification", replace_pooler),
+        ("BertForSequenceClassification", replace_poolers_forward),
+        ("BertForSequenceClassification", patch_poolers_class),
+        ("BertForSequenceClassification", patch_head),
+        ("BertForTokenClassification", replace_dropout),
+        ("BertForMaskedLM", replace_transform),
+    ],
+)
+def test_a_head_that_someone_changed_reads_every_row(name: str, change: Callable[[Any], None]) -> None:
+    plain, fused = heads(name)
+    change(plain)
+    change(fused)
+    ours, theirs = (model(**batch(name))["loss"] for model in (fused, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    if change is replace_pooler:
+        assert "kept: every row of last_hidden_state" in str(fastbert.explain(fused))
+        assert fastbert.skip_unread(fused)(**batch(name)).loss.item() == pytest.approx(theirs.item(), rel=1e-4)
+    if change is replace_transform:
+        loss = fastbert.skip_unread(fused).train()(**batch(name)).loss
+        assert loss.item() == pytest.approx(theirs.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("where", ["bert", "bert.pooler"])
+def test_who_watches_a_classifiers_encoder_sees_every_row(where: str) -> None:
+    seen = []
+    for model in heads("BertForSequenceClassification"):
+        of_pooler = where != "bert"
+        note = lambda module, given, output, of_pooler=of_pooler: seen.append(given[0] if of_pooler else output[0])  # noqa: E731
+        model.get_submodule(where).register_forward_hook(note)
+        model(**batch("BertForSequenceClassification"))
+    assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("packing", ["auto", False])
+def test_strangers_are_looked_for_once_in_a_call(monkeypatch: pytest.MonkeyPatch, packing: bool | str) -> None:
+    looked, find = [], packing_module.find_strangers
+    monkeypatch.setattr(packing_module, "find_strangers", lambda model: looked.append(model) or find(model))
+    _, fused = pair(packing=packing)
+    fused(ids(3, 11), mask_of(LENGTHS, 11))
+    assert looked == [fused]
 
 
 def test_packing_is_one_of_three() -> None:
