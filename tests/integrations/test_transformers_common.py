@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "Data2VecText": (transformers.Data2VecTextConfig, {}),
     "Electra": (transformers.ElectraConfig, {}),
     "DistilBert": (transformers.DistilBertConfig, DISTILBERT),
+    "MPNet": (transformers.MPNetConfig, {}),
 }
 
 #: Tests that demand an attention of another name than "eager", whose semantics ours has.
