@@ -5,6 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from fastbert.modules.model import EncoderModel
 from fastbert.modules.readable import fused_repr, is_called, norm_reason
 from fastbert.modules.strangers import takes_ours
 from fastbert.modules.swap import is_ours, register
+from fastbert.notices import warn_once
+from fastbert_kernels import uses_triton
 
 
 class MPNetEmbeddings(CountedPositions, hf.MPNetEmbeddings):
@@ -177,7 +180,13 @@ class MPNetEncoder(FusedEncoder, hf.MPNetEncoder):
         if attend is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         bias = self.relative_bias(hidden_states, attend)
-        bias = bias if attention_mask is None else bias + attention_mask
+        if bias.requires_grad and uses_triton(hidden_states):
+            warn_once(
+                "fastbert: MPNet's attention runs in plain PyTorch while its position bias is trained: freeze "
+                "encoder.relative_attention_bias (requires_grad_(False)) to train the rest on the kernels"
+            )
+        if attention_mask is not None:
+            bias, attend = bias + attention_mask, replace(attend, key_spans=None)
         return super().forward(hidden_states, bias, attend=attend, **kwargs)
 
     relative_attention_bias: Any

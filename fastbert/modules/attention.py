@@ -10,7 +10,7 @@ from fastbert.batch.attend import Attend
 from fastbert.batch.first_tokens import FirstTokens
 from fastbert.batch.prefix import Prefix, either
 from fastbert_kernels import attention
-from fastbert_kernels.attention import MAX_HEAD_DIM
+from fastbert_kernels.attention_arguments import MAX_HEAD_DIM
 from fastbert_kernels.attention_map import HandOut, handed_out
 
 from .dropout import seed_for
@@ -263,6 +263,7 @@ class FusedSelfAttention(nn.Module):
             probs_seq=attend.map_side(seq) if wants_map else None,
             columns=attend.map_columns if wants_map else None,
             order=attend.order,
+            key_spans=attend.key_spans,
             hand_out=hand_out,
         )
         if prefix is not None:

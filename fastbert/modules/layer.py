@@ -56,6 +56,7 @@ def _attention_arguments(
         probs_seq=attend.map_side(seq) if wants_map else None,
         columns=attend.map_columns if wants_map else None,
         order=attend.order,
+        key_spans=attend.key_spans,
         seed=seed_for(attend.seed, max(block["dropout_p"], block["hidden_dropout_p"]), hidden),
         hand_out=hand_out,
     )

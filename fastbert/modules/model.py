@@ -12,8 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from fastbert.batch.batch import PACKED_KEYWORDS, Batch, EncoderShape, Inputs, Padding, check_in
 from fastbert.batch.first_tokens import READ_ROWS
 from fastbert.batch.prefix import CACHE, either, prefix_length
-from fastbert.notices import say_once, warn_once
+from fastbert.notices import say_once, warn_of_padding, warn_once
 from fastbert_kernels import uses_triton
+from fastbert_kernels.backend import has_values
 
 from .attention import attends_fused
 from .dropout import draw_seed
@@ -222,10 +223,11 @@ class EncoderModel(nn.Module):
         seed = self._draw_seed()
         self._check_reentrant(outputs, batch)
         hidden = self.embed(batch.embeddings, seed)
+        strangers = batch.bias is not None and self._has_strangers()
         encoded = self.encoder(
             hidden,
-            self._seen(batch),
-            attend=batch.attend(seed, by_modules=self._is_captured_and_checkpointed()),
+            batch.all_rows() if strangers else batch.bias,
+            attend=batch.attend(seed, self._is_captured_and_checkpointed(), mask_changes=strangers),
             head_masks=batch.head_masks,
             state_layers=outputs.states,
             map_layers=outputs.maps,
@@ -264,13 +266,6 @@ class EncoderModel(nn.Module):
     def named_before_layers(self) -> list[tuple[str, nn.Module]]:
         """The modules that come before the layers, by name."""
         return [("embeddings", self.embeddings)]
-
-    def _seen(self, batch: Batch) -> torch.Tensor | None:
-        """The batch's additive mask; where a stranger may look at it, with all its rows, as Hugging Face makes it."""
-        bias = batch.bias
-        if bias is None or bias.shape[2] > 1 or batch.prefix is not None or not self._has_strangers():
-            return bias
-        return bias.expand(batch.layout.batch, 1, batch.layout.seq, bias.shape[3])
 
     @torch.compiler.assume_constant_result
     def _has_strangers(self) -> bool:
@@ -327,11 +322,13 @@ class EncoderModel(nn.Module):
         check_packing(packing)
         reads = plan.reads or self.reads
 
-        def drops() -> bool:
+        def drops(mask: torch.Tensor) -> bool:
             whole = bool(outputs.maps or outputs.states)
             reason = why(self, packing, reads, plan.labels is not None, whole)
             if reason is not None and packing is not False:
-                warn_once(f"fastbert: padding is kept: {reason}")
+                # A GPU would have to be waited for.
+                tokens = int(mask.sum()) if mask.is_cpu and has_values(mask) else None
+                warn_of_padding(reason, tokens, mask.numel())
             return reason is None
 
         labels = plan.labels if reads == "labelled" else None
