@@ -62,8 +62,8 @@ class FFN(FusedIntermediate, hf.FFN):
     dense = property(lambda self: self._modules["lin1"])
     intermediate_act_fn = property(lambda self: self.activation)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hf.FFN.forward(self, hidden_states)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - Hugging Face's name of it
+        return hf.FFN.forward(self, input)
 
 
 class TransformerBlock(FusedLayer, hf.TransformerBlock):
