@@ -239,7 +239,7 @@ def test_interpreted_dropout_of_a_layer_of_another_kind(device: torch.device) ->
 
 @pytest.mark.slow
 @each_family
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_interpreted_kernels_are_as_good_as_eager(device: torch.device, family: Family, dtype: torch.dtype) -> None:
     plain = family.plain().to(device, dtype)
     fused = fastbert.fuse(copy.deepcopy(plain), packing=False)

@@ -194,15 +194,15 @@ def test_one_graph_without_breaks(family: Family, flags: dict[str, Any]) -> None
 
 @pytest.mark.slow
 @each_family
-@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@pytest.mark.parametrize("targets", ["attention", "all"])
 def test_adapters_of_peft(family: Family, targets: str) -> None:
     import peft
 
     plain, fused = family.pair("ForSequenceClassification")
-    first, _, last = (path.rpartition(".")[2] for path in family.projections)
-    config = peft.LoraConfig(
-        task_type="SEQ_CLS", r=4, target_modules=[first, last] if targets == "attention" else targets
-    )
+    linears = [n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and family.layers in n]
+    first, _, last = family.projections
+    names = linears if targets == "all" else [name for name in linears if name.endswith((first, last))]
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=names)
     adapted = []
     for model in (fused, plain):
         torch.manual_seed(1)
