@@ -20,7 +20,7 @@ help:
 	@echo "make bench         models on this CPU against the peers people use, interleaved"
 	@echo "make bench-static  what the kernels compile to on four GPUs beside their floors; needs no GPU"
 	@echo "make bench-dev     models and ops, compared with the time they took before"
-	@echo "make bench-report  tables, pictures and README's figures from bench/results"
+	@echo "make bench-report  tables, pictures and the docs' figures from bench/results"
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,9 @@ demo: $(VENV)/.installed $(CHECKPOINT)/config.json
 	@printf '\n== a ragged batch, the way this machine runs it\n\n'
 	@mkdir -p $(DEMO)
 	$(BIN)/fastbert verify $(CHECKPOINT) --heatmap $(DEMO)/attentions.png
+	@printf '\n== a full and a ragged batch, with padding dropped (fastbert) and as it comes, beside Hugging Face\n\n'
+	$(BIN)/fastbert bench $(CHECKPOINT) --workload full --workload ragged --peer fastbert-auto --peer eager --peer sdpa \
+		--seconds 3
 
 test: $(VENV)/.installed $(CHECKPOINT)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile

@@ -19,7 +19,7 @@ from fastbert.benchmark.workloads import CPU_WORKLOADS
 from fastbert.benchmark.workloads import named as named_workloads
 from fastbert.inputs import InputError, parse_dtype
 
-PEERS = ("fastbert", "eager", "sdpa", "compile", "compile-freezing", "onnxruntime", "openvino")
+PEERS = ("fastbert", "fastbert-auto", "eager", "sdpa", "compile", "compile-freezing", "onnxruntime", "openvino")
 
 #: What is measured in bfloat16 too where nothing is asked for: compiling a peer takes longer than timing it.
 BFLOAT16 = ("full", "ragged")

@@ -34,7 +34,7 @@ from fastbert.cli.common import CHECKPOINT_VARIABLE, LOCAL_CHECKPOINT
 from fastbert.inputs import InputError
 from fastbert.verify.compare import compare
 
-PEERS = ("fastbert", "fastbert-graphed", "eager", "sdpa", "flash", "compile", "compile-max")
+PEERS = ("fastbert", "fastbert-auto", "fastbert-graphed", "eager", "sdpa", "flash", "compile", "compile-max")
 #: Of the section parity.
 CHECKPOINT = Path(os.environ.get(CHECKPOINT_VARIABLE, LOCAL_CHECKPOINT))
 #: Columns of what is not printed on a terminal.

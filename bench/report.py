@@ -1,7 +1,7 @@
-"""Tables and pictures of the committed results, and README's figures: `python -m bench.report`.
+"""Tables and pictures of the committed results, and the figures in docs: `python -m bench.report`.
 
 It reads every device under bench/results and writes README.md and the pictures there, and what stands between the two
-marks in the project's README. With --check it writes nothing and ends with 1 where these differ from the results.
+marks in docs/benchmarking.md. With --check it writes nothing and ends with 1 where these differ from the results.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import typer
 from bench import curves
 from bench.collect import Device, ResultsError, collect
 from bench.roofline import roofline
-from bench.tables import page, provenance, readme_block
+from bench.tables import page, provenance, summary_block
 from fastbert.benchmark.plots import speedup_bars
 
 RESULTS = Path("bench/results")
@@ -77,24 +77,24 @@ def _note(facts: dict[str, Any]) -> str:
     return f"{facts['device']}, {provenance(facts, short=True)}"
 
 
-def texts(folder: Path, readme: Path, devices: list[Device]) -> dict[Path, str]:
+def texts(folder: Path, summary: Path, devices: list[Device]) -> dict[Path, str]:
     """What the files that are made of the results must hold.
 
     Args:
         folder: of the results.
-        readme: the project's, with both marks.
+        summary: the page of docs, with both marks.
         devices: what is in the folder.
 
     Raises:
-        ResultsError: when the README cannot be read or has not both marks, once each.
+        ResultsError: when that page cannot be read or has not both marks, once each.
     """
     try:
-        around = readme.read_text(encoding="utf-8")
+        around = summary.read_text(encoding="utf-8")
     except OSError as error:
-        raise ResultsError(f"cannot read {str(readme)!r}: {error.strerror}") from error
+        raise ResultsError(f"cannot read {str(summary)!r}: {error.strerror}") from error
     if around.count(BEGIN) != 1 or around.count(END) != 1 or around.index(BEGIN) > around.index(END):
         raise ResultsError(
-            f"{str(readme)!r} needs {BEGIN} and, after it, {END}, once each: the figures go between them"
+            f"{str(summary)!r} needs {BEGIN} and, after it, {END}, once each: the figures go between them"
         )
     found = {device.folder: pictures(device) for device in devices}
     everything = page(
@@ -102,22 +102,22 @@ def texts(folder: Path, readme: Path, devices: list[Device]) -> dict[Path, str]:
         {name: [f"{name}/{picture}" for picture in pictures.drawn] for name, pictures in found.items()},
         {name: pictures.absent for name, pictures in found.items()},
     )
-    way = Path(os.path.relpath(folder, readme.parent)).as_posix()
+    way = Path(os.path.relpath(folder, summary.parent)).as_posix()
     links = {name: f"{way}/{name}/{SPEEDUP}" for name, pictures in found.items() if SPEEDUP in pictures.drawn}
-    block = readme_block(devices, links, f"{way}/README.md")
+    block = summary_block(devices, links, f"{way}/README.md")
     before, after = around.split(BEGIN)[0], around.split(END)[1]
-    return {folder / "README.md": everything, readme: f"{before}{BEGIN}\n{block}{END}{after}"}
+    return {folder / "README.md": everything, summary: f"{before}{BEGIN}\n{block}{END}{after}"}
 
 
-def check(folder: Path, readme: Path) -> list[str]:
-    """Where README, the tables and the pictures disagree with the results: one line each, none when all is well.
+def check(folder: Path, summary: Path) -> list[str]:
+    """Where the docs, the tables and the pictures disagree with the results: one line each, none when all is well.
 
     A picture counts as right when it is there: it is drawn together with the tables.
     """
     devices = collect(folder)
     wrong = [
         f"{path} does not agree with the results"
-        for path, text in texts(folder, readme, devices).items()
+        for path, text in texts(folder, summary, devices).items()
         if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]
     for device in devices:
@@ -128,10 +128,10 @@ def check(folder: Path, readme: Path) -> list[str]:
     return wrong
 
 
-def write(folder: Path, readme: Path) -> list[Path]:
-    """Write tables, pictures and README's figures, and say which; pictures that can no longer be drawn go."""
+def write(folder: Path, summary: Path) -> list[Path]:
+    """Write tables, pictures and the figures in docs, and say which; pictures that can no longer be drawn go."""
     devices = collect(folder)
-    content = texts(folder, readme, devices)
+    content = texts(folder, summary, devices)
     written = []
     for device in devices:
         drawn = pictures(device).drawn
@@ -146,18 +146,18 @@ def write(folder: Path, readme: Path) -> list[Path]:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Holds a folder of results for each device.")] = RESULTS,
-    readme: Annotated[Path, typer.Option(help="Whose figures to fill in.")] = Path("README.md"),
+    summary: Annotated[Path, typer.Option(help="Whose figures to fill in.")] = Path("docs/benchmarking.md"),
     only_check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 1 where files differ.")] = False,
 ) -> None:
-    """Turn results into tables, pictures and README's figures. Exit code 2: there is something else than results."""
+    """Turn results into tables, pictures and the figures in docs. Exit code 2: there is something else than results."""
     try:
         if only_check:
-            if wrong := check(folder, readme):
+            if wrong := check(folder, summary):
                 typer.echo("\n".join(wrong) + "\nrun `python -m bench.report` and commit what it writes", err=True)
                 raise typer.Exit(1)
-            typer.echo("README, tables and pictures agree with the results")
+            typer.echo("docs, tables and pictures agree with the results")
         else:
-            typer.echo("\n".join(map(str, write(folder, readme))))
+            typer.echo("\n".join(map(str, write(folder, summary))))
     except ResultsError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -1,4 +1,4 @@
-"""Committed results as Markdown: one page with everything, and the short tables of the README."""
+"""Committed results as Markdown: one page with everything, and the short tables of docs/benchmarking.md."""
 
 import math
 import re
@@ -30,8 +30,8 @@ Each ratio is a peer's median time over fastbert's in one interleaved run: above
 fastbert's time over the least that the work can take at the device's own measured limits."""
 
 
-def readme_block(devices: Sequence[Device], link: Mapping[str, str], page: str) -> str:
-    """What README shows.
+def summary_block(devices: Sequence[Device], link: Mapping[str, str], page: str) -> str:
+    """What the page of docs shows.
 
     Args:
         devices: the results.

@@ -3,16 +3,20 @@
 Every row keeps its columns and gets two more: `embedding`, and `problem`, which is null unless the text is null, empty
 or not UTF-8; the embedding is then NaN. On one machine, with two workers:
 
-    pip install 'fastbert[encode]' 'ray[data]'
+    pip install pyarrow 'ray[data]'
     python examples/encode_ray.py path/to/checkpoint texts.parquet --column text --out embedded --workers 2
 
 The folder written holds Parquet files, which together have the rows in the order of the input. On a cluster, paths have
 to mean the same on every machine.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+
+if missing := [name for name in ("pyarrow", "ray") if importlib.util.find_spec(name) is None]:
+    raise SystemExit(f"error: {' and '.join(missing)} not installed: pip install pyarrow 'ray[data]'")
 
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -56,14 +60,19 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Actors, each with a model.")] = 2,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs for each actor.")] = 0.0,
     rows: Annotated[int, typer.Option(min=1, help="Rows given to an actor at a time, and in a file written.")] = 8192,
-    pooling: Annotated[str, typer.Option(help="mean or cls.")] = "mean",
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
+    pooling: Annotated[
+        str | None, typer.Option(help="Such as mean or cls. Default: the folder's, else mean.", show_default=False)
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(help="Scale embeddings to length 1. Default: as the folder does, else not.", show_default=False),
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: this machine.")] = None,
 ) -> None:
     """Embed INPUT on Ray. Exit code 0: every row has an embedding; 1: there are bad rows; 2: bad input."""
     from fastbert.encode import POOLINGS
 
-    if pooling not in POOLINGS:
+    if pooling is not None and pooling not in POOLINGS:
         fail(f"unknown pooling {pooling!r}: choose from {', '.join(POOLINGS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fail(f"--out {str(out)!r} is not an empty folder: choose another")

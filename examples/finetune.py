@@ -205,6 +205,9 @@ def main(
     for name, losses in list(curves.items())[1:]:
         apart = max(abs(a - b) for a, b in zip(losses, curves["fastbert"], strict=True))
         console.print(f"fastbert and {name}: at no step are the losses further apart than {apart:.1e}")
+    drops = max(config.hidden_dropout_prob, config.attention_probs_dropout_prob) > 0
+    if drops and len(curves) > 1:
+        console.print("(the two draw dropout differently, as two seeds do; with --dropout 0 they agree to rounding)")
     plot_losses(curves, output / "loss.png")
     console.print(f"model: {output / 'model'} (loads in plain transformers too)\nplot:  {output / 'loss.png'}")
 

@@ -3,7 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .namesake import warn_of_namesake
+
 if TYPE_CHECKING:
+    from . import attribution as attribution
     from . import distill as distill
     from . import encode as encode
     from .auto import AutoModel as AutoModel
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from .modules.explaining import Explanation as Explanation
 
 __version__ = "0.1.0"
+
+warn_of_namesake()
 
 #: Each family's module, with what its classes begin with, and with the ends that they have beside "Model".
 _HEADS = (
@@ -66,7 +71,7 @@ _HOMES |= {f"AutoModel{end}": "auto" for end in ("", *_HEADS, "ForNextSentencePr
 _HOMES |= {start + end: f"families.{module}" for module, (start, ends) in _FAMILIES.items() for end in ("Model", *ends)}
 
 #: Packages and modules of public names, loaded likewise.
-_MODULES = ("distill", "encode")
+_MODULES = ("attribution", "distill", "encode")
 
 __all__ = sorted([*_HOMES, *_MODULES])
 

@@ -17,7 +17,7 @@ def new_figure(width: float, height: float, dpi: int) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'fastbert[plot]'") from error
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
     return Figure(figsize=(width, height), dpi=dpi, facecolor="white")
 
 

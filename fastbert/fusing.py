@@ -13,7 +13,7 @@ from torch import nn
 
 from . import families
 from .modules.attention import FusedSelfAttention
-from .modules.explaining import Explanation, explain_encoder
+from .modules.explaining import Explanation, describe_backend, explain_encoder
 from .modules.heads import FusedHead, FusedMaskedLM
 from .modules.model import EncoderModel
 from .modules.packing import check_packing, describe_padding, masked_reader
@@ -207,12 +207,12 @@ def explain(model: nn.Module) -> Explanation:
     heads = {id(module.base_model): module for module in model.modules() if isinstance(module, FusedHead)}
     with as_if_gathered():
         parts = [part for encoder in encoders for part in explain_encoder(encoder, _context(encoder))]
+        fused = [encoder for encoder in encoders if _context(encoder) is None]
+        backends = [describe_backend(next(encoder.parameters())) for encoder in fused]
         padding = [
-            describe_padding(encoder, getattr(heads.get(id(encoder)), "reads", encoder.reads))
-            for encoder in encoders
-            if _context(encoder) is None
+            describe_padding(encoder, getattr(heads.get(id(encoder)), "reads", encoder.reads)) for encoder in fused
         ]
-    return Explanation(tuple(parts), tuple(padding))
+    return Explanation(tuple(parts), tuple(padding), tuple(backends))
 
 
 def _context(encoder: Any) -> str | None:

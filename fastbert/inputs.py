@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from fastbert.families import MODEL_TYPES
@@ -206,6 +206,33 @@ def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[PreTrain
     check_finite(bert, name)
     check_tokenizer(tokenizer, config.vocab_size, name)
     return bert, tokenizer
+
+
+def load_classifier(model: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """Hugging Face's eager classifier of sequences in float32 on the CPU, in eval mode, and its tokenizer.
+
+    Raises:
+        InputError: when there is none with a tokenizer under that name, when weights miss, those of the classifier
+            among them, and when one is not finite.
+    """
+    config = load_config(model)
+    name = str(model)
+    try:
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            model, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+        classifier, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # every storage format has its own way of being broken
+        raise InputError(f"cannot load {name!r}: {_in_one_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{name!r} is no classifier of sequences: {len(missing)} weights miss, as {missing[0]}; name a folder that "
+            "was saved after fine-tuning one"
+        )
+    check_finite(classifier, name)
+    check_tokenizer(tokenizer, config.vocab_size, name)
+    return classifier.eval(), tokenizer
 
 
 def check_finite(bert: torch.nn.Module, name: str) -> None:

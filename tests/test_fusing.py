@@ -14,6 +14,7 @@ from transformers.models.bert import modeling_bert as hf
 import fastbert
 from fastbert import notices
 from fastbert.modules.packing import find_strangers
+from fastbert_kernels import backend
 
 
 def plain_model(**changes: object) -> transformers.BertModel:
@@ -117,7 +118,8 @@ def test_fuse_reaches_inside_and_explains() -> None:
     assert type(model.inner) is fastbert.BertForTokenClassification
     explained = str(fastbert.explain(model)).splitlines()
     assert explained[0] == "every part is fused: embeddings and 2 layers"
-    assert explained[1:] == ["padding is dropped where there are labels, and every one at padding is -100"]
+    assert explained[1].startswith("what is fused runs as plain PyTorch on this CPU")
+    assert explained[2:] == ["padding is dropped where there are labels, and every one at padding is -100"]
     assert type(fastbert.unfuse(model).inner) is transformers.BertForTokenClassification
 
 
@@ -189,6 +191,37 @@ def test_a_wrapped_linear_is_called_and_the_rest_stays_fused(name: str) -> None:
     assert notes == [(1, f"{attribute} (LowRank) called as a module")]
     fused(x, mask).last_hidden_state.sum().backward()
     assert fused.encoder.layer[1].get_submodule(name).up.weight.grad is not None
+
+
+def test_explain_says_once_what_layers_have_in_common() -> None:
+    model = fastbert.fuse(plain_model(num_hidden_layers=4))
+    for i in (0, 1, 3):
+        model.encoder.layer[i].output.dense = LowRank(model.encoder.layer[i].output.dense)
+    rows = [line.split("│")[1:-1] for line in str(fastbert.explain(model)).splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        [layers, "output", "fused", "dense (LowRank) called as a module"] for layers in ("0-1", "3")
+    ]
+    assert [part.layer for part in fastbert.explain(model).parts if part.reason] == [0, 1, 3]
+
+
+def test_explain_names_a_weight_of_another_kind() -> None:
+    class Quantized(nn.Parameter):
+        pass
+
+    model = fastbert.fuse(plain_model())
+    dense = model.encoder.layer[0].output.dense
+    dense.weight = Quantized(dense.weight.detach())
+    assert "dense (Linear whose weight is Quantized) called as a module" in str(fastbert.explain(model))
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_explain_names_the_backend(device: torch.device, name: str) -> None:
+    model = fastbert.fuse(plain_model()).to(device)
+    where = "this CPU" if device.type == "cpu" else "cuda:0"
+    kernels = f"Triton kernels, interpreted, on {where}" if device.type == "cpu" else f"Triton kernels on {where}"
+    with backend(name):
+        found = fastbert.explain(model).backends
+    assert found == (kernels if name == "triton" else f"plain PyTorch on {where}",)
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,11 @@ _ONNX_RUNTIMES = {
     "openvino": ("openvino", "onnx", "onnxscript"),
 }
 
-#: What each name stands for.
+#: What each name stands for. "fastbert" drops padding (`packing=True`), as people choose who read tokens only; as it
+#: comes (`packing="auto"`) it drops padding where nobody reads its rows, so a bare encoder keeps it.
 CONTENDERS = {
     "fastbert": "fastbert",
+    "fastbert-auto": "fastbert as it comes",
     "eager": "HF eager",
     "sdpa": "HF sdpa",
     "flash": "HF flash_attention_2",
@@ -87,7 +89,7 @@ def missing(name: str, *, task: Task, attentions: bool, dtype: torch.dtype, devi
     if name in _ONNX_RUNTIMES:
         absent = [package for package in _ONNX_RUNTIMES[name] if not importlib.util.find_spec(package)]
         if absent:
-            return f"{', '.join(absent)} not installed: pip install 'fastbert[bench]'"
+            return f"{', '.join(absent)} not installed: pip install {' '.join(absent)}"
         if device.type != "cpu":
             return "compared on a CPU only"
         if task != "forward":
@@ -117,6 +119,8 @@ def build(
         return _onnx(name, module, attentions), module
     if name == "fastbert":
         return fuse(module, packing=True), module
+    if name == "fastbert-auto":
+        return fuse(module), module
     if name == "fastbert-graphed":
         return graphed(fuse(module, packing=True), BUCKETS, MAX_SEQUENCES), module
     if name != "eager" and not attentions:  # only eager attention returns its maps

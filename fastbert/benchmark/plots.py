@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 #: One colour for each contender in every picture.
 COLOURS = {
     "fastbert": "#c2185b",
+    "fastbert-auto": "#7b1fa2",
     "eager": "#7f8c8d",
     "sdpa": "#3b75af",
     "flash": "#39a0a0",

@@ -73,7 +73,7 @@ class Group:
     @property
     def best_peer(self) -> Row | None:
         """The quickest of the others."""
-        peers = [row for name, row in self.timed.items() if name != "fastbert"]
+        peers = [row for name, row in self.timed.items() if not name.startswith("fastbert")]
         return min(peers, key=_median, default=None)
 
     def speedup(self, contender: str) -> float | None:

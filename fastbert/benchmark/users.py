@@ -22,8 +22,8 @@ from .workloads import named as named_workloads
 #: Without --workload, where the lengths are not the user's.
 _DEFAULT = {"cpu": ("full", "ragged", "finetune-ragged"), "cuda": ("full-512", "ragged-384", "one-128", "finetune-128")}
 _PEERS = {
-    "cpu": ("fastbert", "eager", "sdpa", "compile", "onnxruntime"),
-    "cuda": ("fastbert", "eager", "sdpa", "flash", "compile"),
+    "cpu": ("fastbert", "fastbert-auto", "eager", "sdpa", "compile", "onnxruntime"),
+    "cuda": ("fastbert", "fastbert-auto", "eager", "sdpa", "flash", "compile"),
 }
 
 

@@ -101,7 +101,7 @@ def check_targets(json_file: str | None, picture: tuple[str, Path | None]) -> No
     """
     option, png = picture
     if png is not None and importlib.util.find_spec("matplotlib") is None:
-        fail(f"{option} needs matplotlib, which is not installed: pip install 'fastbert[plot]'")
+        fail(f"{option} needs matplotlib, which is not installed: pip install matplotlib")
     if png is not None and png.suffix.lower() != ".png":
         fail(f"{option} {str(png)!r} is not a PNG: let its name end in .png")
     for name, target in (("--json", json_file), (option, png)):

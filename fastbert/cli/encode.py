@@ -3,12 +3,13 @@
 import contextlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import INTERRUPTED, check_writable, fail, printable, quiet
+from .common import INTERRUPTED, check_unicode, check_writable, fail, printable, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,24 +19,67 @@ if TYPE_CHECKING:
     from fastbert.encode.files import Summary
 
 
-#: What a run that stops ends with saying.
-_KEPT = "; what is finished is kept, the same command goes on from there"
+@dataclass
+class _Work:
+    """How far a run is.
+
+    Attributes:
+        folder: where what is finished waits.
+        earlier: whether an earlier run has left it.
+        done, rows: how many rows are finished, and how many there are.
+    """
+
+    folder: Path
+    earlier: bool
+    done: int = 0
+    rows: int = 0
+
+    def kept(self) -> str:
+        """What a run that stops ends with saying."""
+        again = "the same command goes on from there"
+        if self.done:
+            return f"; {self.done:,} of {self.rows:,} rows are finished and kept in {printable(self.folder)}, {again}"
+        if self.earlier:
+            return f"; what an earlier run finished is kept in {printable(self.folder)}, {again}"
+        return "; nothing was finished"
 
 
 def encode(
     model: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint, or a name on the Hugging Face hub.")],
     input_file: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="A .csv or .parquet file, or any other of UTF-8 text, one a line.")
+        Path,
+        typer.Argument(
+            metavar="INPUT", help="A .csv, .tsv, .jsonl or .parquet file, or any other of UTF-8 text lines."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The Parquet file to write; replaced when all is done, never before.")],
     column: Annotated[
-        str | None, typer.Option(help="Of a CSV or Parquet file. Default: its only column of text.", show_default=False)
+        str | None, typer.Option(help="Of a file with columns. Default: its only column of text.", show_default=False)
     ] = None,
-    pooling: Annotated[str, typer.Option(help="mean or cls.")] = "mean",
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            help="mean, cls, max, mean_sqrt_len_tokens, weightedmean or lasttoken. Default: the folder's, else mean.",
+            show_default=False,
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(help="Scale embeddings to length 1. Default: as the folder does, else not.", show_default=False),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Stands before each text. Default: the folder's default prompt.", show_default=False),
+    ] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="One of the folder's prompts, such as query.", show_default=False)
+    ] = None,
     keep_text: Annotated[bool, typer.Option("--keep-text", help="Write the text beside its embedding.")] = False,
     max_length: Annotated[
-        int | None, typer.Option(help="Cut texts to this many tokens. Default: what the model takes.")
+        int | None,
+        typer.Option(
+            help="Cut texts to this many tokens. Default: the folder's, else what the model takes.", show_default=False
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch.")] = 8192,
     dtype: Annotated[
@@ -45,15 +89,19 @@ def encode(
 ) -> None:
     """Embed every row of a file into a Parquet file, in its order: columns row (from 0), embedding and problem.
 
+    What a folder of sentence-transformers says of its pooling, normalization, length and prompt is done, unless an
+    option says otherwise.
+
     Whatever stops it, the same command goes on where it stopped: what is finished waits in OUT.parts. A bad row (empty,
-    null, not UTF-8, with NUL characters, with more or fewer cells than a CSV file's heading, with an embedding that is
-    not finite) is reported, its problem is named, its embedding is NaN, and the rest goes on.
+    null, not UTF-8, with NUL characters, with more or fewer cells than a CSV file's heading, no JSON object, with an
+    embedding that is not finite) is reported, its problem is named, its embedding is NaN, and the rest goes on. Texts
+    that are cut are counted.
 
     Exit code 0: every row has an embedding; 1: there are bad rows; 2: the input cannot be used, or it had to stop;
     130: interrupted.
     """
     if importlib.util.find_spec("pyarrow") is None:
-        fail("encode needs pyarrow, which is not installed: pip install 'fastbert[encode]'")
+        fail("encode needs pyarrow, which is not installed: pip install pyarrow")
     _check_paths(input_file, out)
 
     from rich.console import Console
@@ -63,25 +111,33 @@ def encode(
     from fastbert.encode.rows import Texts
 
     console = Console(stderr=True, highlight=False)
-    with _stops():
+    if prompt is not None:
+        check_unicode("--prompt", prompt)
+    folder = out.with_name(f"{out.name}.parts")
+    work = _Work(folder, folder.exists())
+    with _stops(work):
         texts = Texts(input_file, column)
         with quiet(), console.status("starting ..."):
             encoder = Encoder(
                 model,
                 pooling=pooling,
                 normalize=normalize,
+                prompt=prompt,
+                prompt_name=prompt_name,
                 max_length=max_length,
                 tokens=tokens,
                 dtype=dtype,
                 device=device,
             )
-        with _progress(console) as tell:
+        with _progress(console, work) as tell:
             summary = encode_file(encoder, texts, out, keep_text=keep_text, tell=tell)
+    if summary.cut:
+        console.print(f"{summary.cut:,} texts are longer than {encoder.max_length} tokens: their ends were cut off")
     _show(console, summary, f"embeddings of {encoder.hidden} numbers: {printable(out)}")
 
 
 @contextlib.contextmanager
-def _stops() -> "Iterator[None]":
+def _stops(work: _Work) -> "Iterator[None]":
     """End with one line, and the exit code that belongs to it, for whatever stops the work."""
     import torch
 
@@ -92,11 +148,11 @@ def _stops() -> "Iterator[None]":
     except InputError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"stopped: {error.strerror or error}{_KEPT}")
+        fail(f"stopped: {error.strerror or error}{work.kept()}")
     except torch.OutOfMemoryError:
-        fail(f"stopped: out of memory: give fewer --tokens to a batch{_KEPT}")
+        fail(f"stopped: out of memory: give fewer --tokens to a batch{work.kept()}")
     except KeyboardInterrupt:
-        typer.echo(f"stopped: interrupted{_KEPT}", err=True)
+        typer.echo(f"stopped: interrupted{work.kept()}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -120,7 +176,7 @@ def _show(console: "Console", summary: "Summary", written: str) -> None:
 def _check_paths(input_file: Path, out: Path) -> None:
     """Fail before the work on paths that cannot be read or written."""
     if not os.path.isfile(input_file):
-        fail(f"no file {str(input_file)!r}: name a .csv, .parquet or text file")
+        fail(f"no file {str(input_file)!r}: name a .csv, .tsv, .jsonl, .parquet or text file")
     if out.suffix.lower() != ".parquet":
         fail(f"--out {str(out)!r} is not a Parquet file: let its name end in .parquet")
     check_writable("--out", out)
@@ -130,11 +186,16 @@ def _check_paths(input_file: Path, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _progress(console: "Console") -> "Iterator[Callable[[int, int], None]]":
+def _progress(console: "Console", work: _Work) -> "Iterator[Callable[[int, int], None]]":
     """A bar, while it lasts, that is told how many rows are done, and how many there are."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("embedding", total=None)
-        yield lambda done, rows: progress.update(bar, completed=done, total=rows)
+
+        def tell(done: int, rows: int) -> None:
+            work.done, work.rows = done, rows
+            progress.update(bar, completed=done, total=rows)
+
+        yield tell

@@ -1,4 +1,4 @@
 """Embeddings of text in bulk: `Encoder`. Files of any size are in `files`, which needs the `encode` extra."""
 
-from .encoder import POOLINGS as POOLINGS
 from .encoder import Encoder as Encoder
+from .pooling import POOLINGS as POOLINGS

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastbert.families import MODELS, longest_text
@@ -29,6 +28,9 @@ from fastbert.inputs import (
 from fastbert.modules.model import EncoderModel
 from fastbert.modules.swap import is_decoder
 
+from .pooling import POOLINGS, pool
+from .recipe import Recipe, read_recipe
+
 #: Tokens of a batch: enough to keep the products of a GPU busy, few enough for the memory of any.
 TOKENS = 8192
 
@@ -36,30 +38,19 @@ TOKENS = 8192
 _NAMES = ("_name_or_path", "name_or_path", "transformers_version", "is_local", "local_files_only")
 
 
-def _mean(hidden: Tensor, lengths: Tensor) -> Tensor:
-    return torch.segment_reduce(hidden, "mean", lengths=lengths)
-
-
-def _first(hidden: Tensor, lengths: Tensor) -> Tensor:
-    return hidden if len(hidden) == len(lengths) else hidden[lengths.cumsum(0) - lengths]
-
-
-#: Pooling -> packed hidden states (tokens, hidden), for `cls` those of first tokens if no others were computed, and
-#: lengths (texts,) to embeddings (texts, hidden).
-POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _mean, "cls": _first}
-
-
-@dataclass(frozen=True)
+@dataclass
 class PackedTexts:
     """Texts that go through the model together.
 
     Attributes:
         rows: their places in the list they came from, longest text first.
         ids: each one's tokens, special ones included.
+        cut: their number that lost their end to the length limit.
     """
 
-    rows: list[int]
-    ids: list[list[int]]
+    rows: list[int] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+    cut: int = 0
 
 
 class Encoder:
@@ -68,20 +59,25 @@ class Encoder:
     The batches depend only on the texts and the settings, so the same texts give the same bits on the same machine.
 
     Args:
-        model: a folder saved by transformers or sentence-transformers, a name on the Hugging Face hub, or a
-            encoder model of one of the families, which is then fused in place.
+        model: a folder saved by transformers or sentence-transformers, a name on the Hugging Face hub, or an encoder
+            model of one of the families, which is then fused in place. What a folder of sentence-transformers says of
+            its pooling, normalization, length and prompt is done, unless it is said here.
         tokenizer: only with an encoder model: its tokenizer.
-        pooling: `mean` of a text's tokens, special ones included, or `cls`, the first of them.
-        normalize: scale embeddings to length 1.
-        max_length: texts are cut to this many tokens. Default: what the model takes.
+        pooling: one of `POOLINGS`: `mean` of a text's tokens, special ones included, `cls`, the first of them, and so
+            on. Default: the folder's, else `mean`.
+        normalize: scale embeddings to length 1. Default: the folder's, else not.
+        max_length: texts are cut to this many tokens. Default: the folder's, else what the model takes.
+        prompt: stands before each text. Default: the folder's default one, if it has one.
+        prompt_name: of one of the folder's prompts, in place of `prompt`.
         tokens: of a batch; a longer text is a batch of its own.
         dtype: float32, float16 or bfloat16, what the model computes in. Embeddings are pooled in float32.
         device: cpu, cuda or cuda:N. Default: the GPU if there is one.
 
     Raises:
-        InputError: for an unknown pooling, dtype or device, a length or a number of tokens out of range, when there is
-            no such checkpoint, and for one that cannot be used: with a tokenizer that does not fit, or a weight that is
-            not finite in that dtype.
+        InputError: for an unknown pooling, dtype, device or prompt, a length or a number of tokens out of range, when
+            there is no such checkpoint, for one that cannot be used: with a tokenizer that does not
+            fit, or a weight that is not finite in that dtype; and for a folder of sentence-transformers that asks for
+            what cannot be done.
     """
 
     def __init__(
@@ -89,19 +85,22 @@ class Encoder:
         model: str | os.PathLike[str] | PreTrainedModel,
         tokenizer: Any = None,
         *,
-        pooling: str = "mean",
-        normalize: bool = False,
+        pooling: str | None = None,
+        normalize: bool | None = None,
         max_length: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         tokens: int = TOKENS,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device | None = None,
     ) -> None:
-        if pooling not in POOLINGS:
+        if pooling is not None and pooling not in POOLINGS:
             raise InputError(f"unknown pooling {pooling!r}: choose from {', '.join(POOLINGS)}")
         if tokens < 1:
             raise InputError(f"a batch of {tokens} tokens holds no text: give at least 1")
         self.dtype, self.device = parse_dtype(dtype), parse_device(device)
         check_backend(self.dtype, self.device)
+        recipe = Recipe()
         if isinstance(model, MODELS):
             if tokenizer is None:
                 raise InputError("an encoder model comes without a tokenizer: pass its tokenizer too")
@@ -111,10 +110,16 @@ class Encoder:
             raise InputError(f"{str(model)!r} brings its own tokenizer: pass a tokenizer with an encoder model only")
         else:
             bert, tokenizer = load(model)
+            recipe = read_recipe(model)
             name = str(model)
             if hasattr(bert, "pooler"):
                 bert.pooler = None
-        length = check_max_length(max_length, int(min(longest_text(bert), tokenizer.model_max_length)))
+        self.poolings = recipe.poolings if pooling is None else (pooling,)
+        self.normalize = recipe.normalize if normalize is None else normalize
+        self.prompt = _choose_prompt(recipe, prompt, prompt_name)
+        longest = int(min(longest_text(bert), tokenizer.model_max_length))
+        asked = max_length if max_length is not None or recipe.max_length is None else min(recipe.max_length, longest)
+        self.max_length = check_max_length(asked, longest)
         self.bert = fuse(bert).to(self.device, self.dtype).eval()
         check_finite(self.bert, name)  # in its dtype: float16 ends at 65504
         if not isinstance(self.bert, EncoderModel) or is_decoder(bert):
@@ -122,13 +127,13 @@ class Encoder:
                 f"{type(bert).__name__} is a decoder or overrides Hugging Face's class: "
                 "only fused ones take packed text"
             )
-        self.tokenizer = tokenizer
-        self.pooling, self.normalize, self.max_length, self.tokens = pooling, normalize, length, tokens
+        self.tokenizer = _lowering(tokenizer) if recipe.lower else tokenizer
+        self.tokens = tokens
 
     @property
     def hidden(self) -> int:
         """Numbers in an embedding."""
-        return self.bert.config.hidden_size
+        return self.bert.config.hidden_size * len(self.poolings)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Embed texts: float32 (texts, hidden), in their order.
@@ -155,13 +160,14 @@ class Encoder:
         """
         if not len(texts):
             return []
-        ids: list[list[int]] = self.tokenizer(
-            list(texts),
+        encoded = self.tokenizer(
+            [self.prompt + text for text in texts],
             truncation=True,
             max_length=self.max_length,
             return_attention_mask=False,
             return_token_type_ids=False,
-        )["input_ids"]
+        )
+        ids: list[list[int]] = encoded["input_ids"]
         for row, tokens in enumerate(ids):
             if not tokens:
                 raise InputError(f"texts[{row}] has no tokens ({texts[row]!r:.60}): use a tokenizer that adds [CLS]")
@@ -169,12 +175,19 @@ class Encoder:
         left = 0
         for row in sorted(range(len(ids)), key=lambda row: -len(ids[row])):
             if not batches or len(ids[row]) > left:
-                batches.append(PackedTexts([], []))
+                batches.append(PackedTexts())
                 left = self.tokens
             batches[-1].rows.append(row)
             batches[-1].ids.append(ids[row])
+            batches[-1].cut += len(ids[row]) == self.max_length and self._is_cut(encoded, row, texts)
             left -= len(ids[row])
         return batches
+
+    def _is_cut(self, encoded: Any, row: int, texts: Sequence[str]) -> bool:
+        """Whether a text, tokenized to the length limit, is longer than that."""
+        if encoded.is_fast:
+            return bool(encoded.encodings[row].overflowing)
+        return len(self.tokenizer(self.prompt + texts[row], verbose=False)["input_ids"]) > self.max_length
 
     @torch.inference_mode()
     def embed(self, batch: PackedTexts) -> np.ndarray:
@@ -189,9 +202,9 @@ class Encoder:
             cu_seq_lens_k=cu_seqlens,
             max_length_q=longest,
             max_length_k=longest,
-            read_rows="first" if self.pooling == "cls" else "all",
+            read_rows="first" if self.poolings == ("cls",) else "all",
         ).last_hidden_state[0]
-        pooled = POOLINGS[self.pooling](hidden.float(), lengths.to(self.device))
+        pooled = pool(self.poolings, hidden.float(), lengths.to(self.device))
         if self.normalize:
             pooled = F.normalize(pooled)
         return pooled.cpu().numpy()
@@ -205,12 +218,44 @@ class Encoder:
             "model": _digest_model(self.bert),
             "config": _digest_config(self.bert.config),
             "tokenizer": _digest_tokenizer(self.tokenizer),
-            "pooling": self.pooling,
+            "pooling": "+".join(self.poolings),
             "normalize": self.normalize,
+            "prompt": self.prompt,
             "max_length": self.max_length,
             "tokens": self.tokens,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+def _choose_prompt(recipe: Recipe, prompt: str | None, name: str | None) -> str:
+    """What stands before each text."""
+    if prompt is not None and name is not None:
+        raise InputError("a prompt and the name of one are two prompts: give one of them")
+    if name is not None and name not in recipe.prompts:
+        known = ", ".join(recipe.prompts) or "none"
+        raise InputError(f"no prompt {name!r} in config_sentence_transformers.json: it has {known}")
+    if prompt is None:
+        chosen = recipe.prompt if name is None else name
+        prompt = "" if chosen is None else recipe.prompts[chosen]
+    if not is_unicode(prompt):
+        raise InputError(f"the prompt {prompt!r:.60} is not UTF-8: give it text in UTF-8")
+    if prompt and not recipe.pools_prompt:
+        raise InputError(
+            "this model leaves the tokens of its prompt out of the pooling, which encode cannot do: embed by "
+            "sentence-transformers itself, after fastbert.fuse(model)"
+        )
+    return prompt
+
+
+def _lowering(tokenizer: Any) -> Any:
+    """A tokenizer that makes texts lower case before all else."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    if not tokenizer.is_fast:
+        raise InputError("do_lower_case in sentence_bert_config.json needs a tokenizer with a tokenizer.json")
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = Sequence([Lowercase(), *([] if backend.normalizer is None else [backend.normalizer])])
+    return tokenizer
 
 
 def _digest_model(bert: torch.nn.Module) -> str:

@@ -37,12 +37,14 @@ class Summary:
     Attributes:
         rows: how many the input has.
         resumed: how many of them an earlier run had finished.
+        cut: how many texts lost their end to the length limit.
         reasons: what is wrong -> how many rows it is wrong with.
         bad: the first `REMEMBERED` bad rows, counted from 0, and what is wrong with each.
     """
 
     rows: int = 0
     resumed: int = 0
+    cut: int = 0
     reasons: collections.Counter[str] = field(default_factory=collections.Counter)
     bad: list[tuple[int, str]] = field(default_factory=list)
 
@@ -111,7 +113,8 @@ def _embed_chunk(
     """Embed what is not finished of a chunk, whose first row is `start`. Returns how many rows were finished before."""
     good = [i for i, row in enumerate(rows) if isinstance(row, str)]
     done, resumed = start + len(rows) - len(good), 0
-    for k, batch in enumerate(encoder.batches([row for row in rows if isinstance(row, str)])):
+    batches = encoder.batches([row for row in rows if isinstance(row, str)])
+    for k, batch in enumerate(batches):
         places = [start + good[i] for i in batch.rows]
         if parts.has_batch(number, k, places):
             resumed += len(places)
@@ -119,7 +122,7 @@ def _embed_chunk(
             parts.add_batch(number, k, places, encoder.embed(batch))
         done += len(places)
         tell(done)
-    parts.add_chunk(number, start, len(rows))
+    parts.add_chunk(number, start, len(rows), sum(batch.cut for batch in batches))
     return resumed
 
 
@@ -156,6 +159,7 @@ def _write(
                 if problem is not None:
                     summary.note(summary.rows + i, problem)
             summary.rows += len(rows)
+            summary.cut += parts.cut(number)
     with path.open("rb+") as written:
         os.fsync(written.fileno())
 

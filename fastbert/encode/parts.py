@@ -17,7 +17,7 @@ import numpy as np
 from fastbert.inputs import InputError
 
 #: Of the folder: raised when what lies in it is read differently.
-FORMAT = 2
+FORMAT = 3
 
 #: All that a run makes, in the order in which it is deleted. Nothing else in the folder is touched.
 FILES = ("whole.parquet", "embeddings", "journal", "settings.json.part", "settings.json")
@@ -32,8 +32,8 @@ class Parts:
     """The folder of what is finished; used in a `with` block, which locks it.
 
     `settings.json` says of what run; `embeddings` holds float32 (rows, hidden) with each finished row at its place;
-    `journal` has a line `chunk batch checksum` for each finished batch, and `chunk -1 checksum` for each finished
-    chunk. A line is written after the embeddings it speaks of.
+    `journal` has a line `chunk batch checksum 0` for each finished batch, and `chunk -1 checksum cut` for each finished
+    chunk, in which `cut` texts lost their end. A line is written after the embeddings it speaks of.
 
     Args:
         folder: is made if it is not there.
@@ -58,7 +58,7 @@ class Parts:
                     self._begin(settings)
                 else:
                     _compare(folder, known, settings)
-                self._checksums = self._read_journal()
+                self._finished = self._read_journal()
                 self._data = os.open(folder / "embeddings", os.O_RDWR | os.O_CREAT, 0o666)
             except BaseException:
                 self._journal.close()
@@ -78,8 +78,8 @@ class Parts:
 
     def has_batch(self, chunk: int, batch: int, rows: Sequence[int]) -> bool:
         """Whether a batch with these rows of the file is finished, and there."""
-        checksum = self._checksums.get((chunk, batch))
-        return checksum is not None and checksum == zlib.crc32(b"".join(self._read(row, 1) for row in rows))
+        finished = self._finished.get((chunk, batch))
+        return finished is not None and finished[0] == zlib.crc32(b"".join(self._read(row, 1) for row in rows))
 
     def add_batch(self, chunk: int, batch: int, rows: Sequence[int], embeddings: np.ndarray) -> None:
         """Keep a finished batch: its rows and their embeddings, float32 (rows, hidden)."""
@@ -89,12 +89,16 @@ class Parts:
 
     def has_chunk(self, chunk: int, start: int, count: int) -> bool:
         """Whether all batches of a chunk, which is `count` rows from `start` on, are finished, and there."""
-        checksum = self._checksums.get((chunk, -1))
-        return checksum is not None and checksum == zlib.crc32(self._padded(start, count))
+        finished = self._finished.get((chunk, -1))
+        return finished is not None and finished[0] == zlib.crc32(self._padded(start, count))
 
-    def add_chunk(self, chunk: int, start: int, count: int) -> None:
-        """Note that a chunk is finished."""
-        self._note(chunk, -1, zlib.crc32(self._padded(start, count)))
+    def add_chunk(self, chunk: int, start: int, count: int, cut: int) -> None:
+        """Note that a chunk is finished, in which `cut` texts lost their end."""
+        self._note(chunk, -1, zlib.crc32(self._padded(start, count)), cut)
+
+    def cut(self, chunk: int) -> int:
+        """How many texts of a finished chunk lost their end."""
+        return self._finished[chunk, -1][1]
 
     def embeddings(self, chunk: int, start: int, count: int) -> np.ndarray:
         """A finished chunk, float32 (count, hidden); zeros where no batch had the row.
@@ -126,27 +130,27 @@ class Parts:
         written.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         written.replace(self.folder / "settings.json")
 
-    def _read_journal(self) -> dict[tuple[int, int], int]:
-        """(chunk, batch) -> the checksum of its embeddings."""
+    def _read_journal(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """(chunk, batch) -> the checksum of its embeddings, and how many texts were cut."""
         self._journal.seek(0)
         *lines, cut = self._journal.read().split(b"\n")
         if cut:  # by what ended the last run
             self._journal.truncate(sum(len(line) + 1 for line in lines))
-        checksums = {}
+        finished = {}
         for line in lines:
             try:
-                chunk, batch, checksum = map(int, line.split())
+                chunk, batch, checksum, cut_texts = map(int, line.split())
             except ValueError:
                 raise InputError(
                     f"the journal in {str(self.folder)!r} is damaged ({line[:40]!r} is no line of it): {_WAY_OUT}"
                 ) from None
-            checksums[chunk, batch] = checksum
-        return checksums
+            finished[chunk, batch] = checksum, cut_texts
+        return finished
 
-    def _note(self, chunk: int, batch: int, checksum: int) -> None:
-        line = b"%d %d %d\n" % (chunk, batch, checksum)
+    def _note(self, chunk: int, batch: int, checksum: int, cut: int = 0) -> None:
+        line = b"%d %d %d %d\n" % (chunk, batch, checksum, cut)
         _all(os.write(self._journal.fileno(), line), len(line))
-        self._checksums[chunk, batch] = checksum
+        self._finished[chunk, batch] = checksum, cut
 
     def _read(self, start: int, count: int) -> bytes:
         return os.pread(self._data, count * self._width, start * self._width)

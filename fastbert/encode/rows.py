@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from fastbert.inputs import InputError
 
 #: The longest cell of a CSV file, in characters; Python's own limit is 131,072.
 _LONGEST_CELL = 2**31 - 1
+
+#: Files with columns, by the end of their name; any other is of lines.
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+#: What stands between the cells of a line.
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,15 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 class Texts:
-    """The rows of a file, in its order: text lines, or a column of a `.csv` or `.parquet` file.
+    """The rows of a file, in its order: text lines, or a column of a `.csv`, `.tsv`, `.jsonl` or `.parquet` file.
 
-    Bytes that are not UTF-8, NUL characters, fewer or more cells than the heading make a row bad, not the file. Blank
-    lines are rows of a text file, and none of a CSV file.
+    Bytes that are not UTF-8, NUL characters, fewer or more cells than the heading, a line that is no JSON object or
+    lacks the column make a row bad, not the file. Blank lines are rows of a text file, and none of the others.
 
     Args:
-        path: the file; what it is follows from the end of its name.
-        column: of a CSV or Parquet file. Default: its only column of text.
+        path: the file; what it is follows from the end of its name. Cells of a `.tsv` file are quoted as in a `.csv`
+            file. Each line of a `.jsonl` file is a JSON object, and the first one says which columns there are.
+        column: of a file with columns. Default: its only column of text.
 
     Attributes:
         column: the column's name; empty for lines.
@@ -83,17 +90,22 @@ class Texts:
 
     def __init__(self, path: Path, column: str | None = None) -> None:
         self.path = path
-        self.kind = path.suffix.lower() if path.suffix.lower() in (".csv", ".parquet") else ".txt"
+        self.kind = path.suffix.lower() if path.suffix.lower() in _TABLES else ".txt"
         try:
             if self.kind == ".parquet":
                 with path.open("rb") as file:  # pyarrow itself opens names in UTF-8 only
                     schema = pq.read_schema(file)
                 self.column = _choose(path, column, schema.names, [f.name for f in schema if _is_text(f.type)])
                 check_column(pa.nulls(0, schema.field(self.column).type), self.column)
-            elif self.kind == ".csv":
+            elif self.kind in _SEPARATORS:
                 with self._open() as file:
                     header = next(self._records(file), [])
                 self.column = _choose(path, column, header, header)
+            elif self.kind == ".jsonl":
+                first = next(self._objects(), {})
+                if isinstance(first, Problem):
+                    raise InputError(f"cannot read {str(path)!r}: its first line is {first.reason}")
+                self.column = _choose(path, column, list(first), [k for k, v in first.items() if isinstance(v, str)])
             else:
                 with self._open() as file:
                     file.read(0)
@@ -116,13 +128,15 @@ class Texts:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def __iter__(self) -> Iterator[Row]:
-        return {".parquet": self._parquet, ".csv": self._csv, ".txt": self._lines}[self.kind]()
+        if self.kind in _SEPARATORS:
+            return self._cells()
+        return {".parquet": self._parquet, ".jsonl": self._values, ".txt": self._lines}[self.kind]()
 
     def _open(self) -> Any:
         with self.path.open("rb") as file:
             if file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
                 raise InputError(f"{str(self.path)!r} is UTF-16: save it as UTF-8, such as by iconv -f UTF-16 -t UTF-8")
-        newline = "" if self.kind == ".csv" else "\n"
+        newline = "" if self.kind in _SEPARATORS else "\n"
         return self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
     def _lines(self) -> Iterator[Row]:
@@ -130,7 +144,7 @@ class Texts:
             for line in file:
                 yield check(line.rstrip("\r\n"))
 
-    def _csv(self) -> Iterator[Row]:
+    def _cells(self) -> Iterator[Row]:
         with self._open() as file:
             records = self._records(file)
             header = next(records)
@@ -144,9 +158,9 @@ class Texts:
                     yield check(record[place])
 
     def _records(self, file: Any) -> Iterator[list[str]]:
-        """The records of a CSV file that are not blank lines."""
+        """The records of a CSV or TSV file that are not blank lines."""
         csv.field_size_limit(_LONGEST_CELL)
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, strict=True, delimiter=_SEPARATORS[self.kind])
         line = 1
         try:
             for record in reader:
@@ -158,6 +172,29 @@ class Texts:
                 f"cannot read {str(self.path)!r}, the record in line {line}: {error}; a quoted cell has to end in a "
                 "quote, and quotes inside it are doubled"
             ) from error
+
+    def _values(self) -> Iterator[Row]:
+        for found in self._objects():
+            if isinstance(found, Problem):
+                yield found
+                continue
+            value = found.get(self.column)
+            if value is None or isinstance(value, str):
+                yield check(value) if self.column in found else Problem(f"no {self.column!r}")
+            else:
+                yield Problem(f"{type(value).__name__}, not text")
+
+    def _objects(self) -> Iterator[dict[str, Any] | Problem]:
+        """The objects of a JSON Lines file, one a line that is not blank."""
+        with self._open() as file:
+            for line in file:
+                if not line.strip():
+                    continue
+                try:
+                    found = json.loads(line)
+                except (ValueError, RecursionError):
+                    found = None
+                yield found if isinstance(found, dict) else Problem("no JSON object")
 
     def _parquet(self) -> Iterator[Row]:
         try:

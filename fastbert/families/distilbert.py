@@ -62,7 +62,7 @@ class FFN(FusedIntermediate, hf.FFN):
     dense = property(lambda self: self._modules["lin1"])
     intermediate_act_fn = property(lambda self: self.activation)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - Hugging Face's name of it
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # as Hugging Face calls it
         return hf.FFN.forward(self, input)
 
 

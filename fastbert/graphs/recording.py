@@ -20,7 +20,7 @@ from fastbert_kernels.backend import check_mode, get_backend, why_no_kernels
 
 from .buckets import Arrays, make_buckets
 
-Run = Callable[[], torch.Tensor]
+Work = Callable[[], torch.Tensor]
 
 
 class Recorder(Protocol):
@@ -28,7 +28,7 @@ class Recorder(Protocol):
 
     device: torch.device
 
-    def record(self, run: Run) -> Run:
+    def record(self, run: Work) -> Work:
         """A function that does again what `run` does, and returns the tensor that holds the result until any recording
         of this recorder is replayed. Recording itself does nothing of it; `run` was called before, so that all is
         compiled and made that lasts."""
@@ -59,7 +59,7 @@ class CudaRecorder:
         self._capturing = torch.cuda.Stream(device)
         self._latest: torch.cuda.Stream | None = None
 
-    def record(self, run: Run) -> Run:
+    def record(self, run: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local"  # other threads may allocate meanwhile, as those of a server do
         with (
@@ -215,7 +215,7 @@ class Replayed:
     def _start(self) -> None:
         """Forget all recordings, and make what they share on the device where the model is now."""
         self._recorder.forget()  # waits for the recordings that are under way
-        self._recordings: dict[Hashable, Run] = {}
+        self._recordings: dict[Hashable, Work] = {}
         if self._recorder.device != self._bert.device:
             self._recorder = self._make_recorder(self._bert.device)
         self._recorder.follow()
@@ -248,7 +248,7 @@ class Replayed:
         """Whether what was recorded is as it was."""
         return self._watch is not None and not self._watch.moved() and not self._watch.changed()
 
-    def _record(self, key: Hashable, run: Run) -> None:
+    def _record(self, key: Hashable, run: Work) -> None:
         self._recordings[key] = self._recorder.record(run)
         self.captures += 1
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastbert.figures import new_figure, save_png
 
+from .checked import checked_maps
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABEL_POINTS = 6.0
-#: Inches a panel may have. Tokens get labels where the panel leaves a line of text to each.
+#: Inches a panel has, at least, and where its tokens are not named.
 _PANEL_INCHES = (1.15, 2.6)
+#: Inches that all panels side by side, or below each other, may have for the sake of names.
+_NAMED_INCHES = 40.0
 _LINE_INCHES = 1.35 * _LABEL_POINTS / 72
 _CHARACTER_INCHES = 0.62 * _LABEL_POINTS / 72  # monospaced
 #: Inches right of the panels, above them, and between two.
@@ -30,20 +34,22 @@ def attention_heatmap(
     tokens: Sequence[str],
     path: str | os.PathLike[str],
     *,
+    heads: Sequence[int] | None = None,
     sentence: int = 0,
     title: str = "Attention",
     dpi: int = 110,
 ) -> Path:
     """Draw one sentence's attention as a PNG: a row of panels per layer, a column per head, one colour scale.
 
-    Each panel has a row per query token and a column per key token. Token labels stand at the left and the bottom of
-    the grid, unless the sentence is too long for them to be read.
+    Each panel has a row per query token and a column per key token. Tokens are named at the left and the bottom of the
+    grid where a panel can have a line of text for each: up to 29 tokens beside 12 heads, 350 beside one.
 
     Args:
         attentions: a tensor (batch, heads, seq, seq) per layer, as `output_attentions=True` returns them; None for a
             layer that was not selected, which is left out.
         tokens: the sentence's tokens; padding beyond them is not drawn.
         path: where to write; folders on the way are made.
+        heads: those to draw. Default: all.
         sentence: its row in the batch.
         title: stands above the grid.
         dpi: pixels per inch.
@@ -53,9 +59,10 @@ def attention_heatmap(
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: with no maps, no tokens, more tokens than the maps have, or a sentence outside the batch.
+        ValueError: with no maps, no tokens, more tokens than the maps have, a sentence outside the batch, or heads
+            that a layer lacks.
     """
-    maps = _checked(attentions, tokens, sentence)
+    maps = checked_maps(attentions, tokens, sentence, heads)
     grid = _Grid.of(maps, tokens)
     figure = new_figure(grid.width, grid.height, dpi)
     axes = figure.subplots(grid.rows, grid.columns, squeeze=False)
@@ -71,15 +78,15 @@ def attention_heatmap(
     from matplotlib.colors import Normalize
 
     colours = ScalarMappable(Normalize(0.0, 1.0), cmap="BuPu")
-    length = len(tokens)
-    for row, (layer, heads) in zip(axes, maps.items(), strict=True):
-        _draw_layer(row, heads[sentence, :, :length, :length], colours)
+    for row, (layer, drawn) in zip(axes, maps.items(), strict=True):
+        _draw_layer(row, drawn, colours)
         _name_layer(figure, row[0], layer, grid)
-    for head, axis in enumerate(axes[0][: next(iter(maps.values())).shape[1]]):
+    named = range(next(iter(maps.values())).shape[0]) if heads is None else heads
+    for head, axis in zip(named, axes[0], strict=False):
         axis.set_title(f"head {head}", fontsize=11, color="#333333", pad=5)
     if grid.labelled:
-        _name_tokens(axes, tokens, list(maps.values())[-1].shape[1])
-    _write_texts(figure, grid, title, length)
+        _name_tokens(axes, tokens, list(maps.values())[-1].shape[0])
+    _write_texts(figure, grid, title, len(tokens))
     _draw_scale(figure, grid, colours)
     return save_png(figure, path)
 
@@ -106,10 +113,10 @@ class _Grid:
     def of(cls, maps: dict[int, Tensor], tokens: Sequence[str]) -> "_Grid":
         """The grid for these maps, with space for the labels where they can be read."""
         wanted = len(tokens) * _LINE_INCHES
-        panel = min(max(_PANEL_INCHES[0], wanted), _PANEL_INCHES[1])
-        labelled = wanted <= panel + 1e-6
+        columns = max(layer.shape[0] for layer in maps.values())
+        labelled = wanted * max(columns, len(maps)) <= _NAMED_INCHES
+        panel = max(_PANEL_INCHES[0], wanted) if labelled else _PANEL_INCHES[1]
         labels = _CHARACTER_INCHES * max(len(token) for token in tokens) if labelled else 0.0
-        columns = max(layer.shape[1] for layer in maps.values())
         return cls(len(maps), columns, panel, 0.62 + labels, 0.45 + labels, labelled)
 
     @property
@@ -121,23 +128,9 @@ class _Grid:
         return self.bottom + self.rows * self.panel + (self.rows - 1) * _GAP + _TOP
 
 
-def _checked(attentions: Sequence[Tensor | None], tokens: Sequence[str], sentence: int) -> dict[int, Tensor]:
-    """The maps there are, by layer; ValueError where the sentence is not on them."""
-    maps = {i: layer for i, layer in enumerate(attentions) if layer is not None}
-    if not maps or not tokens:
-        raise ValueError(f"nothing to draw: {len(maps)} attention maps and {len(tokens)} tokens")
-    for i, layer in maps.items():
-        if layer.dim() != 4 or not 0 <= sentence < layer.shape[0] or len(tokens) > layer.shape[-1]:
-            raise ValueError(
-                f"attentions[{i}] has shape {tuple(layer.shape)}: drawing sentence {sentence} with {len(tokens)} "
-                "tokens needs (batch, heads, seq, seq) that holds it"
-            )
-    return maps
-
-
 def _draw_layer(axes: "np.ndarray", heads: Tensor, colours: "ScalarMappable") -> None:
     """A layer's heads (heads, length, length) in a row of panels, of which more may be there."""
-    values = heads.detach().float().cpu().numpy()
+    values = heads.numpy()
     for axis in axes[len(values) :]:
         axis.set_axis_off()
     for axis, probabilities in zip(axes, values, strict=False):

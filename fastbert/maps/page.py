@@ -1,27 +1,32 @@
-"""Attention maps as a page to look around in. Needs bertviz, which the `viz` extra brings."""
+"""Attention maps as a page to look around in, which needs no network and nothing installed."""
 
+import base64
 import html
 import json
 import os
-import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
-#: Name -> what bertviz calls it: lines from token to token in one layer, or a thumbnail of every head of every layer.
-VIEWS = {"head": "head_view", "model": "model_view"}
+from .checked import checked_maps
+from .document import write_document
 
-#: Probabilities a page may hold: at seven characters each it has 35 MB, and a browser much more to do.
-MOST_PROBABILITIES = 5_000_000
+#: Probabilities that a page holds, at 5.3 bytes each. Of a longer text's queries it holds the strongest ones.
+PROBABILITIES = 1_000_000
+#: How many of a query it holds in any case.
+FEWEST = 8
+#: A text of more characters is folded.
+_SHORT = 600
 
-#: bertviz's scripts ask require.js for these two, from servers far away. They get them from the page.
-_SCRIPTS = ("d3.min.js", "jquery.min.js")
-#: What stands before the data in bertviz's script.
-_DATA = "const params = "
-_LOADER = "window.require = {config() {}}; window.requirejs = (names, start) => start(window.jQuery, window.d3);"
+_HOW = (
+    "On the left stand the queries: the tokens that look. On the right stand the keys: the tokens that are looked at. "
+    "A line is as strong as the attention probability; the probabilities of one query add up to 1. Point at a token to "
+    "see its lines alone, with numbers; click to keep them. The small pictures are the heads, a row for each query and "
+    "a column for each key; click on one to choose it."
+)
 
 
 def attention_page(
@@ -29,73 +34,80 @@ def attention_page(
     tokens: Sequence[str],
     path: str | os.PathLike[str],
     *,
-    view: str = "head",
+    text: str = "",
+    heads: Sequence[int] | None = None,
+    sentence: int = 0,
     title: str = "Attention",
 ) -> Path:
-    """Write one sentence's attention as an HTML page that needs no network.
+    """Write one sentence's attention as an HTML page: every layer and head small, and the chosen one large.
+
+    A page has 6 MB at most for up to 125,000 queries (heads of all layers times tokens), as 144 heads and 868 tokens
+    have: of long texts it holds the strongest probabilities of each query, and says how many.
 
     Args:
-        attentions: a tensor (1, heads, seq, seq) per layer, as `output_attentions=True` returns them; None for a layer
-            that was not selected, which is left out.
-        tokens: the sentence's tokens, seq of them.
+        attentions: a tensor (batch, heads, seq, seq) per layer, as `output_attentions=True` returns them; None for a
+            layer that was not selected, which is left out.
+        tokens: the sentence's tokens; padding beyond them is not shown.
         path: where to write; folders on the way are made.
-        view: a key of `VIEWS`.
+        text: the sentence, which stands above.
+        heads: those to show. Default: all.
+        sentence: its row in the batch.
         title: of the page.
 
     Returns:
         The path written.
 
     Raises:
-        ImportError: without bertviz.
-        ValueError: for an unknown view, no maps, maps that do not fit the tokens, or more than a page can hold.
+        ValueError: with no maps, no tokens, more tokens than the maps have, a sentence outside the batch, or heads
+            that a layer lacks; for layers of different numbers of heads.
     """
-    if view not in VIEWS:
-        raise ValueError(f"unknown view {view!r}: choose from {', '.join(VIEWS)}")
-    try:
-        import bertviz
-    except ImportError as error:
-        raise ImportError("pages of attention need bertviz: pip install 'fastbert[viz]'") from error
-    layers = [i for i, layer in enumerate(attentions) if layer is not None]
-    if not layers:
-        raise ValueError("nothing to show: no attention maps")
-    # Rounded as float64, whose JSON is short.
-    maps = [None if layer is None else layer.detach().cpu().double().round(decimals=4) for layer in attentions]
-    for i in layers:
-        shape = tuple(maps[i].shape)  # type: ignore[union-attr]
-        if len(shape) != 4 or shape[0] != 1 or shape[2:] != (len(tokens), len(tokens)):
-            raise ValueError(f"attentions[{i}] has shape {shape}: {len(tokens)} tokens need (1, heads, seq, seq)")
-    count = sum(layer.numel() for layer in maps if layer is not None)
-    if count > MOST_PROBABILITIES:
-        raise ValueError(
-            f"{count:,} probabilities are more than a page can hold ({MOST_PROBABILITIES:,}): show fewer layers or a "
-            "shorter text"
-        )
-    # bertviz counts heads on the first layer, shown or not.
-    filled = [maps[layers[0]] if layer is None else layer for layer in maps]
-    made: Any = getattr(bertviz, VIEWS[view])(filled, list(tokens), include_layers=layers, html_action="return")
-    body, loaders = re.subn(r"<script src=[^>]*require[^>]*></script>", "", _escape(made.data))
-    if loaders != 1:
-        raise ValueError(f"bertviz's page loads require.js {loaders} times, where once is known how to replace")
-    scripts = [resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8") for name in _SCRIPTS]
-    head = "\n".join(f"<script>{script}</script>" for script in (*scripts, _LOADER))
-    page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n{head}\n{body}\n'
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    maps = checked_maps(attentions, tokens, sentence, heads)
+    queries = sum(len(shown) for shown in maps.values()) * len(tokens)
+    kept = min(len(tokens), max(FEWEST, PROBABILITIES // queries))
+    strongest = [layer.topk(kept, dim=-1) for layer in maps.values()]
+    counts = {layer.shape[0] for layer in maps.values()}
+    if len(counts) > 1:
+        raise ValueError(f"a page shows layers of one number of heads, and these have {sorted(counts)}")
+    data = {
+        "tokens": list(tokens),
+        "layers": list(maps),
+        "heads": list(range(*counts)) if heads is None else list(heads),
+        "kept": kept,
+        "keys": _packed(torch.cat([top.indices for top in strongest])),
+        "values": _packed(torch.cat([top.values for top in strongest]).clamp(0, 1) * 65535),
+    }
+    limits = "" if kept == len(tokens) else f" This text is long: of each query its {kept} strongest keys are shown."
+    body = (
+        f"{_shown_text(text)}\n"
+        f'<p class="hint">{len(tokens)} tokens. {_HOW}{limits}</p>\n'
+        '<p><label>Layer <select id="layer"></select></label> <label>Head <select id="head"></select></label>\n'
+        '<span class="hint" id="least"></span></p>\n'
+        '<div id="overview"></div>\n<svg id="lines"></svg>\n<noscript>This page needs JavaScript.</noscript>\n'
+        f'<script type="application/json" id="data">{_as_script(data)}</script>\n'
+        f"<script>{_asset('attention.js')}</script>"
+    )
+    return write_document(path, title, f"<style>{_asset('attention.css')}</style>", body)
 
 
-def _escape(page: str) -> str:
-    """bertviz's page with its data as a script may hold it.
+def _packed(numbers: Tensor) -> str:
+    """Whole numbers up to 65,535, two bytes each, as a page can hold them."""
+    return base64.b64encode(numbers.round().numpy().astype("<u2").tobytes()).decode()
 
-    bertviz puts tokens into its script as JSON, in which `</script>` would end the script, and puts them once more into
-    the comment that follows, which is left out.
-    """
-    before, found, rest = page.partition(_DATA)
-    if not found:
-        raise ValueError(f"bertviz's page has no {_DATA!r}, after which its data is known to stand")
-    _, end = json.JSONDecoder().raw_decode(rest)
-    data, (_, line_end, after) = rest[:end], rest[end:].partition("\n")
+
+def _shown_text(text: str) -> str:
+    if not text:
+        return ""
+    paragraph = f"<p><q>{html.escape(text)}</q></p>"
+    return paragraph if len(text) <= _SHORT else f"<details><summary>The text</summary>{paragraph}</details>"
+
+
+def _as_script(data: object) -> str:
+    """JSON in which nothing can end the script that holds it, or begin another."""
+    content = json.dumps(data)
     for character in "<>&":
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    return f"{before}{_DATA}{data};{line_end}{after}"
+        content = content.replace(character, f"\\u{ord(character):04x}")
+    return content
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8")

@@ -1,12 +1,17 @@
 """Which parts of an encoder are on the fast path, and why the others are not."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from rich.console import Console, Group
 from rich.table import Table
 from torch import nn
+
+from fastbert_kernels import describe_products, uses_triton
+from fastbert_kernels.backend import uses_cpu_layers
 
 from .layer import FusedLayer
 from .packing import find_strangers
@@ -41,10 +46,12 @@ class Explanation:
     Attributes:
         parts: how each part of each encoder runs.
         padding: of each fused encoder, what becomes of padding, and why.
+        backends: of each fused encoder, what runs where its weights lie now.
     """
 
     parts: tuple[Part, ...]
     padding: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:
@@ -52,7 +59,9 @@ class Explanation:
         return all(part.fused for part in self.parts)
 
     def __rich__(self) -> Group:
-        return Group(self._runs(), *[f"padding is {each}" for each in dict.fromkeys(self.padding)])
+        about = [f"what is fused runs as {each}" for each in dict.fromkeys(self.backends)]
+        about += [f"padding is {each}" for each in dict.fromkeys(self.padding)]
+        return Group(self._runs(), *about)
 
     def _runs(self) -> Table | str:
         if self.fused and not any(part.reason for part in self.parts):
@@ -60,10 +69,10 @@ class Explanation:
             short = "; the last one computes first rows only" if any(p.rows == "first" for p in self.parts) else ""
             return f"every part is fused: embeddings and {layers} layers{short}"
         table = Table("layer", "part", "runs", "because")
-        for part in self.parts:
-            if not part.fused or part.reason:
-                layer = "-" if part.layer is None else str(part.layer)
-                table.add_row(layer, part.name, "fused" if part.fused else "unfused", part.reason or "")
+        for alike, parts in _folded(self.parts):
+            for part in parts:
+                if not part.fused or part.reason:
+                    table.add_row(alike, part.name, "fused" if part.fused else "unfused", part.reason or "")
         return table
 
     def __str__(self) -> str:
@@ -71,6 +80,37 @@ class Explanation:
         with console.capture() as capture:
             console.print(self, soft_wrap=True)
         return capture.get().rstrip()
+
+
+def _folded(parts: Iterable[Part]) -> Iterator[tuple[str, list[Part]]]:
+    """The parts of layers that follow each other and run alike, once: the layers as "2" or "0-11", and the parts."""
+    alike: list[tuple[int | None, int | None, list[Part]]] = []
+    for layer, group in itertools.groupby(parts, key=lambda part: part.layer):
+        found = list(group)
+        first, last, before = alike[-1] if alike else (None, None, [])
+        if last is not None and layer == last + 1 and _without_layer(before) == _without_layer(found):
+            alike[-1] = (first, layer, before)
+        else:
+            alike.append((layer, layer, found))
+    for first, last, found in alike:
+        yield "-" if first is None else str(first) if first == last else f"{first}-{last}", found
+
+
+def _without_layer(parts: list[Part]) -> list[Part]:
+    return [replace(part, layer=None, rows="all") for part in parts]
+
+
+def describe_backend(tensor: torch.Tensor) -> str:
+    """What ops run as where a tensor lies, for people."""
+    where = "this CPU" if tensor.is_cpu else str(tensor.device)
+    try:
+        if uses_triton(tensor):
+            return f"Triton kernels, interpreted, on {where}" if tensor.is_cpu else f"Triton kernels on {where}"
+    except (RuntimeError, TypeError) as error:
+        return f"nothing: {error}"
+    if uses_cpu_layers(tensor):
+        return f"plain PyTorch on {where}, products of layers by {describe_products(tensor.dtype)}"
+    return f"plain PyTorch on {where}"
 
 
 def _explain_part(layer: int | None, name: str, module: Any, context: str | None, strange: str | None) -> Part:

@@ -122,6 +122,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def describe(module: nn.Module, expected: type[nn.Module]) -> str:
     """What `module` is, in a message that it is not a plain `expected`."""
     actual = type(module)
+    others = [type(p).__name__ for p in module._parameters.values() if p is not None and not is_ordinary(p)]
+    if actual is expected and others:  # such as a quantized one
+        return f"{actual.__name__} whose weight is {others[0]}"
     if actual is expected:
         return f"{actual.__name__} that is hooked, sharded or changed"
     return f"{actual.__module__}.{actual.__name__}" if actual.__name__ == expected.__name__ else actual.__name__

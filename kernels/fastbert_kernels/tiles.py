@@ -124,6 +124,11 @@ _ATTENTION_FLOAT_OWN: dict[tuple[str, str], _ByHeadDim] = {
         (96, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
         (128, _attention(32, 16, 8, 2), _attention(16, 32, 8, 2)),
     ],
+    ("sm_90", "backward_dq"): [
+        # Maps: 32 keys spill where keys are taken by length.
+        (64, _attention(16, 16, 4, 2), _attention(16, 16, 4, 2)),
+        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
+    ],
     ("sm_80", "backward_dq"): [
         (64, _attention(16, 16, 4, 2), _attention(16, 16, 8, 2)),
         (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),

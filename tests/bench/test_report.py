@@ -103,7 +103,7 @@ class Place:
     def run(self, *arguments: str) -> Result:
         app = typer.Typer()
         app.command()(report.main)
-        return CliRunner().invoke(app, [str(self.results), "--readme", str(self.readme), *arguments])
+        return CliRunner().invoke(app, [str(self.results), "--summary", str(self.readme), *arguments])
 
 
 @pytest.fixture
@@ -133,8 +133,8 @@ def line(text: str, beginning: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", found)[1:-1]]
 
 
-def test_readme_agrees_with_the_committed_results() -> None:
-    assert report.check(ROOT / "bench" / "results", ROOT / "README.md") == []
+def test_docs_agree_with_the_committed_results() -> None:
+    assert report.check(ROOT / "bench" / "results", ROOT / "docs" / "benchmarking.md") == []
 
 
 @pytest.mark.usefixtures("undrawn")

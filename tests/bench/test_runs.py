@@ -44,7 +44,7 @@ def invoke(command: Any, *arguments: str | Path) -> Result:
     ("command", "arguments", "message"),
     [
         (cpu.main, ["--workload", "rugged"], "unknown workload 'rugged': choose from full, ragged"),
-        (cpu.main, ["--peer", "tensorrt"], "unknown peer 'tensorrt': choose from fastbert, eager"),
+        (cpu.main, ["--peer", "tensorrt"], "unknown peer 'tensorrt': choose from fastbert, fastbert-auto, eager"),
         (cpu.main, ["--model", "huge"], "unknown model 'huge': choose from minilm, base, large"),
         (cpu.main, ["--dtype", "int8"], "unknown dtype 'int8'"),
         (gpu.main, ["--out", "x", "--workload", "rugged"], "unknown workload 'rugged': choose from full-128"),

@@ -80,7 +80,7 @@ def test_wrong_results_end_with_1(tiny: Path, monkeypatch: pytest.MonkeyPatch) -
     ("arguments", "message"),
     [
         (["--workload", "rugged"], "unknown workload 'rugged': choose from full, ragged, one"),
-        (["--peer", "tensorrt"], "unknown peer 'tensorrt': choose from fastbert, eager"),
+        (["--peer", "tensorrt"], "unknown peer 'tensorrt': choose from fastbert, fastbert-auto, eager"),
         (["--dtype", "int8"], "unknown dtype 'int8': use float32"),
         (["--device", "cuda:9"], "is not available"),
         (["--file", "nowhere.txt"], "cannot read --file 'nowhere.txt'"),

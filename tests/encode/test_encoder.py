@@ -49,11 +49,13 @@ def test_a_model_at_hand_and_half_precision(tiny: Path) -> None:
 
 def test_what_no_encoder_is_made_of(tiny: Path) -> None:
     for wrong, message in (
-        ({"pooling": "max"}, "unknown pooling 'max': choose from mean, cls"),
+        ({"pooling": "sum"}, "unknown pooling 'sum': choose from mean, cls, max"),
         ({"dtype": "int8"}, "unknown dtype"),
         ({"device": "tpu"}, "unknown device"),
         ({"max_length": 500}, "takes 3 to 128"),
         ({"tokens": 0}, "at least 1"),
+        ({"prompt_name": "query"}, "no prompt 'query' in .*: it has none"),
+        ({"prompt": "a", "prompt_name": "query"}, "give one of them"),
         ({"tokenizer": object()}, "its own tokenizer"),
     ):
         with pytest.raises(InputError, match=message):

@@ -17,9 +17,10 @@ from typer.testing import CliRunner, Result
 
 from fastbert.cli import app
 from fastbert.encode import Encoder
+from fastbert.encode.encoder import PackedTexts
 from fastbert.inputs import InputError
 
-pytest.importorskip("pyarrow", reason="pip install 'fastbert[encode]'")
+pytest.importorskip("pyarrow", reason="pip install pyarrow")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,7 +62,7 @@ def test_good_rows_end_with_0_and_bad_input_with_2(tiny: Path, lines: Path, tmp_
         ([lines, "--out", tmp_path / "out.npy"], "let its name end in .parquet"),
         ([out, "--out", out], "is the input"),
         ([good, "--out", out, "--column", "body"], "no column 'body': choose from text"),
-        ([good, "--out", out, "--pooling", "max"], "unknown pooling 'max': choose from mean, cls"),
+        ([good, "--out", out, "--pooling", "sum"], "unknown pooling 'sum': choose from mean, cls"),
         ([good, "--out", good / "x.parquet"], "cannot be written"),
     ):
         result = run(tiny, *arguments)
@@ -170,3 +171,58 @@ def test_killed_half_way(tiny: Path, lines: Path, tmp_path: Path) -> None:
     summary = encode(tiny, lines, out)
     assert 0 < summary.resumed < 41
     assert same(out, whole)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_an_interruption_says_what_is_kept(
+    tiny: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, right = tmp_path / "out.parquet", Encoder.embed
+    arguments = (tiny, lines, "--out", out, "--tokens", "100000", "--device", "cpu")
+
+    def interrupt_at(count: int) -> None:
+        done = iter(range(count))
+
+        def embed(self: Encoder, batch: PackedTexts) -> np.ndarray:
+            if next(done, None) is None:
+                raise KeyboardInterrupt
+            return right(self, batch)
+
+        monkeypatch.setattr(Encoder, "embed", embed)
+
+    for count, message in (
+        (0, "; nothing was finished"),
+        (2, f"; 24 of 41 rows are finished and kept in {out}.parts, the same command goes on from there"),
+    ):
+        interrupt_at(count)
+        result = run(*arguments)
+        assert result.exit_code == 130
+        assert result.stderr.replace("\n", "").endswith(f"stopped: interrupted{message}")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "encode_file", lambda *args, **kwargs: interrupt())
+        assert f"what an earlier run finished is kept in {out}.parts" in run(*arguments).stderr
+    monkeypatch.setattr(Encoder, "embed", right)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "rows were finished before" in result.stderr
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_texts_that_are_cut_are_counted(
+    tiny: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [len(ids) for ids in Encoder(tiny, device="cpu").tokenizer(TEXTS)["input_ids"]]
+    limit = sorted(lengths)[20]  # of one text at least this is the length, which is not cut
+    wanted = sum(length > limit for length in lengths)
+    out = tmp_path / "out.parquet"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stop):
+            encode(tiny, lines, out, max_length=limit)
+    assert encode(tiny, lines, out, max_length=limit).cut == wanted
+    result = run(tiny, lines, "--out", out, "--max-length", str(limit), "--device", "cpu")
+    assert f"{wanted} texts are longer than {limit} tokens: their ends were cut off" in result.stderr

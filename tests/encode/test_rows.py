@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pyarrow", reason="pip install 'fastbert[encode]'")
+pytest.importorskip("pyarrow", reason="pip install pyarrow")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,6 +50,36 @@ def test_files_and_columns_that_are_not_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             Texts(tmp_path / name, column)
+
+
+def test_a_tsv_file_is_a_csv_file_with_tabs(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('id\ttext\n1\tone, two\n\n2\t"three\tfour"\n3\n', encoding="utf-8")
+    assert list(Texts(path, "text")) == ["one, two", "three\tfour", Problem("fewer cells than the heading")]
+    with pytest.raises(InputError, match="no column 'body': choose from id, text"):
+        Texts(path, "body")
+
+
+def test_a_jsonl_file_has_an_object_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [
+        '{"id": 1, "text": "one"}', "", '{"text": "zwei\\n\\u00fc", "more": [1]}', '{"id": 3}', '{"text": null}',
+        '{"text": 5}', '{"text": " "}', '{"text": "\\ud800"}', '["text"]', '{"text": "x"', "[" * 100_000,
+    ]  # fmt: skip
+    path.write_text("\r\n".join(lines), encoding="utf-8")
+    bad = ["no 'text'", "null", "int, not text", "empty", "not UTF-8", *["no JSON object"] * 3]
+    for column in ("text", None):
+        assert list(Texts(path, column)) == ["one", "zwei\n\u00fc", *map(Problem, bad)]
+    assert len(Texts(path)) == 10
+    for content, column, message in (
+        ('{"a": "x", "b": "y"}', None, r"2 columns of text: name the column to embed \(it has a, b\)"),
+        ('{"a": "x"}', "b", "no column 'b': choose from a"),
+        ("[1]", None, "its first line is no JSON object"),
+        ("", None, "0 columns of text"),
+    ):
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            Texts(path, column)
 
 
 def read(path: Path, content: bytes | str, column: str | None = None) -> list[object]:

@@ -13,12 +13,8 @@ from fastbert.modules.swap import FUSED
 
 _MODEL = "input_ids attention_mask token_type_ids position_ids inputs_embeds"
 _CROSS = "encoder_hidden_states encoder_attention_mask"
-_DISTILBERT = "input_ids attention_mask inputs_embeds"
-_MPNET = "input_ids attention_mask position_ids inputs_embeds"
-_FLAGS = "output_attentions output_hidden_states return_dict"
-_TASKS = ("MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification")
 
-#: The arguments of each forward, by what a class's name, module and all, ends with, as transformers 5.24 names them.
+#: The arguments of each forward, by what a class's name ends with, as transformers 5.24 names them.
 WRITTEN_AGAINST = {
     "Embeddings": "input_ids token_type_ids position_ids inputs_embeds cache_length",
     "SelfAttention": "hidden_states attention_mask cache kwargs",
@@ -44,24 +40,31 @@ WRITTEN_AGAINST = {
     ),
     "ForQuestionAnswering": f"{_MODEL} start_positions end_positions kwargs",
     "LMHeadModel": f"{_MODEL} {_CROSS} labels cache use_cache logits_to_keep kwargs",
-    "distilbert.Embeddings": "input_ids inputs_embeds position_ids",
+}
+
+_TAIL = "output_attentions output_hidden_states return_dict kwargs"
+_SHORT = "input_ids attention_mask inputs_embeds"
+_MPNET = "input_ids attention_mask position_ids inputs_embeds"
+
+#: The same of the families whose arguments come in another order, by whole names.
+WRITTEN_AGAINST |= {
     "DistilBertSelfAttention": "hidden_states attention_mask kwargs",
     "FFN": "input",
     "TransformerBlock": "hidden_states attention_mask kwargs",
     "Transformer": "hidden_states attention_mask kwargs",
-    "DistilBertModel": f"{_DISTILBERT} position_ids kwargs",
-    "DistilBertForQuestionAnswering": f"{_DISTILBERT} start_positions end_positions position_ids kwargs",
-    **{f"DistilBertFor{task}": f"{_DISTILBERT} labels position_ids kwargs" for task in _TASKS},
+    "DistilBertModel": f"{_SHORT} position_ids kwargs",
+    **{f"DistilBertFor{task}": f"{_SHORT} labels position_ids kwargs" for task in (
+        "MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification")},
+    "DistilBertForQuestionAnswering": f"{_SHORT} start_positions end_positions position_ids kwargs",
     "MPNetEmbeddings": "input_ids position_ids inputs_embeds kwargs",
-    **{
-        f"MPNet{part}": "hidden_states attention_mask position_bias output_attentions kwargs"
-        for part in ("SelfAttention", "Attention", "Layer")
-    },
-    "MPNetEncoder": f"hidden_states attention_mask {_FLAGS} kwargs",
-    "MPNetModel": f"{_MPNET} {_FLAGS} kwargs",
-    "MPNetForQuestionAnswering": f"{_MPNET} start_positions end_positions {_FLAGS} kwargs",
-    **{f"MPNetFor{task}": f"{_MPNET} labels {_FLAGS} kwargs" for task in _TASKS},
-}
+    **{f"MPNet{part}": "hidden_states attention_mask position_bias output_attentions kwargs" for part in (
+        "SelfAttention", "Attention", "Layer")},
+    "MPNetEncoder": f"hidden_states attention_mask {_TAIL}",
+    "MPNetModel": f"{_MPNET} {_TAIL}",
+    **{f"MPNetFor{task}": f"{_MPNET} labels {_TAIL}" for task in (
+        "MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification")},
+    "MPNetForQuestionAnswering": f"{_MPNET} start_positions end_positions {_TAIL}",
+}  # fmt: skip
 
 #: What transformers 5.24 renamed, and the names before it.
 BEFORE_5_24 = {"cache": "past_key_values", "cache_length": "past_key_values_length"}
@@ -69,8 +72,10 @@ BEFORE_5_24 = {"cache": "past_key_values", "cache_length": "past_key_values_leng
 
 def written_against(kind: type[nn.Module]) -> list[str]:
     """The arguments of a class of Hugging Face's, as the installed transformers should name them."""
-    ending = max(filter(f"{kind.__module__}.{kind.__name__}".endswith, WRITTEN_AGAINST), key=len)
+    ending = max(filter(kind.__name__.endswith, WRITTEN_AGAINST), key=len)
     names = WRITTEN_AGAINST[ending].split()
+    if kind.__name__ == "Embeddings":  # DistilBERT's
+        names = ["input_ids", "inputs_embeds", "position_ids"]
     return names if CACHE == "cache" else [BEFORE_5_24.get(name, name) for name in names]
 
 

@@ -131,3 +131,30 @@ def test_fuse_finds_encoders_inside_anything(name: str) -> None:
         assert_close(call(fused, ids, mask), call(plain, ids, mask))
         fastbert.unfuse(fused)
         assert torch.equal(call(fused, ids, mask), call(plain, ids, mask))
+
+
+def _row(model: type[Any]) -> str:
+    """A family's row in README: its name in configurations, its model, and the heads beside those that all have."""
+    own = [head.__name__ for head in HEADS if head.config_class is model.config_class]
+    start = model.__name__.removesuffix("Model")
+    more = sorted(name.removeprefix(start) for name in own if not name.endswith(COMMON))
+    return (
+        f"| `{model.config_class.model_type}` | `{model.__name__}` | {', '.join(f'`{end}`' for end in more) or '-'} |"
+    )
+
+
+#: The heads that every family has.
+COMMON = (
+    "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification", "ForQuestionAnswering",
+)  # fmt: skip
+
+
+def test_readme_names_every_family() -> None:
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    _, table = page.split("<!-- families:begin -->\n")
+    table, _ = table.split("<!-- families:end -->")
+    heading = "| family | model | heads beside the five that all have |\n|---|---|---|\n"
+    assert table == heading + "".join(f"{_row(model)}\n" for model in MODELS), "put this table into README.md"
+    for model in MODELS:
+        heads = [head.__name__ for head in HEADS if head.config_class is model.config_class]
+        assert all(any(name.endswith(end) for name in heads) for end in COMMON)

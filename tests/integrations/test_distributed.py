@@ -66,6 +66,7 @@ def assert_dropout(figures: dict[str, Any]) -> None:
     assert figures["one seed, between processes"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", EVERYDAY)
 def test_gradients_equal_those_of_one_process(engine: str) -> None:
     assert_gradients(measure(TORCHRUN, EVERYDAY)[engine])

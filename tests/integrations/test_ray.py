@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("pyarrow", reason="pip install 'fastbert[integrations]'")
-pytest.importorskip("ray", reason="pip install 'fastbert[integrations]'")
+pytest.importorskip("pyarrow", reason="needs `make test-all`")
+pytest.importorskip("ray", reason="needs `make test-all`")
 
 import pyarrow as pa
 import pyarrow.parquet as pq

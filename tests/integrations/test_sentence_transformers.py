@@ -10,7 +10,7 @@ import torch
 import fastbert
 from fastbert.inputs import SENTENCES
 
-pytest.importorskip("sentence_transformers", reason="pip install 'fastbert[integrations]'")
+pytest.importorskip("sentence_transformers", reason="needs `make test-all`")
 
 from sentence_transformers import SentenceTransformer
 
@@ -108,8 +108,8 @@ def train(model: SentenceTransformer, folder: Path) -> list[float]:
 
 
 def test_its_training_loop_gives_the_same_losses(plain: SentenceTransformer, tmp_path: Path) -> None:
-    pytest.importorskip("datasets", reason="pip install 'fastbert[integrations]'")
-    pytest.importorskip("accelerate", reason="pip install 'fastbert[integrations]'")
+    pytest.importorskip("datasets", reason="needs `make test-all`")
+    pytest.importorskip("accelerate", reason="needs `make test-all`")
     theirs, ours = copy.deepcopy(plain), fastbert.fuse(copy.deepcopy(plain))
     for model in (theirs, ours):  # dropout draws differently on the two paths
         for module in model.modules():

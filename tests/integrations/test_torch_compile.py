@@ -176,7 +176,7 @@ def test_a_real_checkpoint(checkpoint: Path, device: torch.device) -> None:
     [
         pytest.param(False, True, [1] * 20, id="forward, dynamic"),
         pytest.param(False, None, [1] + [2] * 19, id="forward, default"),
-        pytest.param(True, True, [1] * 20, id="training, dynamic"),
+        pytest.param(True, True, [1] * 20, id="training, dynamic", marks=pytest.mark.slow),
         pytest.param(True, None, [1] + [2] * 19, id="training, default", marks=pytest.mark.slow),
     ],
 )

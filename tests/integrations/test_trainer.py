@@ -16,7 +16,7 @@ from transformers.models.bert import modeling_bert as hf
 import fastbert
 from fastbert import notices
 
-KINDS_OF_MODEL = ["own", "fused"]
+KINDS_OF_MODEL = ["own", pytest.param("fused", marks=pytest.mark.slow)]
 
 
 def run(kind: str, checkpoint: Path, folder: Path, dropout: float = 0.0, **changes: Any) -> transformers.Trainer:

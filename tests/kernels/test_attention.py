@@ -501,7 +501,14 @@ def test_same_call_gives_the_same_bits(device: torch.device) -> None:
 # The order in which sequences start
 
 
-@pytest.mark.parametrize("features", ["plain", "bias", "head mask", "dropout", "maps", "everything"])
+@pytest.mark.parametrize(
+    "features",
+    [
+        "plain",
+        "everything",
+        *[pytest.param(one, marks=pytest.mark.slow) for one in ("bias", "head mask", "dropout", "maps")],
+    ],
+)
 def test_any_order_gives_the_same(device: torch.device, features: str, attention_tile: Tile) -> None:
     attention_tile(16, 16)
     lengths = [5, 0, 33, 17, 0, 18]

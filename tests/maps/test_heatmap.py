@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib import image
 
-from fastbert.maps.heatmap import attention_heatmap
+from fastbert.maps.heatmap import _Grid, attention_heatmap
 
 
 def maps(layers: int = 2, heads: int = 3, seq: int = 6) -> list[torch.Tensor]:
@@ -52,11 +52,11 @@ def test_long_sentence_stays_within_a_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("attentions", "tokens", "sentence", "message"),
     [
-        ([], ["a"], 0, "nothing to draw"),
-        ([None], ["a"], 0, "nothing to draw"),
-        (maps(), [], 0, "nothing to draw"),
+        ([], ["a"], 0, "nothing to show"),
+        ([None], ["a"], 0, "nothing to show"),
+        (maps(), [], 0, "nothing to show"),
         (maps(), ["a"] * 7, 0, "with 7 tokens"),
-        (maps(), ["a"], 2, "drawing sentence 2"),
+        (maps(), ["a"], 2, "showing sentence 2"),
         ([torch.zeros(3, 4, 4)], ["a"], 0, r"shape \(3, 4, 4\)"),
     ],
 )
@@ -69,3 +69,13 @@ def test_what_cannot_be_drawn(
 
 def test_dollars_are_tokens_and_no_formula(tmp_path: Path) -> None:
     attention_heatmap(maps(seq=2), ["$\\frac$", "$"], tmp_path / "x.png", title="$\\frac$")
+
+
+def test_tokens_are_named_as_far_as_names_can_be_read(tmp_path: Path) -> None:
+    for layers, heads, length, named in ((6, 12, 29, True), (6, 12, 30, False), (1, 1, 350, True), (1, 1, 360, False)):
+        grid = _Grid.of({i: torch.zeros(heads, length, length) for i in range(layers)}, ["token"] * length)
+        assert grid.labelled == named
+        assert grid.panel >= length * 0.11 or not named
+        assert grid.width < 45
+    one = pixels(attention_heatmap(maps(2, 3, 40), ["token"] * 40, tmp_path / "one.png", heads=[1]))
+    assert one.shape[1] < pixels(attention_heatmap(maps(2, 3, 40), ["token"] * 40, tmp_path / "all.png")).shape[1] / 2

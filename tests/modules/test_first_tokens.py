@@ -161,7 +161,7 @@ def test_capture_sees_every_row() -> None:
 def test_explain_tells_of_first_rows() -> None:
     _, less = two("BertForSequenceClassification", torch.device("cpu"))
     explained = fastbert.explain(less)
-    first, _ = str(explained).splitlines()
+    first, *_ = str(explained).splitlines()
     assert first == "every part is fused: embeddings and 2 layers; the last one computes first rows only"
     assert {part.layer for part in explained.parts if part.rows == "first"} == {1}
     fastbert.skip_unread(less, skip=False)

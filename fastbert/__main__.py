@@ -1,0 +1,5 @@
+"""`python -m fastbert`: the `fastbert` command."""
+
+from fastbert.cli import app
+
+app(prog_name="fastbert")
