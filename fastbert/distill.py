@@ -88,8 +88,9 @@ def capture(model: nn.Module, layers: Sequence[int] = (-1,)) -> Iterator[list[Pr
 
     Raises:
         ValueError: on entry, for a model with no or several `BertModel`s, a layer that it does not have or whose
-            attention is not fused; in the forward pass, for a batch whose padding was not dropped, a mask of more than
-            two dimensions, a cache, and reentrant gradient checkpointing, which detaches the projections.
+            attention is not fused or has a learned bias; in the forward pass, for a batch whose padding was not
+            dropped, a mask of more than two dimensions, a cache, and reentrant gradient checkpointing, which detaches
+            the projections.
         RuntimeError: on entry, inside another `capture` of the model; on leaving, when no forward pass was made.
     """
     bert = _only_bert(model)
@@ -140,6 +141,11 @@ def _fused_attention(bert: Any, index: int) -> FusedSelfAttention:
         )
     found = self_attention(bert.layers[index])
     assert found is not None
+    if found[1].biases_scores:
+        raise ValueError(
+            f"the attention of {type(bert).__name__} adds a learned bias to its scores, which no loss knows: "
+            "distil its hidden states or attentions"
+        )
     return found[1]
 
 

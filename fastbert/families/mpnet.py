@@ -58,6 +58,7 @@ class MPNetSelfAttention(InnerOutput, hf.MPNetSelfAttention):
 
     projections = ("q", "k", "v")
     output_projection = "o"
+    biases_scores = True
     is_decoder = is_causal = False
     scaling = property(lambda self: self.attention_head_size**-0.5)
 
@@ -139,12 +140,15 @@ class MPNetLayer(FusedLayer, hf.MPNetLayer):
         output_attentions: bool = False,
         *,
         attend: Attend | None = None,
+        map_slot: MapSlot | None = None,
         **kwargs: Any,
-    ) -> Any:
-        """`FusedLayer.forward`, whose mask has the position bias in it; without `attend`, Hugging Face's."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """`FusedLayer.forward`, whose mask has the position bias in it, as a tuple: with the map where one is asked
+        for. Without `attend`, Hugging Face's."""
         if attend is None:
             return hf.MPNetLayer.forward(self, hidden_states, attention_mask, position_bias, output_attentions)
-        return super().forward(hidden_states, attention_mask, attend=attend, **kwargs)
+        hidden = super().forward(hidden_states, attention_mask, attend=attend, map_slot=map_slot, **kwargs)
+        return (hidden,) if map_slot is None else (hidden, map_slot.probs)
 
     def _attend(
         self,

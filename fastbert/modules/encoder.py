@@ -69,7 +69,7 @@ class FusedEncoder(nn.Module):
                 state, hidden_states = handed_out(hidden_states, hand_out_state)
             states.append(state)
             slot = MapSlot(hand_out_map) if i in map_layers else None
-            hidden_states = layer(
+            done = layer(
                 hidden_states,
                 attention_mask,
                 attend=attend if i + 1 == len(self.layer) else inner,
@@ -77,6 +77,7 @@ class FusedEncoder(nn.Module):
                 map_slot=slot,
                 **kwargs,
             )
+            hidden_states = done[0] if isinstance(done, tuple) else done  # as Hugging Face's of each family do
             if slot is not None and slot.probs is None:
                 raise ValueError(
                     f"layer {i} ({type(layer).__name__}) gave no attentions: leave it out of output_attentions"

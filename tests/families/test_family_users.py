@@ -27,7 +27,7 @@ def at(model: Any, path: str) -> Any:
 @each_family
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(family: Family, reentrant: bool) -> None:
-    _, fused = family.pair(dropout=0.2)
+    plain, fused = family.pair(dropout=0.2)
     fused.train()
     given = family.batch()
 
@@ -37,6 +37,11 @@ def test_gradient_checkpointing(family: Family, reentrant: bool) -> None:
         return {name: grad.clone() for name, grad in gradients(fused, out).items()}
 
     wanted = run()
+    if not family.model.supports_gradient_checkpointing:
+        for model in (plain, fused):
+            with pytest.raises(ValueError, match="does not support"):
+                model.gradient_checkpointing_enable()
+        return
     fused.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_equal_gradients(run(), wanted, 1e-6)
     assert fastbert.explain(fused).fused
@@ -47,6 +52,10 @@ def test_distill_capture_keeps_the_projections(family: Family) -> None:
     plain, fused = family.pair(packing=True)
     given = family.batch("pad inside")
     tokens = given["attention_mask"].bool()
+    if family.biases_scores:
+        with pytest.raises(ValueError, match="adds a learned bias to its scores, which no loss knows"), capture(fused):
+            pass
+        return
     with capture(fused, layers=[0, -1]) as captured:
         fused(**given)
         assert fastbert.explain(fused).fused
@@ -80,16 +89,20 @@ def test_a_prefix_gives_what_eager_gives(family: Family, kind: str, packing: boo
     assert (ours_leaf - theirs_leaf).norm() <= 1e-4 * theirs_leaf.norm()
 
 
+def _shape(output: Any) -> Any:
+    return tuple(map(_shape, output)) if isinstance(output, tuple) else output.shape
+
+
 @each_family
 def test_hooks_see_hugging_faces_shapes(family: Family) -> None:
     plain, fused = family.pair(packing=True)
     given = family.batch()
     names = ["embeddings", *[family.name(path, 0) for path in family.projections], f"{family.layers}.1"]
-    seen: dict[nn.Module, list[torch.Size]] = {plain: [], fused: []}
+    seen: dict[nn.Module, list[Any]] = {plain: [], fused: []}
     for model, shapes in seen.items():
         for name in names:
             model.get_submodule(name).register_forward_hook(
-                lambda module, args, output, shapes=shapes: shapes.append(output.shape)
+                lambda module, args, output, shapes=shapes: shapes.append(_shape(output))
             )
     ours, theirs = fused(**given), plain(**given)
     assert seen[fused] == seen[plain]
@@ -127,13 +140,19 @@ def test_an_odd_layer_norm_is_called(family: Family) -> None:
 @each_family
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_replaced_chunk_of_the_feed_forward_part_is_called(family: Family, packing: bool) -> None:
+    if family.chunk is None:
+        pytest.skip("it runs in no chunks")
     plain, fused = family.pair(packing=packing)
     given = family.batch()
     owner, _, name = family.name(family.chunk, 0).rpartition(".")
+    theirs = getattr(type(plain.get_submodule(owner)), name)
+
+    def doubled(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * theirs(part, x)
+
     for model in (plain, fused):
-        theirs = getattr(type(plain.get_submodule(owner)), name)
         part = model.get_submodule(owner)
-        setattr(part, name, lambda x, part=part, theirs=theirs: 2.0 * theirs(part, x))
+        setattr(part, name, functools.partial(doubled, part))
     ours, wanted = named_tensors(fused(**given)), named_tensors(plain(**given))
     assert_equals(ours, zeroed(plain, wanted, given["attention_mask"]) if packing else wanted)
 
@@ -175,15 +194,15 @@ def test_one_graph_without_breaks(family: Family, flags: dict[str, Any]) -> None
 
 @pytest.mark.slow
 @each_family
-@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@pytest.mark.parametrize("targets", ["attention", "all"])
 def test_adapters_of_peft(family: Family, targets: str) -> None:
     import peft
 
     plain, fused = family.pair("ForSequenceClassification")
-    first, _, last = (path.rpartition(".")[2] for path in family.projections)
-    config = peft.LoraConfig(
-        task_type="SEQ_CLS", r=4, target_modules=[first, last] if targets == "attention" else targets
-    )
+    linears = [n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and family.layers in n]
+    first, _, last = family.projections
+    names = linears if targets == "all" else [name for name in linears if name.endswith((first, last))]
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=names)
     adapted = []
     for model in (fused, plain):
         torch.manual_seed(1)

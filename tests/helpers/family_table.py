@@ -51,11 +51,12 @@ class Family:
         heads: what comes after the family's prefix in a head's name -> what its labels are.
         layers: the path of its layers.
         projections, norm, chunk: the paths in a layer of query, key and value, of the LayerNorm after attention, and of
-            the function that the feed-forward part runs in chunks.
+            the function that the feed-forward part runs in chunks, if there is one.
         dropouts: what the configuration calls the probabilities after products, and of attention.
         pad: the id of padding.
         token_types: how many; 0: the family has none.
         counts: positions count the ids that are not padding, from `pad + 1` on.
+        biases_scores: its attention adds a learned bias to the scores.
         decodes: it can be made a decoder, and takes a cache.
     """
 
@@ -65,11 +66,12 @@ class Family:
     layers: str = "encoder.layer"
     projections: tuple[str, str, str] = ("attention.self.query", "attention.self.key", "attention.self.value")
     norm: str = "attention.output.LayerNorm"
-    chunk: str = "feed_forward_chunk"
+    chunk: str | None = "feed_forward_chunk"
     dropouts: tuple[str, str] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     pad: int = 0
     token_types: int = 2
     counts: bool = False
+    biases_scores: bool = False
     decodes: bool = True
 
     @property
@@ -184,9 +186,11 @@ FAMILIES: dict[str, Family] = {
         COMMON_HEADS,
         projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         norm="attention.LayerNorm",
+        chunk=None,
         pad=1,
         token_types=0,
         counts=True,
+        biases_scores=True,
         decodes=False,
     ),
 }
