@@ -234,6 +234,12 @@ class MPNetModel(EncoderModel, hf.MPNetModel):
             **kwargs,
         )  # fmt: skip
 
+    @staticmethod
+    def as_tuple(output: Any) -> tuple[Any, ...]:
+        """With a place for the pooled output, whether there is one or not: heads count on it."""
+        more = [output[name] for name in ("hidden_states", "attentions") if name in output]
+        return output.last_hidden_state, output.pooler_output, *more
+
 
 class _HandsOn(FusedHead):
     """A head that hands keywords on to its encoder model, which Hugging Face's forward of it drops."""

@@ -294,7 +294,12 @@ class EncoderModel(nn.Module):
             more["cross_attentions"] = ()
         last = last if plan.labelled is None else last[plan.labelled.to(last.device)]
         output: Any = self.output_class(last_hidden_state=last, hidden_states=states, attentions=maps, **more)
-        return output if outputs.as_dict else output.to_tuple()
+        return output if outputs.as_dict else self.as_tuple(output)
+
+    @staticmethod
+    def as_tuple(output: Any) -> tuple[Any, ...]:
+        """A family's output as Hugging Face gives it where no class is asked for."""
+        return output.to_tuple()
 
     def _outputs(self, attentions: Any, hidden_states: Any, return_dict: bool | None) -> Outputs:
         """What a call asks for; what it does not say is the configuration's."""
