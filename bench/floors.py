@@ -15,6 +15,7 @@ import transformers
 from bench.static.limits import Cost, cost
 from fastbert.benchmark.timing import graphed, interleaved
 from fastbert.benchmark.workloads import Workload
+from fastbert.families import MODEL_TYPES, head_of, intermediate_size
 from fastbert_kernels import describe_products
 from fastbert_kernels.catalogue import dtype_name
 from fastbert_kernels.onednn import product
@@ -77,7 +78,7 @@ class Machine:
         return {"copy_bytes": self.copy} | flops
 
 
-def floor(workload: Workload, config: transformers.BertConfig, dtype: torch.dtype, machine: Machine) -> float:
+def floor(workload: Workload, config: transformers.PreTrainedConfig, dtype: torch.dtype, machine: Machine) -> float:
     """Seconds that the workload cannot be done under on the machine.
 
     Args:
@@ -93,14 +94,15 @@ def floor(workload: Workload, config: transformers.BertConfig, dtype: torch.dtyp
     total += sum(machine.seconds(call, dtype) for call in _embedding_calls(workload, config, dtype, training))
     if workload.task == "finetune":
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in transformers.BertForSequenceClassification(config).parameters())
+            kind = head_of(MODEL_TYPES[config.model_type], "ForSequenceClassification")
+            parameters = sum(p.numel() for p in kind(config).parameters())
         total += parameters * ADAMW_BYTES / machine.copy
     return total
 
 
-def _products(tokens: int, config: transformers.BertConfig, training: bool) -> Iterator[tuple[int, int, int]]:
+def _products(tokens: int, config: transformers.PreTrainedConfig, training: bool) -> Iterator[tuple[int, int, int]]:
     """(m, n, k) of a layer's products."""
-    hidden, wide = config.hidden_size, config.intermediate_size
+    hidden, wide = config.hidden_size, intermediate_size(config)
     for features, out in ((hidden, 3 * hidden), (hidden, hidden), (hidden, wide), (wide, hidden)):
         yield tokens, out, features
         if training:
@@ -109,7 +111,7 @@ def _products(tokens: int, config: transformers.BertConfig, training: bool) -> I
 
 
 def _layer_calls(
-    workload: Workload, config: transformers.BertConfig, dtype: torch.dtype, training: bool
+    workload: Workload, config: transformers.PreTrainedConfig, dtype: torch.dtype, training: bool
 ) -> Iterator[Cost]:
     name = dtype_name(dtype)
     lengths, heads = workload.lengths, config.num_attention_heads
@@ -126,7 +128,7 @@ def _layer_calls(
 
 
 def _embedding_calls(
-    workload: Workload, config: transformers.BertConfig, dtype: torch.dtype, training: bool
+    workload: Workload, config: transformers.PreTrainedConfig, dtype: torch.dtype, training: bool
 ) -> Iterator[Cost]:
     for direction in ("forward", "backward") if training else ("forward",):
         yield cost(

@@ -16,12 +16,15 @@ from fastbert.benchmark.results import Results
 from fastbert.benchmark.workloads import Workload
 
 #: The shapes of known models. Weights are random: they change no time.
-CONFIGS = {
+CONFIGS: dict[str, transformers.PreTrainedConfig] = {
     "minilm": transformers.BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
     "base": transformers.BertConfig(),
     "large": transformers.BertConfig(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
     ),
+    "roberta": transformers.RobertaConfig(max_position_embeddings=514, type_vocab_size=1),
+    "xlm-roberta": transformers.XLMRobertaConfig(vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1),
+    "distilbert": transformers.DistilBertConfig(),
 }
 
 #: A model of `CONFIGS`, what is done with it, and in which dtype.

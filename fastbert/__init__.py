@@ -9,15 +9,22 @@ if TYPE_CHECKING:
     from . import attribution as attribution
     from . import distill as distill
     from . import encode as encode
-    from .families.bert import BertForMaskedLM as BertForMaskedLM
-    from .families.bert import BertForMultipleChoice as BertForMultipleChoice
-    from .families.bert import BertForNextSentencePrediction as BertForNextSentencePrediction
-    from .families.bert import BertForPreTraining as BertForPreTraining
-    from .families.bert import BertForQuestionAnswering as BertForQuestionAnswering
-    from .families.bert import BertForSequenceClassification as BertForSequenceClassification
-    from .families.bert import BertForTokenClassification as BertForTokenClassification
-    from .families.bert import BertLMHeadModel as BertLMHeadModel
-    from .families.bert import BertModel as BertModel
+    from .auto import AutoModel as AutoModel
+    from .auto import AutoModelForMaskedLM as AutoModelForMaskedLM
+    from .auto import AutoModelForMultipleChoice as AutoModelForMultipleChoice
+    from .auto import AutoModelForNextSentencePrediction as AutoModelForNextSentencePrediction
+    from .auto import AutoModelForPreTraining as AutoModelForPreTraining
+    from .auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+    from .auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from .auto import AutoModelForTokenClassification as AutoModelForTokenClassification
+    from .families.bert import *  # noqa: F403
+    from .families.camembert import *  # noqa: F403
+    from .families.data2vec_text import *  # noqa: F403
+    from .families.distilbert import *  # noqa: F403
+    from .families.electra import *  # noqa: F403
+    from .families.mpnet import *  # noqa: F403
+    from .families.roberta import *  # noqa: F403
+    from .families.xlm_roberta import *  # noqa: F403
     from .fusing import explain as explain
     from .fusing import fuse as fuse
     from .fusing import skip_unread as skip_unread
@@ -32,18 +39,24 @@ __version__ = "0.1.0"
 
 warn_of_namesake()
 
+#: Each family's module, with what its classes begin with, and with the ends that they have beside "Model".
+_HEADS = (
+    "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification", "ForQuestionAnswering",
+)  # fmt: skip
+_FAMILIES = {
+    "bert": ("Bert", (*_HEADS, "ForNextSentencePrediction", "ForPreTraining", "LMHeadModel")),
+    "camembert": ("Camembert", (*_HEADS, "ForCausalLM")),
+    "data2vec_text": ("Data2VecText", (*_HEADS, "ForCausalLM")),
+    "distilbert": ("DistilBert", _HEADS),
+    "electra": ("Electra", (*_HEADS, "ForPreTraining", "ForCausalLM")),
+    "mpnet": ("MPNet", _HEADS),
+    "roberta": ("Roberta", (*_HEADS, "ForCausalLM")),
+    "xlm_roberta": ("XLMRoberta", (*_HEADS, "ForCausalLM")),
+}
+
 #: Public name -> the module it lives in. Loaded when first used: the command line has to choose how kernels run, which
 #: Triton reads when they are defined, and its help should not wait for torch.
 _HOMES = {
-    "BertForMaskedLM": "families.bert",
-    "BertForMultipleChoice": "families.bert",
-    "BertForNextSentencePrediction": "families.bert",
-    "BertForPreTraining": "families.bert",
-    "BertForQuestionAnswering": "families.bert",
-    "BertForSequenceClassification": "families.bert",
-    "BertForTokenClassification": "families.bert",
-    "BertLMHeadModel": "families.bert",
-    "BertModel": "families.bert",
     "Explanation": "modules.explaining",
     "Graphed": "graphs.inference",
     "GraphedStep": "graphs.training",
@@ -54,6 +67,8 @@ _HOMES = {
     "skip_unread": "fusing",
     "unfuse": "fusing",
 }
+_HOMES |= {f"AutoModel{end}": "auto" for end in ("", *_HEADS, "ForNextSentencePrediction", "ForPreTraining")}
+_HOMES |= {start + end: f"families.{module}" for module, (start, ends) in _FAMILIES.items() for end in ("Model", *ends)}
 
 #: Packages and modules of public names, loaded likewise.
 _MODULES = ("attribution", "distill", "encode")

@@ -25,7 +25,7 @@ from fastbert_kernels.relation import MAX_RELATION_DIM
 
 from .batch.prefix import either
 from .families import MODELS
-from .modules.attention import FusedSelfAttention, attends_fused
+from .modules.attention import FusedSelfAttention, attends_fused, self_attention
 from .modules.model import EncoderModel
 
 _QUERY, _KEY, _VALUE = range(3)
@@ -138,7 +138,9 @@ def _fused_attention(bert: Any, index: int) -> FusedSelfAttention:
             f"the attention of layer {index} is not fused, and only fused layers are captured: call "
             "fastbert.fuse(model), and see fastbert.explain(model)"
         )
-    return bert.layers[index].attention.self
+    found = self_attention(bert.layers[index])
+    assert found is not None
+    return found[1]
 
 
 def _refuse_detached(bert: Any) -> None:

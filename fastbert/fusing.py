@@ -18,7 +18,7 @@ from .modules.heads import FusedHead, FusedMaskedLM
 from .modules.model import EncoderModel
 from .modules.packing import check_packing, describe_padding, masked_reader
 from .modules.readable import as_if_gathered
-from .modules.swap import FUSED, fuse_modules, hugging_face_class, is_ours
+from .modules.swap import FUSED, fuse_modules, hugging_face_class, is_decoder, is_ours
 from .notices import warn_once
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,8 +41,8 @@ def _refuse_sharded(model: nn.Module, verb: str) -> None:
 def _encoders(model: nn.Module) -> list[Any]:
     encoders = [module for module in model.modules() if isinstance(module, families.MODELS)]
     if not encoders:
-        known = ", ".join(f"transformers.{kind.__name__}" for kind in families.MODELS)
-        raise ValueError(f"{type(model).__name__} holds no {known}: fastbert fuses BERT encoders")
+        known = ", ".join(f"{kind.__name__} ({name})" for name, kind in families.MODEL_TYPES.items())
+        raise ValueError(f"{type(model).__name__} holds no encoder that fastbert fuses: it knows {known}")
     return encoders
 
 
@@ -64,7 +64,7 @@ def fuse(model: Model, packing: bool | str = "auto") -> Model:
     _refuse_sharded(model, "fuse")
     for encoder in _encoders(model):
         name = type(encoder).__name__
-        if encoder.config.is_decoder:
+        if is_decoder(encoder):
             warn_once("fastbert: a decoder stays on Hugging Face's own path")
             continue
         fused = FUSED.get(type(encoder))
@@ -158,7 +158,7 @@ def skip_unread(model: Model, skip: bool = True) -> Model:
             "has read_rows"
         )
     for head in heads:
-        if not isinstance(head.base_model, EncoderModel) or head.base_model.config.is_decoder:
+        if not isinstance(head.base_model, EncoderModel) or is_decoder(head.base_model):
             name = hugging_face_class(type(head.base_model)).__name__
             raise ValueError(f"the {name} in {type(head).__name__} is not fused: call fastbert.fuse(model) first")
         pooled = isinstance(head, families.POOLED_HEADS)
@@ -217,7 +217,7 @@ def explain(model: nn.Module) -> Explanation:
 
 def _context(encoder: Any) -> str | None:
     """Why no part of an encoder is on the fast path."""
-    if encoder.config.is_decoder:
+    if is_decoder(encoder):
         return "a decoder runs on Hugging Face's own path"
     if isinstance(encoder, EncoderModel):
         return None

@@ -10,21 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from fastbert.families import MODEL_TYPES
 from fastbert_kernels import uses_triton
 
 #: [CLS], one token, [SEP].
 MIN_LENGTH = 3
 
-#: The fields of a configuration that say how large a model is.
-_SIZES = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("max_position_embeddings", "type_vocab_size"),
-)
+#: The fields of a configuration that say how large a model is: those of every family, and those of some.
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+_MORE_SIZES = ("intermediate_size", "type_vocab_size", "embedding_size", "hidden_dim", "relative_attention_num_buckets")
+#: The fields that name the activation, and those that are probabilities of dropout.
+_ACTIVATIONS = ("hidden_act", "activation")
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 #: Weights of an encoder in a checkpoint, also of one with a head. The two buffers were saved by old versions.
-_OF_ENCODER = re.compile(r"(bert\.)?(encoder\.|embeddings\.(?!position_ids$|token_type_ids$))")
+_OF_ENCODER = re.compile(
+    r"(\w+\.)?(encoder\.|transformer\.|embeddings_project\.|embeddings\.(?!position_ids$|token_type_ids$))"
+)
 
 #: English of very different lengths, so that a batch of it is mostly padding.
 SENTENCES: tuple[str, ...] = (
@@ -114,10 +118,11 @@ def check_backend(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def load_config(model: str | os.PathLike[str]) -> Any:
-    """The configuration of a BERT checkpoint: a folder saved by transformers, or a name on the Hugging Face hub.
+    """The configuration of a checkpoint of one of the families: a folder saved by transformers, or a name on the
+    Hugging Face hub.
 
     Raises:
-        InputError: when there is none under that name, and for sizes that no BERT has.
+        InputError: when there is none under that name, and for sizes that no model has.
     """
     name = str(model)
     try:
@@ -132,23 +137,25 @@ def load_config(model: str | os.PathLike[str]) -> Any:
         if here:
             raise InputError(f"cannot use config.json of {name!r}: {_in_one_line(error)}") from error
         raise InputError(
-            f"model {name!r} not found: name a folder with a BERT checkpoint, or a model on the Hugging Face hub "
+            f"model {name!r} not found: name a folder with a checkpoint, or a model on the Hugging Face hub "
             f"that this machine can reach ({_in_one_line(error)})"
         ) from error
-    if config.model_type != "bert":
-        raise InputError(f"model {name!r} is of type {config.model_type!r}, not 'bert': fastbert takes BERT only")
+    if config.model_type not in MODEL_TYPES:
+        known = ", ".join(sorted(MODEL_TYPES))
+        raise InputError(f"model {name!r} is of type {config.model_type!r}, which fastbert has not: it takes {known}")
     _check_config(name, config)
     return config
 
 
 def _check_config(name: str, config: Any) -> None:
-    """InputError for what no BERT has and Hugging Face's own checks let through."""
-    for field in _SIZES:
+    """InputError for what no model has and Hugging Face's own checks let through."""
+    for field in (*_SIZES, *[more for more in _MORE_SIZES if hasattr(config, more)]):
         value = getattr(config, field, None)
         if type(value) is not int or value < 1:
             raise InputError(f"config.json of {name!r}: {field} is {value!r}, which has to be a whole number from 1 on")
-    if config.hidden_act not in ACT2FN:
-        raise InputError(f"config.json of {name!r}: hidden_act {config.hidden_act!r} is no activation of transformers")
+    for field in _ACTIVATIONS:
+        if (activation := getattr(config, field, "gelu")) not in ACT2FN:
+            raise InputError(f"config.json of {name!r}: {field} {activation!r} is no activation of transformers")
     if type(chunk := config.chunk_size_feed_forward) is not int:
         raise InputError(f"config.json of {name!r}: chunk_size_feed_forward is {chunk!r}, not a whole number")
     if config.hidden_size % config.num_attention_heads:
@@ -158,8 +165,8 @@ def _check_config(name: str, config: Any) -> None:
         )
 
 
-def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertModel, Any]:
-    """Hugging Face's eager `BertModel` in float32 on the CPU, and its tokenizer.
+def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[PreTrainedModel, Any]:
+    """Hugging Face's eager encoder model in float32 on the CPU, and its tokenizer.
 
     A pooler that the checkpoint lacks gets fixed random weights; anything else that it lacks is an error.
 
@@ -168,20 +175,20 @@ def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertMode
         dropout: keep the checkpoint's dropout probabilities; else they are 0.
 
     Raises:
-        InputError: when there is no BERT checkpoint with a tokenizer under that name, when weights miss, when there
-            are some that the configuration has no place for, or when one is not finite.
+        InputError: when there is no such checkpoint with a tokenizer, when weights miss, when there are some that the
+            configuration has no place for, or when one is not finite.
     """
     config = load_config(model)
     name = str(model)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            loaded: Any = BertModel.from_pretrained(
+            loaded: Any = MODEL_TYPES[config.model_type].from_pretrained(
                 model,
                 attn_implementation="eager",
                 dtype=torch.float32,
                 output_loading_info=True,
-                **({} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+                **({} if dropout else dict.fromkeys([name for name in _DROPOUTS if hasattr(config, name)], 0.0)),
             )
         bert, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -189,7 +196,7 @@ def load(model: str | os.PathLike[str], dropout: bool = False) -> tuple[BertMode
         raise InputError(f"cannot load {name!r}: {_in_one_line(error)}") from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise InputError(f"{name!r} is not a whole BERT checkpoint: {len(missing)} weights miss, as {missing[0]}")
+        raise InputError(f"{name!r} is not a whole checkpoint: {len(missing)} weights miss, as {missing[0]}")
     unread = sorted(key for key in info["unexpected_keys"] if _OF_ENCODER.match(key))
     if unread:
         raise InputError(
@@ -298,10 +305,9 @@ def tokenize(tokenizer: Any, sentences: Sequence[str], max_length: int | None, l
         truncation=True,
         max_length=length,
         return_attention_mask=True,
-        return_token_type_ids=True,
         return_tensors="pt",
     )
-    names = ("input_ids", "attention_mask", "token_type_ids")
+    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded]
     tokens = [
         tokenizer.convert_ids_to_tokens(ids[mask.bool()].tolist())
         for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,6 +81,23 @@ def backend_name(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("plain PyTorch makes a GPU wait, which no graph can hold")
     with backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each batch whose padding might have been dropped, whether it was."""
+    from fastbert.batch import batch as batches
+
+    seen: list[bool] = []
+    pack_unless = batches.pack_unless
+
+    def noted(*arguments: torch.Tensor) -> Any:
+        layout = pack_unless(*arguments)
+        seen.append(layout is not None and layout.indices is not None)
+        return layout
+
+    monkeypatch.setattr(batches, "pack_unless", noted)
+    return seen
 
 
 @pytest.fixture(autouse=True)

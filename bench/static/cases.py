@@ -47,7 +47,7 @@ _POINTERS: dict[str, torch.dtype | None] = {
     ),
     **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), torch.float32),
     **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "dloss_max_ptr"), torch.float32),
-    **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr", "order_ptr"), torch.int32),
+    **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr", "order_ptr", "key_spans_ptr"), torch.int32),
     **dict.fromkeys(("seed_ptr", "words_ptr", "positions_ptr", "token_types_ptr"), torch.int64),
 }
 
@@ -196,6 +196,7 @@ def _representative_cases() -> Iterator[Case]:
         yield from _attention_cases("bfloat16", head_dim, *_PACKED, "DROPOUT")
     yield from _attention_cases("bfloat16", 64, *_PACKED, "DROPOUT", "PROBS")
     yield from _attention_cases("bfloat16", 64, "BIAS")
+    yield from _attention_cases("bfloat16", 64, "KEY_SPANS", "DROPOUT")
     yield from _attention_cases("float32", 64, *_PACKED)
     for dtype, dim in (("bfloat16", 64), ("bfloat16", 32), ("float32", 64)):
         yield from _relation_cases(dtype, dim, "CU_SEQLENS", "SOFTMAX")
@@ -243,6 +244,8 @@ def _all_cases() -> Iterator[Case]:
             packed = () if "BIAS" in switches else (*_PACKED, "COLUMNS") if "PROBS" in switches else _PACKED
             yield from _attention_cases(dtype, head_dim, *packed, *switches)
         yield from _attention_cases(dtype, head_dim, *_PACKED, "DROPOUT", "PROBS")
+        yield from _attention_cases(dtype, head_dim, "KEY_SPANS", "HEAD_MASK", "DROPOUT")
+        yield from _attention_cases(dtype, head_dim, "KEY_SPANS", "HEAD_MASK", "DROPOUT", "PROBS")
         yield from _attention_cases(dtype, head_dim, "CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS")
         yield from _attention_cases(dtype, head_dim, "BIAS", "DROPOUT", "PROBS", aligned=True)
         for switches in (("CU_SEQLENS", "SOFTMAX"), ("CU_SEQLENS",), ("SOFTMAX",)):

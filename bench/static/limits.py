@@ -17,7 +17,7 @@ from fastbert_kernels.tiles import PARTIAL_SUMS
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Compile-time switches of the kernels, without their HAS_.
 FLAGS = (
-    *("CU_SEQLENS", "ORDER", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS", "WHOLE_DPROBS"),
+    *("CU_SEQLENS", "ORDER", "COLUMNS", "BIAS", "KEY_SPANS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS", "WHOLE_DPROBS"),
     *("RESIDUAL", "WORD_TABLE", "SOFTMAX", "PRE", "NORMED", "Y"),
 )
 #: Intermediate size of the feed-forward block by its hidden size, in every BERT.

@@ -22,6 +22,7 @@ class Attend(Movable):
         seed: int64 scalar on the device, of all dropout in a forward pass; None: each module draws its own.
         prefix: what each sequence sees before itself. The other attributes count it in.
         first: compute the last layer for these tokens only.
+        key_spans: int32 (sequences, 2), `sequences.key_spans` of the mask of keys that the additive mask is made of.
         by_modules: every module is called, none read, also where a checkpointed layer runs again.
     """
 
@@ -33,6 +34,7 @@ class Attend(Movable):
     seed: torch.Tensor | None = None
     prefix: Prefix | None = None
     first: FirstTokens | None = None
+    key_spans: torch.Tensor | None = None
     by_modules: bool = False
 
     def map_side(self, seq: int) -> int:

@@ -10,6 +10,7 @@ from torch.nn import CrossEntropyLoss
 from fastbert.notices import warn_once
 from fastbert_kernels.attention_map import in_graph
 from fastbert_kernels.backend import check_same_device, has_values
+from fastbert_kernels.sequences import key_spans
 
 from .attend import Attend
 from .first_tokens import FirstTokens, first_tokens
@@ -43,7 +44,13 @@ class Inputs:
 
 
 class Positions(Protocol):
-    """Which positions tokens have that come without: a family's rule."""
+    """Which positions tokens have that come without: a family's rule.
+
+    Attributes:
+        limit: what a model's longest sequence comes from, in a message.
+    """
+
+    limit: str
 
     def positions(self, words: torch.Tensor, before: int = 0) -> torch.Tensor:
         """Of words (batch, seq), ids or (batch, seq, hidden) vectors, after a prefix of length `before`: int64
@@ -51,6 +58,9 @@ class Positions(Protocol):
 
     def packed_positions(self, words: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Of words (1, tokens) in packed sequences: int64 (1, tokens)."""
+
+    def has_rows(self, positions: torch.Tensor) -> bool:
+        """Whether a sequence over the longest is all right, for these are its positions."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,8 @@ class Batch:
         zeroed: bool (batch, seq), False where the outputs are to be zero because the padding was not dropped.
         embeddings: the keyword arguments of the embeddings, in the layout.
         head_masks: one (heads,) or None a layer.
-        prefix: what each sequence sees before itself, counted in by `bias`.
+        visible: bool (batch, keys), the mask of keys that `bias` is made of; None where it is of more.
+        prefix: what each sequence sees before itself, counted in by `bias` and `visible`.
         first: the tokens that the last layer computes; None: all.
     """
 
@@ -95,16 +106,24 @@ class Batch:
     zeroed: torch.Tensor | None
     embeddings: dict[str, torch.Tensor | None]
     head_masks: list[torch.Tensor | None]
+    visible: torch.Tensor | None = None
     prefix: Prefix | None = None
     first: FirstTokens | None = None
 
-    def attend(self, seed: torch.Tensor | None, by_modules: bool = False) -> Attend:
-        """What the attention of every layer needs to know."""
+    def attend(self, seed: torch.Tensor | None, by_modules: bool = False, mask_changes: bool = False) -> Attend:
+        """What the attention of every layer needs to know; `mask_changes`: somebody may give it another mask."""
         lies = self.layout if self.prefix is None else self.prefix.layout
+        spans = None if self.visible is None or mask_changes else key_spans(self.visible)
         return Attend(
-            lies.cu_seqlens, lies.max_seqlen, lies.order, lies.seq, lies.columns, seed, self.prefix, self.first,
+            lies.cu_seqlens, lies.max_seqlen, lies.order, lies.seq, lies.columns, seed, self.prefix, self.first, spans,
             by_modules,
         )  # fmt: skip
+
+    def all_rows(self) -> torch.Tensor | None:
+        """The additive mask with all its rows, as Hugging Face makes it, for somebody who may look at it."""
+        if self.bias is None or self.bias.shape[2] > 1 or self.prefix is not None:
+            return self.bias
+        return self.bias.expand(self.layout.batch, 1, self.layout.seq, self.bias.shape[3])
 
     def check_out(self, hidden: torch.Tensor, first: FirstTokens | None = None) -> torch.Tensor:
         """Hidden states in the layout as (batch, seq, hidden), or (batch, 1, hidden) of the first tokens; zero at
@@ -142,14 +161,14 @@ class Padding:
     """What is to become of padding.
 
     Attributes:
-        drops: whether it may be dropped; asked where a batch may have some.
+        drops: whether that of a mask, bool (batch, seq), may be dropped.
         zeroes: where it is not, outputs are to be zero there all the same.
         eager: it is not where somebody could read it: where a row starts with it, which a pooler would read, or where
             `labels` are other than -100.
         labels: int (batch, seq), of rows that are read.
     """
 
-    drops: Callable[[], bool]
+    drops: Callable[[torch.Tensor], bool]
     zeroes: bool = False
     eager: bool = False
     labels: torch.Tensor | None = None
@@ -190,11 +209,11 @@ def check_in(inputs: Inputs, shape: EncoderShape, padding: Padding, reads_first:
         "token_type_ids": _broadcast_ids("token_type_ids", inputs.token_type_ids, batch, seq),
         "position_ids": _broadcast_ids("position_ids", inputs.position_ids, batch, seq),
     }
-    bias = zeroed = None
+    bias = zeroed = visible = None
     if inputs.packed:
         layout = _lay_callers(inputs, embeddings, words, shape, before)
     else:
-        layout, bias, zeroed = _lay(inputs.attention_mask, embeddings, words, shape, before, padding)
+        layout, bias, zeroed, visible = _lay(inputs.attention_mask, embeddings, words, shape, before, padding)
     if layout.indices is not None:
         embeddings = {name: value if value is None else layout.pack(value) for name, value in embeddings.items()}
     prefix = None
@@ -207,6 +226,7 @@ def check_in(inputs: Inputs, shape: EncoderShape, padding: Padding, reads_first:
         zeroed,
         embeddings,
         layer_head_masks(inputs.head_mask, shape.layers, shape.heads),
+        visible,
         prefix,
         first_tokens(layout, words.shape[1] if inputs.packed else layout.tokens) if reads_first else None,
     )
@@ -219,28 +239,29 @@ def _lay(
     shape: EncoderShape,
     before: int,
     padding: Padding,
-) -> tuple[Layout, torch.Tensor | None, torch.Tensor | None]:
-    """The layout of a padded batch, its bias, and where its outputs are kept; positions are added where the layout or
-    the prefix needs them."""
+) -> tuple[Layout, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The layout of a padded batch, its bias, where its outputs are kept, and the mask of keys that the bias is made
+    of; positions are added where the layout or the prefix needs them."""
     batch, seq = words.shape[:2]
     if embeddings["position_ids"] is None:
-        _check_length(before + seq, shape.longest)
+        _check_length(before + seq, shape, lambda: shape.rule.positions(words, before))
         if before:
             embeddings["position_ids"] = shape.rule.positions(words, before).expand(batch, seq)
     layout = dense_layout(batch, seq)
     if mask is None:
-        return layout, None, None
+        return layout, None, None, None
     wide = (batch, shape.heads, seq, before + seq)
     if mask.dim() != 2:
-        return layout, dense_bias(mask, wide), None
+        return layout, dense_bias(mask, wide), None, None
     whole_mask = token_mask(mask, batch, before + seq)
     mask = whole_mask[:, before:]
     packed = None
-    known = padding.drops() and has_values(mask)
+    known = padding.drops(mask) and has_values(mask)
     if known and (not before or bool(whole_mask[:, :before].all())):
         packed = pack_unless(mask, padding.is_read(mask))
     if packed is None:
-        return layout, dense_bias(whole_mask[:, None, None, :], wide), mask if padding.zeroes else None
+        bias = dense_bias(whole_mask[:, None, None, :], wide)
+        return layout, bias, mask if padding.zeroes else None, whole_mask
     layout = packed
     if layout.columns is not None and shape.pools:
         warn_once(
@@ -249,7 +270,7 @@ def _lay(
         )
     if layout.indices is not None and embeddings["position_ids"] is None:
         embeddings["position_ids"] = shape.rule.positions(words).expand(batch, seq)
-    return layout, None, None
+    return layout, None, None, None
 
 
 def _lay_callers(
@@ -260,8 +281,9 @@ def _lay_callers(
         raise ValueError("a packed batch takes no cache: pass a padded one, or leave it out")
     layout = _callers_layout(inputs.packed, words, inputs.attention_mask)
     if embeddings["position_ids"] is None:
-        _check_length(layout.seq, shape.longest)
-        embeddings["position_ids"] = shape.rule.packed_positions(words, inputs.packed["cu_seq_lens_q"])
+        positions = shape.rule.packed_positions(words, inputs.packed["cu_seq_lens_q"])
+        _check_length(layout.seq, shape, lambda: positions)
+        embeddings["position_ids"] = positions
     return layout
 
 
@@ -296,11 +318,11 @@ def _exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
     return words
 
 
-def _check_length(length: int, longest: int) -> None:
-    if length > longest:
+def _check_length(length: int, shape: EncoderShape, positions: Callable[[], torch.Tensor]) -> None:
+    if length > shape.longest and not shape.rule.has_rows(positions()):
         raise ValueError(
-            f"sequence length {length} is over the model's max_position_embeddings={longest}: truncate the input "
-            "(tokenizer(..., truncation=True)), or pass position_ids"
+            f"sequence length {length} is over {shape.rule.limit}: truncate the input (tokenizer(..., "
+            "truncation=True)), or pass position_ids"
         )
 
 

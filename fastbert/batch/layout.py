@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fastbert.notices import warn_of_padding
+
 from .records import Movable
 
 
@@ -87,6 +89,7 @@ def pack_unless(mask: torch.Tensor, read: torch.Tensor) -> Layout | None:
     if total == batch * seq:
         return dense_layout(batch, seq)
     if is_read:
+        warn_of_padding("labels at it are read, or a row starts with it and is pooled", total, batch * seq)
         return None
     longest, order = max(host_lengths), None
     if min(host_lengths) < longest:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastbert.families import MODEL_TYPES, head_of
 from fastbert.graphs.recording import Replayed
 from fastbert.graphs.training import GraphedStep, graphed_step
 
@@ -75,6 +76,9 @@ class _Job:
     batch: dict[str, Tensor]
     autocast: torch.dtype | None
     optimizer: torch.optim.Optimizer | None = None
+
+    def module_pools(self) -> bool:
+        return getattr(self.module, "pooler", None) is not None
 
     def call(self) -> Any:
         extra = {"output_attentions": True} if self.workload.attentions else {}
@@ -141,8 +145,8 @@ class _Job:
             loss.backward()
             gradients = {n: p.grad.float() for n, p in self.module.named_parameters() if p.grad is not None}
             self.module.zero_grad(set_to_none=True)
-        if isinstance(output, tuple):  # ONNX Runtime: last hidden state, pooler output, attentions
-            main, maps = output[0], output[2:]
+        if isinstance(output, tuple):  # ONNX Runtime: last hidden state, pooler output if there is one, attentions
+            main, maps = output[0], output[2 if self.module_pools() else 1 :]
         else:
             main = output.logits if "logits" in output else output.last_hidden_state
             maps = output.attentions if self.workload.attentions else ()
@@ -390,10 +394,13 @@ def _error(got: tuple[list[Tensor], dict[str, Tensor]], want: tuple[list[Tensor]
     return torch.stack(errors).max().item()  # NaN if one is
 
 
-def random_source(config: transformers.BertConfig, task: Task) -> transformers.PreTrainedModel:
-    """A Hugging Face BERT with fixed random weights, eager: with a classifier for "finetune", else the base model."""
-    kind = transformers.BertForSequenceClassification if task == "finetune" else transformers.BertModel
-    config = transformers.BertConfig(**(config.to_dict() | {"attn_implementation": "eager"}))
+def random_source(config: transformers.PreTrainedConfig, task: Task) -> transformers.PreTrainedModel:
+    """A model of Hugging Face's with fixed random weights, eager: with a classifier for "finetune", else the encoder
+    alone."""
+    kind = MODEL_TYPES[config.model_type]
+    if task == "finetune":
+        kind = head_of(kind, "ForSequenceClassification")
+    config = type(config)(**(config.to_dict() | {"attn_implementation": "eager"}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind(config).eval()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
+from fastbert.families import head_of, longest_text
 from fastbert.inputs import InputError, check_backend, load, parse_device, parse_dtype, tokenize
 
 from .contenders import named as named_contenders
@@ -43,7 +43,7 @@ def measure(
     """Time a checkpoint and its peers.
 
     Args:
-        model: a BERT checkpoint with its tokenizer: a folder, or a name on the Hugging Face hub.
+        model: a checkpoint of one of the families with its tokenizer: a folder, or a name on the Hugging Face hub.
         workloads: names of `workloads.CPU_WORKLOADS` or, on a GPU, `GPU_WORKLOADS`; with `texts` or a `histogram` also
             "yours" and "yours-finetune". Default: those two, or without them a few of the rest.
         texts: what a batch is drawn from: rows at equal steps of their sorted lengths, so that it is as ragged as they.
@@ -70,7 +70,7 @@ def measure(
     check_backend(working, where)
     tell(f"loading {model}")
     bert, tokenizer = load(model, dropout=True)
-    longest = bert.config.max_position_embeddings
+    longest = longest_text(bert)
     own_batch: dict[str, Tensor] | None = None
     if texts or histogram is not None:
         if texts:
@@ -107,12 +107,14 @@ def measure(
     return results
 
 
-def _with_classifier(bert: transformers.BertModel) -> Any:
+def _with_classifier(encoder: Any) -> Any:
     """The same encoder under a sequence classifier with fixed random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        classifier = transformers.BertForSequenceClassification(bert.config)
-    classifier.bert.load_state_dict(bert.state_dict())
+        classifier: Any = head_of(type(encoder), "ForSequenceClassification")(encoder.config)
+    weights = encoder.state_dict()
+    wanted = classifier.base_model.state_dict().keys()  # without a pooler where the head has none
+    classifier.base_model.load_state_dict({name: weights[name] for name in wanted})
     return classifier.eval()
 
 

@@ -172,8 +172,8 @@ def _show_verdict(console: "Console", report: "Report") -> None:
 
 def _show_outputs(console: "Console", report: "Report") -> None:
     shapes = {check.name: check.shape for check in report.outputs}
-    console.print("The four outputs")
-    for name in ("last_hidden_state", "pooler_output", "hidden_states", "attentions"):
+    console.print("The four outputs" if "pooler_output" in shapes else "The outputs; there is no pooler")
+    for name in dict.fromkeys(key.partition("[")[0] for key in shapes):
         several = [shape for key, shape in shapes.items() if key.startswith(f"{name}[")]
         shape = f"{len(several)} x {_shape(several[0])}" if several else _shape(shapes[name])
         console.print(f"  {name:<18} {shape}", markup=False)

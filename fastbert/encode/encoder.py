@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import BertModel, PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from fastbert.families import MODELS, longest_text
 from fastbert.fusing import fuse
 from fastbert.inputs import (
     InputError,
@@ -25,6 +26,7 @@ from fastbert.inputs import (
     parse_dtype,
 )
 from fastbert.modules.model import EncoderModel
+from fastbert.modules.swap import is_decoder
 
 from .pooling import POOLINGS, pool
 from .recipe import Recipe, read_recipe
@@ -57,10 +59,10 @@ class Encoder:
     The batches depend only on the texts and the settings, so the same texts give the same bits on the same machine.
 
     Args:
-        model: a folder saved by transformers or sentence-transformers, a name on the Hugging Face hub, or a
-            `BertModel`, which is then fused in place. What a folder of sentence-transformers says of its pooling,
-            normalization, length and prompt is done, unless it is said here.
-        tokenizer: only with a `BertModel`: its tokenizer.
+        model: a folder saved by transformers or sentence-transformers, a name on the Hugging Face hub, or an encoder
+            model of one of the families, which is then fused in place. What a folder of sentence-transformers says of
+            its pooling, normalization, length and prompt is done, unless it is said here.
+        tokenizer: only with an encoder model: its tokenizer.
         pooling: one of `POOLINGS`: `mean` of a text's tokens, special ones included, `cls`, the first of them, and so
             on. Default: the folder's, else `mean`.
         normalize: scale embeddings to length 1. Default: the folder's, else not.
@@ -73,14 +75,14 @@ class Encoder:
 
     Raises:
         InputError: for an unknown pooling, dtype, device or prompt, a length or a number of tokens out of range, when
-            there is no BERT checkpoint under that name, for one that cannot be used: with a tokenizer that does not
+            there is no such checkpoint, for one that cannot be used: with a tokenizer that does not
             fit, or a weight that is not finite in that dtype; and for a folder of sentence-transformers that asks for
             what cannot be done.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | BertModel,
+        model: str | os.PathLike[str] | PreTrainedModel,
         tokenizer: Any = None,
         *,
         pooling: str | None = None,
@@ -99,28 +101,31 @@ class Encoder:
         self.dtype, self.device = parse_dtype(dtype), parse_device(device)
         check_backend(self.dtype, self.device)
         recipe = Recipe()
-        if isinstance(model, BertModel):
+        if isinstance(model, MODELS):
             if tokenizer is None:
-                raise InputError("a BertModel comes without a tokenizer: pass its tokenizer too")
+                raise InputError("an encoder model comes without a tokenizer: pass its tokenizer too")
             bert, name = model, type(model).__name__
             check_tokenizer(tokenizer, bert.config.vocab_size, name)
         elif tokenizer is not None:
-            raise InputError(f"{str(model)!r} brings its own tokenizer: pass a tokenizer with a BertModel only")
+            raise InputError(f"{str(model)!r} brings its own tokenizer: pass a tokenizer with an encoder model only")
         else:
             bert, tokenizer = load(model)
             recipe = read_recipe(model)
-            bert.pooler, name = None, str(model)
+            name = str(model)
+            if hasattr(bert, "pooler"):
+                bert.pooler = None
         self.poolings = recipe.poolings if pooling is None else (pooling,)
         self.normalize = recipe.normalize if normalize is None else normalize
         self.prompt = _choose_prompt(recipe, prompt, prompt_name)
-        longest = int(min(bert.config.max_position_embeddings, tokenizer.model_max_length))
+        longest = int(min(longest_text(bert), tokenizer.model_max_length))
         asked = max_length if max_length is not None or recipe.max_length is None else min(recipe.max_length, longest)
         self.max_length = check_max_length(asked, longest)
         self.bert = fuse(bert).to(self.device, self.dtype).eval()
         check_finite(self.bert, name)  # in its dtype: float16 ends at 65504
-        if not isinstance(self.bert, EncoderModel) or bert.config.is_decoder:
+        if not isinstance(self.bert, EncoderModel) or is_decoder(bert):
             raise InputError(
-                f"{type(bert).__name__} is a decoder or overrides BertModel: only BERT encoders take packed text"
+                f"{type(bert).__name__} is a decoder or overrides Hugging Face's class: "
+                "only fused ones take packed text"
             )
         self.tokenizer = _lowering(tokenizer) if recipe.lower else tokenizer
         self.tokens = tokens

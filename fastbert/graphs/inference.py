@@ -153,7 +153,7 @@ class Graphed(Replayed):
         """Embeddings and layers on the arrays: (1, tokens, hidden)."""
         ids, cu_seqlens = self._arrays.read(bucket)
         attend = Attend(cu_seqlens, bucket.longest)
-        return self._bert.encoder(self._bert.embeddings(**ids), None, attend=attend).last_hidden_state
+        return self._bert.encoder(self._bert.embed(ids), None, attend=attend).last_hidden_state
 
 
 def graphed(model: nn.Module, tokens: Iterable[int] = TOKENS, max_sequences: int = 64) -> Graphed:

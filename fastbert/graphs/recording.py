@@ -14,6 +14,7 @@ from fastbert.fusing import explain
 from fastbert.modules.attention import FusedSelfAttention
 from fastbert.modules.look import forget
 from fastbert.modules.model import EncoderModel
+from fastbert.modules.swap import is_decoder
 from fastbert.notices import warn_once
 from fastbert_kernels.backend import check_mode, get_backend, why_no_kernels
 
@@ -164,7 +165,7 @@ def find_bert(model: nn.Module) -> EncoderModel:
             f"{type(model).__name__} is neither a BertModel nor one of Hugging Face's heads on one: pass the model "
             "inside of it"
         )
-    if not isinstance(bert, EncoderModel) or bert.config.is_decoder:
+    if not isinstance(bert, EncoderModel) or is_decoder(bert):
         raise ValueError(f"{type(bert).__name__} is a decoder or not fused: pass an encoder to fastbert.fuse first")
     return bert
 

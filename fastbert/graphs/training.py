@@ -252,7 +252,7 @@ class GraphedStep(Replayed):
         """Check a batch, and bring its ids and labels into its layout."""
         token_labels, sequence_labels = self._labels
         words, mask, types, positions = map(batch.get, _IDS)
-        checked = self._bert.check_in(Inputs(words, mask, types, positions), Padding(lambda: True))
+        checked = self._bert.check_in(Inputs(words, mask, types, positions), Padding(lambda mask: True))
         layout = checked.layout
         labels = {name: batch[name] for name in (*token_labels, *sequence_labels)}
         check_same_device("a step", input_ids=words, **labels)

@@ -10,7 +10,7 @@ from fastbert.batch.attend import Attend
 from fastbert.batch.first_tokens import FirstTokens
 from fastbert.batch.prefix import Prefix, either
 from fastbert_kernels import attention
-from fastbert_kernels.attention import MAX_HEAD_DIM
+from fastbert_kernels.attention_arguments import MAX_HEAD_DIM
 from fastbert_kernels.attention_map import HandOut, handed_out
 
 from .dropout import seed_for
@@ -91,9 +91,9 @@ def wants_map(slot: MapSlot | None, kwargs: dict[str, Any]) -> bool:
 class FusedSelfAttention(nn.Module):
     """One product for query, key and value, then one attention kernel that reads its result in place."""
 
-    query: Any
-    key: Any
-    value: Any
+    #: What the projections are called.
+    projections = ("query", "key", "value")
+
     dropout: Any
     num_attention_heads: int
     attention_head_size: int
@@ -120,23 +120,30 @@ class FusedSelfAttention(nn.Module):
         return fused_repr(self)
 
     def note(self) -> str | None:
-        if can_stack(self.query, self.key, self.value):
+        linears = self.linears()
+        if can_stack(*linears):
             if torch.compiler.is_compiling():  # a graph stacks copies, wherever the parameters lie
                 return None
-            groups = qkv_parameters(self.query, self.key, self.value)
+            groups = qkv_parameters(*linears)
             return None if all(parts[0].is_meta or can_be_neighbours(parts) for parts in groups) else APART
-        return called(query=self.query, key=self.key, value=self.value)
+        return called(**dict(zip(self.projections, linears, strict=True)))
+
+    def linears(self) -> tuple[Any, Any, Any]:
+        """The three projections."""
+        find: Any = self._modules.get  # a module's attributes are looked up slowly
+        query, key, value = self.projections
+        return find(query), find(key), find(value)
 
     def rehome(self) -> None:
         """Put the three projections' parameters next to each other."""
-        if can_stack(self.query, self.key, self.value):
-            for parts in qkv_parameters(self.query, self.key, self.value):
+        if can_stack(*self.linears()):
+            for parts in qkv_parameters(*self.linears()):
                 rehome(parts)
 
     def separate(self) -> None:
         """Give the three projections' parameters storages of their own again."""
-        if can_stack(self.query, self.key, self.value):
-            for parts in qkv_parameters(self.query, self.key, self.value):
+        if can_stack(*self.linears()):
+            for parts in qkv_parameters(*self.linears()):
                 separate(parts)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -186,13 +193,34 @@ class FusedSelfAttention(nn.Module):
                     "and leave head_mask out"
                 )
             attention_mask = mask_like(attention_mask, hidden_states)
-            context, probs = super().forward(hidden_states, attention_mask, cache, **kwargs)
+            context, probs = self._hugging_faces(hidden_states, attention_mask, cache, **kwargs)
             leave_foreign_map(map_slot, probs)
             return context, probs
+        context, probs = self.contexts(hidden_states, attention_mask, attend, head_mask, map_slot, kwargs)
+        return self.output_product(context), probs
+
+    def _hugging_faces(self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, /, **kwargs: Any) -> Any:
+        """Hugging Face's own forward."""
+        return super().forward(hidden, mask, cache, **kwargs)
+
+    def output_product(self, context: torch.Tensor) -> torch.Tensor:
+        """What a family's attention does with the context before it returns it."""
+        return context
+
+    def contexts(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attend: Attend,
+        head_mask: torch.Tensor | None,
+        map_slot: MapSlot | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`forward` where it is fused, without the output product."""
         if attend.first is not None:
             return self._attend_first(hidden_states, attention_mask, head_mask, attend.first), None
         batch, seq = hidden_states.shape[:2]
-        qkv = project_qkv(self.query, self.key, self.value, hidden_states)
+        qkv = project_qkv(*self.linears(), hidden_states)
         if torch.compiler.is_compiling():
             qkv = qkv.view(-1)  # or a graph is guarded by the number of tokens
         qkv = qkv.view(batch * seq, 3, self.num_attention_heads, self.attention_head_size)
@@ -233,6 +261,7 @@ class FusedSelfAttention(nn.Module):
             probs_seq=attend.map_side(seq) if wants_map else None,
             columns=attend.map_columns if wants_map else None,
             order=attend.order,
+            key_spans=attend.key_spans,
             hand_out=hand_out,
         )
         if prefix is not None:
@@ -241,13 +270,13 @@ class FusedSelfAttention(nn.Module):
 
     def block_arguments(self) -> dict[str, Any] | None:
         """What a block needs of this module; None where the module has to be called itself."""
-        find: Any = self._modules.get  # a module's attributes are looked up slowly
-        query, key, value, dropout = find("query"), find("key"), find("value"), find("dropout")
+        dropout: Any
+        linears, dropout = self.linears(), self._modules.get("dropout")
         if not is_ours(self) or is_called(self) or self.watcher is not None or self.scaling <= 0.0:
             return None
-        if self.unfused_reason() is not None or not can_stack(query, key, value):
+        if self.unfused_reason() is not None or not can_stack(*linears):
             return None
-        weights, *biases = qkv_parameters(query, key, value)
+        weights, *biases = qkv_parameters(*linears)
         weight, bias = made_one(weights), made_one(biases[0]) if biases else None
         if weight is None or (biases and bias is None):
             return None
@@ -265,8 +294,9 @@ class FusedSelfAttention(nn.Module):
         self, hidden: torch.Tensor, bias: torch.Tensor | None, head_mask: torch.Tensor | None, first: FirstTokens
     ) -> torch.Tensor:
         """The context of the first tokens, as `first.take` leaves them."""
-        pair = project_together((self.key, self.value), hidden)
-        query = self.query(first.take(hidden))
+        project_query, *rest = self.linears()
+        pair = project_together(tuple(rest), hidden)
+        query = project_query(first.take(hidden))
         size = (self.num_attention_heads, self.attention_head_size)
         dropout_p = self.dropout.p if self.training else 0.0
         context = first.attend(
@@ -275,7 +305,18 @@ class FusedSelfAttention(nn.Module):
         return context.reshape(query.shape)
 
 
+def self_attention(layer: Any) -> tuple[str, FusedSelfAttention] | None:
+    """A layer's self-attention, if it is ours, behind its name in the layer."""
+    outer = layer._modules.get("attention")
+    if isinstance(outer, FusedSelfAttention):
+        return "attention", outer
+    for name, inner in () if outer is None else outer._modules.items():
+        if isinstance(inner, FusedSelfAttention):
+            return f"attention.{name}", inner
+    return None
+
+
 def attends_fused(layer: Any) -> bool:
     """Whether a layer's attention runs on the kernel, which packed sequences need."""
-    attention = getattr(getattr(layer, "attention", None), "self", None)
-    return isinstance(attention, FusedSelfAttention) and attention.unfused_reason() is None
+    found = self_attention(layer)
+    return found is not None and found[1].unfused_reason() is None

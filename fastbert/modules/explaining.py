@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from rich.console import Console, Group
 from rich.table import Table
+from torch import nn
 
 from fastbert_kernels import describe_products, uses_triton
 from fastbert_kernels.backend import uses_cpu_layers
 
 from .layer import FusedLayer
 from .packing import find_strangers
+from .readable import norm_reason
 from .strangers import unwrapped
-from .swap import hugging_face_class
-
-#: The parts of a layer that `explain` speaks of, by their path in it.
-_PARTS = ("attention.self", "attention.output", "intermediate", "output")
+from .swap import FUSED, hugging_face_class, model_class
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,15 @@ def describe_backend(tensor: torch.Tensor) -> str:
 def _explain_part(layer: int | None, name: str, module: Any, context: str | None, strange: str | None) -> Part:
     if context is not None:
         return Part(layer, name, False, context)
-    if strange is not None and hasattr(module, "unfused_reason") and module.unfused_reason() is None:
+    if hasattr(module, "unfused_reason"):
+        reason, note = module.unfused_reason(), module.note()
+    elif isinstance(module, nn.LayerNorm):  # a layer's own, in some families
+        reason, note = norm_reason(module, None), None
+    else:
+        reason, note = f"{type(module).__name__} is not Hugging Face's module or not yet fused", None
+    if strange is not None and reason is None:
         return Part(layer, name, "with hooks" in strange, strange)
-    if not hasattr(module, "unfused_reason"):
-        return Part(layer, name, False, f"{type(module).__name__} is not Hugging Face's module or not yet fused")
-    reason = module.unfused_reason()
-    return Part(layer, name, reason is None, module.note() if reason is None else reason)
+    return Part(layer, name, reason is None, note if reason is None else reason)
 
 
 def explain_encoder(encoder: Any, context: str | None = None) -> Iterator[Part]:
@@ -134,9 +136,10 @@ def explain_encoder(encoder: Any, context: str | None = None) -> Iterator[Part]:
     """
     strange = dict(find_strangers(encoder)) if context is None else {}
     yield _explain_part(None, "embeddings", encoder.embeddings, context, strange.get("embeddings"))
-    layers = encoder.encoder.layer if context is not None else encoder.layers
+    kind = model_class(encoder)
+    layers = getattr(encoder, kind.encoder_name).layer
     for i, wrapped in enumerate(layers):
-        layer, name = unwrapped(wrapped), f"encoder.layer.{i}"
+        layer, name = unwrapped(wrapped), f"{kind.encoder_name}.layer.{i}"
         if context is None and (not isinstance(layer, FusedLayer) or name in strange):
             what = strange.get(name, type(layer).__name__)
             reason = what if " " in what else f"{what} is not Hugging Face's {_layer_name(encoder)}"
@@ -145,11 +148,13 @@ def explain_encoder(encoder: Any, context: str | None = None) -> Iterator[Part]:
                 continue
         last = context is None and i + 1 == len(layers)
         rows = encoder.read_rows if last and encoder.last_layer_computes_all() is None else "all"
-        for part in _PARTS:
+        for part in kind.layer_parts:
             strange_part = strange.get(f"{name}.{part}")
             yield replace(_explain_part(i, part, layer.get_submodule(part), context, strange_part), rows=rows)
 
 
 def _layer_name(encoder: Any) -> str:
     """Hugging Face's name of a family's layer."""
-    return hugging_face_class(type(encoder))._can_record_outputs["hidden_states"].__name__  # type: ignore[attr-defined]
+    family = model_class(encoder).__module__
+    layer = next(ours for ours in FUSED.values() if ours.__module__ == family and issubclass(ours, FusedLayer))
+    return hugging_face_class(layer).__name__

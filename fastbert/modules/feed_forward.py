@@ -47,7 +47,7 @@ class FusedIntermediate(nn.Module):
 
     def block_arguments(self) -> dict[str, Any] | None:
         """What a block needs of this module; None where the module has to be called itself."""
-        up: Any = self._modules.get("dense")
+        up: Any = self.dense
         if not is_ours(self) or is_called(self) or not is_plain_linear(up):
             return None
         if self.unfused_reason() is not None:

@@ -33,8 +33,8 @@ class FusedHead(nn.Module):
 
     base_model: Any
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(own_config(config))
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(own_config(config), *args, **kwargs)
         encoder = self.base_model
         encoder.__class__ = FUSED[type(encoder)]
         fuse_modules(encoder)
@@ -115,6 +115,7 @@ class FusedMaskedLM(FusedHead):
     read_rows: str = "all"
 
     reads = "labelled"
+    token_labels = ("labels",)
 
     @classmethod
     def _around(cls, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,6 +151,27 @@ class FusedQuestionAnswering(FusedHead):
             return output if as_dict else output.to_tuple()
 
         return wrapped
+
+
+class FusedSequenceClassification(FusedHead):
+    """A head that classifies each sequence by its pooled output, or by its first row."""
+
+    reads = "pooled"
+    sequence_labels = ("labels",)
+    loss_by_problem_type = True
+
+
+class FusedMultipleChoice(FusedHead):
+    """A head that compares the pooled outputs, or first rows, of several sequences."""
+
+    reads = "pooled"
+
+
+class FusedTokenClassification(FusedHead):
+    """A head that classifies each token."""
+
+    reads = "labelled"
+    token_labels = ("labels",)
 
 
 def _position_loss(logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,11 @@ def _attends_as_block(hidden: torch.Tensor, attend: Attend) -> bool:
     return runs_as_block(hidden) and attend.fits_block and not is_capturing()
 
 
+def _is_trained(mask: torch.Tensor | None) -> bool:
+    """Whether a mask has a learned bias in it that wants a gradient, which no block gives."""
+    return mask is not None and mask.requires_grad and torch.is_grad_enabled()
+
+
 def _attention_arguments(
     block: dict[str, Any],
     hidden: torch.Tensor,
@@ -51,6 +56,7 @@ def _attention_arguments(
         probs_seq=attend.map_side(seq) if wants_map else None,
         columns=attend.map_columns if wants_map else None,
         order=attend.order,
+        key_spans=attend.key_spans,
         seed=seed_for(attend.seed, max(block["dropout_p"], block["hidden_dropout_p"]), hidden),
         hand_out=hand_out,
     )
@@ -63,7 +69,7 @@ def _feed_forward_arguments(
     return FeedForwardArguments(**block, fused=fused, seed=seed_for(seed, block["hidden_dropout_p"], hidden))
 
 
-def _refuse_packed(module: nn.Module, attend: Attend, head_mask: torch.Tensor | None) -> None:
+def refuse_packed(module: nn.Module, attend: Attend, head_mask: torch.Tensor | None) -> None:
     if attend.cu_seqlens is not None or head_mask is not None:
         raise ValueError(
             f"{type(module).__name__} is not fastbert's and knows neither packed sequences nor head_mask: pass a "
@@ -108,13 +114,13 @@ class FusedAttention(nn.Module):
             return super().forward(hidden_states, attention_mask, *args, **named, **kwargs)
         attend = attend_from(attend, kwargs)
         if not takes_ours(self.self):
-            _refuse_packed(self.self, attend, head_mask)
+            refuse_packed(self.self, attend, head_mask)
             context, probs = self.self(
                 hidden_states, attention_mask=mask_like(attention_mask, hidden_states), **{CACHE: cache}, **kwargs
             )
             leave_foreign_map(map_slot, probs)
             return call_output(self.output, context, hidden_states, attend.seed), probs
-        if _attends_as_block(hidden_states, attend) and cache is None:
+        if _attends_as_block(hidden_states, attend) and cache is None and not _is_trained(attention_mask):
             block = block_arguments(self.self, self.output)
             if block is not None:
                 wanted, hand_out = wants_map(map_slot, kwargs), hand_out_of(map_slot)
@@ -142,6 +148,19 @@ class FusedLayer(nn.Module):
     seq_len_dim: int
     feed_forward_chunk: Any
 
+    def attention_arguments(self) -> dict[str, Any] | None:
+        """What the attention block needs of its modules; None where one has to be called itself."""
+        return block_arguments(self.attention)
+
+    def feed_forward_arguments(self) -> dict[str, Any] | None:
+        """What the feed-forward block needs of its modules; None where one has to be called itself."""
+        return block_arguments(self.intermediate, self.output)
+
+    def calls_chunks(self) -> bool:
+        """Whether the feed-forward half runs in chunks, or as a function that someone put in the place of Hugging
+        Face's."""
+        return self.chunk_size_feed_forward > 0 or chunk_is_replaced(self)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -160,17 +179,12 @@ class FusedLayer(nn.Module):
         `FusedSelfAttention.forward`; a decoder's go to Hugging Face's own."""
         cache = either(cache, past_key_values)
         if self.is_decoder or cache is not None or is_patched(self):
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                **{CACHE: cache},
-                **kwargs,
+            return self._hugging_faces(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, cache, **kwargs
             )
         attend = attend_from(attend, kwargs)
         look = look_at(self) if runs_as_block(hidden_states) and not is_capturing() else None
-        if look is not None and look.whole and attend.fits_block:
+        if look is not None and look.whole and attend.fits_block and not _is_trained(attention_mask):
             wanted, hand_out = wants_map(map_slot, kwargs), hand_out_of(map_slot)
             block = look.attention
             hidden, probs = layer_block(
@@ -180,17 +194,32 @@ class FusedLayer(nn.Module):
             )
             leave_map(map_slot, probs)
             return hidden
-        if takes_ours(self.attention):
-            attended, _ = self.attention(
-                hidden_states, attention_mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs
-            )
-        else:
-            _refuse_packed(self.attention, attend, head_mask)
-            attended, probs = self.attention(
-                hidden_states, mask_like(attention_mask, hidden_states), **{CACHE: None}, **kwargs
-            )
-            leave_foreign_map(map_slot, probs)
+        attended = self._attend(hidden_states, attention_mask, attend, head_mask, map_slot, kwargs)
         return self._feed_forward(attended, attend.seed, not attend.by_modules)
+
+    def _hugging_faces(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, other: Any, other_mask: Any, cache: Any, /, **kwargs: Any
+    ) -> Any:
+        """Hugging Face's own forward; `other` is what a decoder looks at."""
+        return super().forward(hidden, mask, other, other_mask, **{CACHE: cache}, **kwargs)
+
+    def _attend(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        attend: Attend,
+        head_mask: torch.Tensor | None,
+        map_slot: MapSlot | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """The attention half, by its modules."""
+        if takes_ours(self.attention):
+            attended, _ = self.attention(hidden, mask, attend=attend, head_mask=head_mask, map_slot=map_slot, **kwargs)
+            return attended
+        refuse_packed(self.attention, attend, head_mask)
+        attended, probs = self.attention(hidden, mask_like(mask, hidden), **{CACHE: None}, **kwargs)
+        leave_foreign_map(map_slot, probs)
+        return attended
 
     def _feed_forward(self, attended: torch.Tensor, seed: torch.Tensor | None, readable: bool) -> torch.Tensor:
         if self.chunk_size_feed_forward > 0:
@@ -199,7 +228,10 @@ class FusedLayer(nn.Module):
             return torch.cat([self.feed_forward_chunk(chunk) for chunk in chunks], dim=self.seq_len_dim)
         if chunk_is_replaced(self):
             return self.feed_forward_chunk(attended)
-        block = block_arguments(self.intermediate, self.output) if readable and runs_as_block(attended) else None
-        if block is None:
-            return call_output(self.output, self.intermediate(attended), attended, seed)
-        return feed_forward_block(attended, _feed_forward_arguments(block, attended, seed))
+        done = self.feed_forward_by_block(attended, seed) if readable else None
+        return call_output(self.output, self.intermediate(attended), attended, seed) if done is None else done
+
+    def feed_forward_by_block(self, attended: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor | None:
+        """The feed-forward half as one step, where its modules can be read."""
+        block = self.feed_forward_arguments() if runs_as_block(attended) else None
+        return None if block is None else feed_forward_block(attended, _feed_forward_arguments(block, attended, seed))

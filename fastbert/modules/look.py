@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention import FusedSelfAttention
+from .attention import self_attention
 from .qkv import qkv_parameters
 from .readable import GLOBAL_HOOKS, HOOKS
 from .strangers import strangers
@@ -19,10 +19,11 @@ from .swap import hugging_face_class, ours_of
 
 #: What is read of a module besides parameters, children and hooks, by something that only its kind has.
 _ATTRIBUTES = {
-    "chunk_size_feed_forward": ("chunk_size_feed_forward", "feed_forward_chunk", "is_decoder"),
+    "chunk_size_feed_forward": ("chunk_size_feed_forward", "feed_forward_chunk", "ff_chunk", "is_decoder"),
     "is_cross_attention": ("is_cross_attention",),
-    "scaling": (
-        "num_attention_heads", "attention_head_size", "scaling", "is_decoder", "is_causal", "watcher", "training",
+    "attention_head_size": (
+        "num_attention_heads", "n_heads", "attention_head_size", "scaling", "is_decoder", "is_causal", "watcher",
+        "training",
     ),
     "dropout_stream": ("dropout_stream",),
     "eps": ("eps",),
@@ -101,13 +102,13 @@ class LayerLook(Look):
     """
 
     def __init__(self, layer: Any) -> None:
-        self.attention: Any = block_arguments(layer.attention)
-        self.feed_forward: Any = block_arguments(layer.intermediate, layer.output)
+        self.attention: Any = layer.attention_arguments()
+        self.feed_forward: Any = layer.feed_forward_arguments()
         read = self.attention is not None and self.feed_forward is not None
-        self.whole = read and layer.chunk_size_feed_forward == 0 and not chunk_is_replaced(layer)
-        attention = getattr(layer.attention, "self", None)
-        if self.attention is not None and isinstance(attention, FusedSelfAttention):
-            groups = qkv_parameters(attention.query, attention.key, attention.value)
+        self.whole = read and not layer.calls_chunks()
+        found = self_attention(layer)
+        if self.attention is not None and found is not None:
+            groups = qkv_parameters(*found[1].linears())
             self.neighbours = tuple(parameter for group in groups for parameter in group)
         super().__init__(layer)
 
@@ -121,15 +122,15 @@ def strangers_in(module: nn.Module) -> list[tuple[str, str]]:
     """`strangers.strangers` of a layer or another module, now."""
     if ours_of(type(module)) is None or torch.compiler.is_compiling():  # nothing is kept on what is not ours
         return _found(module)
-    return _look(module, LayerLook if hasattr(module, "feed_forward_chunk") else Look).strangers
+    return _look(module, LayerLook if hasattr(module, "feed_forward_arguments") else Look).strangers
 
 
 def _found(module: nn.Module) -> list[tuple[str, str]]:
     """The strangers under a module, and its attention if that is not fused, which is no better."""
     found = list(strangers(module, ""))
-    attention = getattr(getattr(module, "attention", None), "self", None)
-    reason = attention.unfused_reason() if isinstance(attention, FusedSelfAttention) else None
-    return found if reason is None else [*found, (".attention.self", f"unfused: {reason}")]
+    attention = self_attention(module)
+    reason = None if attention is None else attention[1].unfused_reason()
+    return found if attention is None or reason is None else [*found, (f".{attention[0]}", f"unfused: {reason}")]
 
 
 def forget(module: nn.Module) -> None:
@@ -152,5 +153,5 @@ def _attributes_of(state: dict[str, Any]) -> list[str]:
 
 def chunk_is_replaced(layer: Any) -> bool:
     """Whether someone put a function of their own in the place of Hugging Face's `feed_forward_chunk`."""
-    theirs = hugging_face_class(type(layer)).feed_forward_chunk  # type: ignore[attr-defined]
-    return getattr(layer.feed_forward_chunk, "__func__", None) is not theirs
+    theirs = getattr(hugging_face_class(type(layer)), "feed_forward_chunk", None)  # some families have none
+    return getattr(getattr(layer, "feed_forward_chunk", None), "__func__", None) is not theirs

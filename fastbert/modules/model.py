@@ -1,18 +1,20 @@
 """The way of a batch through a fused encoder model, on one page: in, embed, layers, out."""
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 
 from fastbert.batch.batch import PACKED_KEYWORDS, Batch, EncoderShape, Inputs, Padding, check_in
 from fastbert.batch.first_tokens import READ_ROWS
 from fastbert.batch.prefix import CACHE, either, prefix_length
-from fastbert.notices import say_once, warn_once
+from fastbert.notices import say_once, warn_of_padding, warn_once
 from fastbert_kernels import uses_triton
+from fastbert_kernels.backend import has_values
 
 from .attention import attends_fused
 from .dropout import draw_seed
@@ -22,7 +24,7 @@ from .look import strangers_in
 from .packing import check_packing, find_strangers, is_captured, named_layers, why_kept, why_read
 from .readable import PATCHED, as_if_gathered, is_plain_embedding
 from .strangers import takes_ours, why_strange
-from .swap import eager_semantics, fuse_modules, is_patched, own_config
+from .swap import eager_semantics, fuse_modules, is_decoder, is_patched, own_config
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Plan:
     Attributes:
         replay: takes the place of embeddings and layers where it can.
         labelled: bool (batch, seq), the rows of `last_hidden_state` that are handed out, as (rows, hidden).
-        pools_each: the pooler reads each sequence of a batch that its caller packed.
+        pools_each: the pooler reads each sequence of a batch that its caller packed; a head that reads nothing else is
+            given their first rows, (sequences, 1, hidden), for some families' heads have the pooler in themselves.
         reads: what of the output is read, one of `packing.READS`; None: what the model says of itself.
         labels: int (batch, seq), of a caller that reads rows whose label is not -100.
     """
@@ -87,6 +90,13 @@ class EncoderModel(nn.Module):
     encoder: Any
     pooler: Any
 
+    #: What its stack of layers is called, and the parts of a layer that `fastbert.explain` speaks of, by their path.
+    encoder_name = "encoder"
+    layer_parts: tuple[str, ...] = ("attention.self", "attention.output", "intermediate", "output")
+    #: Hugging Face's class of its output, and the names in it.
+    output_class: type[ModelOutput] = BaseModelOutputWithPoolingAndCrossAttentions
+    output_names: frozenset[str]
+
     #: Whether padding is dropped on the way in: "auto", where nobody reads its rows; True, everywhere, and its rows are
     #: zero on the way out; False, nowhere.
     packing: bool | str = "auto"
@@ -96,6 +106,10 @@ class EncoderModel(nn.Module):
     #: layer then computes no others, and `last_hidden_state` is (batch, 1, hidden); all the same where hidden states or
     #: attentions are asked for. `fastbert.skip_unread` sets it for a head that reads the pooled output only.
     read_rows: str = "all"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.output_names = frozenset(field.name for field in dataclasses.fields(cls.output_class))
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(own_config(config), *args, **kwargs)
@@ -135,7 +149,7 @@ class EncoderModel(nn.Module):
         return_dict: bool | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
+    ) -> Any:
         """Encode a batch.
 
         Args:
@@ -160,7 +174,8 @@ class EncoderModel(nn.Module):
             read_rows, packing: in place of the attributes of these names, for this call.
 
         Returns:
-            `last_hidden_state` (batch, seq, hidden), `pooler_output` (batch, hidden), and, when asked,
+            Hugging Face's output class, or a tuple: `last_hidden_state` (batch, seq, hidden), `pooler_output` (batch,
+            hidden) where there is a pooler, and, when asked,
             `hidden_states`, layers + 1 times (batch, seq, hidden), and `attentions`, layers times (batch, heads, seq,
             seq). Where padding was dropped, zero at padding.
 
@@ -182,13 +197,19 @@ class EncoderModel(nn.Module):
             self._refuse_elsewhere(reason, plan, inputs)
             if plan.replay is not None:
                 plan.replay.refuse(reason)
+            given = {
+                "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+                "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+                "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
+                "use_cache": use_cache, CACHE: cache,
+            }  # fmt: skip
             return super().forward(
-                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
-                position_ids=position_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask, use_cache=use_cache,
-                output_attentions=outputs.wants_maps, output_hidden_states=outputs.wants_states,
-                return_dict=outputs.as_dict, **{CACHE: cache}, **kwargs,
-            )  # fmt: skip
+                **{name: value for name, value in given.items() if value is not None},
+                output_attentions=outputs.wants_maps,
+                output_hidden_states=outputs.wants_states,
+                return_dict=outputs.as_dict,
+                **kwargs,
+            )
         if torch.compiler.is_compiling():
             self._say_unfused()
         if kwargs.get("is_causal"):
@@ -201,11 +222,12 @@ class EncoderModel(nn.Module):
         batch = self.check_in(inputs, self._padding(packing, plan, outputs), reads_first)
         seed = self._draw_seed()
         self._check_reentrant(outputs, batch)
-        hidden = self._embed(batch, seed)
+        hidden = self.embed(batch.embeddings, seed)
+        strangers = batch.bias is not None and self._has_strangers()
         encoded = self.encoder(
             hidden,
-            self._seen(batch),
-            attend=batch.attend(seed, by_modules=self._is_captured_and_checkpointed()),
+            batch.all_rows() if strangers else batch.bias,
+            attend=batch.attend(seed, self._is_captured_and_checkpointed(), mask_changes=strangers),
             head_masks=batch.head_masks,
             state_layers=outputs.states,
             map_layers=outputs.maps,
@@ -236,17 +258,14 @@ class EncoderModel(nn.Module):
         )
         return check_in(inputs, shape, padding, reads_first)
 
-    def _embed(self, batch: Batch, seed: torch.Tensor | None) -> torch.Tensor:
-        """The first hidden states, in the batch's layout."""
+    def embed(self, words: Mapping[str, torch.Tensor | None], seed: torch.Tensor | None = None) -> torch.Tensor:
+        """The first hidden states, of the embeddings' arguments in a batch's layout."""
         seeded = {"seed": seed} if takes_ours(self.embeddings) else {}
-        return self.embeddings(**batch.embeddings, **seeded)
+        return self.embeddings(**words, **seeded)
 
-    def _seen(self, batch: Batch) -> torch.Tensor | None:
-        """The batch's additive mask; where a stranger may look at it, with all its rows, as Hugging Face makes it."""
-        bias = batch.bias
-        if bias is None or bias.shape[2] > 1 or batch.prefix is not None or not self._has_strangers():
-            return bias
-        return bias.expand(batch.layout.batch, 1, batch.layout.seq, bias.shape[3])
+    def named_before_layers(self) -> list[tuple[str, nn.Module]]:
+        """The modules that come before the layers, by name."""
+        return [("embeddings", self.embeddings)]
 
     @torch.compiler.assume_constant_result
     def _has_strangers(self) -> bool:
@@ -262,13 +281,15 @@ class EncoderModel(nn.Module):
         plan: Plan,
     ) -> Any:
         """Hugging Face's output class, or a tuple."""
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=last if plan.labelled is None else last[plan.labelled.to(last.device)],
-            pooler_output=self._pool(last, cu_seqlens if plan.pools_each else None),
-            hidden_states=states,
-            attentions=maps,
-            cross_attentions=() if outputs.wants_maps else None,
-        )
+        more: dict[str, Any] = {}
+        pooled = _first_rows(last, cu_seqlens) if plan.pools_each and cu_seqlens is not None else last
+        if "pooler_output" in self.output_names:
+            more["pooler_output"] = None if getattr(self, "pooler", None) is None else self.pooler(pooled)
+        last = pooled if plan.reads == "pooled" else last
+        if "cross_attentions" in self.output_names and outputs.wants_maps:
+            more["cross_attentions"] = ()
+        last = last if plan.labelled is None else last[plan.labelled.to(last.device)]
+        output: Any = self.output_class(last_hidden_state=last, hidden_states=states, attentions=maps, **more)
         return output if outputs.as_dict else output.to_tuple()
 
     def _outputs(self, attentions: Any, hidden_states: Any, return_dict: bool | None) -> Outputs:
@@ -289,7 +310,7 @@ class EncoderModel(nn.Module):
         if plan.labelled is not None:
             raise ValueError(f"read_rows='labelled' has no effect on Hugging Face's own path ({reason}): set 'all'")
         warn_once(f"fastbert: {type(self).__name__} takes Hugging Face's own path: {reason}")
-        if inputs.packed and not self.config.is_decoder:
+        if inputs.packed and not is_decoder(self):
             raise ValueError(f"{reason}, and knows neither packed sequences nor head_mask: pass a padded batch")
         if inputs.head_mask is not None:
             raise ValueError(f"head_mask has no effect on Hugging Face's own path ({reason}): leave it out")
@@ -301,11 +322,13 @@ class EncoderModel(nn.Module):
         check_packing(packing)
         reads = plan.reads or self.reads
 
-        def drops() -> bool:
+        def drops(mask: torch.Tensor) -> bool:
             whole = bool(outputs.maps or outputs.states)
             reason = why(self, packing, reads, plan.labels is not None, whole)
             if reason is not None and packing is not False:
-                warn_once(f"fastbert: padding is kept: {reason}")
+                # A GPU would have to be waited for.
+                tokens = int(mask.sum()) if mask.is_cpu and has_values(mask) else None
+                warn_of_padding(reason, tokens, mask.numel())
             return reason is None
 
         labels = plan.labels if reads == "labelled" else None
@@ -330,23 +353,14 @@ class EncoderModel(nn.Module):
         layer: Any = self.layers[-1]
         if not (isinstance(layer, FusedLayer) and attends_fused(layer)):
             return f"it is not fused ({type(layer).__name__})"
-        if layer.attention.self.watcher is not None:
+        if is_captured(self, slice(-1, None)):
             return "distill.capture looks at it"
-        found = [(f"encoder.layer.{len(self.layers) - 1}{name}", what) for name, what in strangers_in(layer)]
-        found += [("encoder", what) for what in [why_strange(self.encoder)] if what is not None]
+        where = f"{self.encoder_name}.layer.{len(self.layers) - 1}"
+        found = [(f"{where}{name}", what) for name, what in strangers_in(layer)]
+        found += [(self.encoder_name, what) for what in [why_strange(self.encoder)] if what is not None]
         for name, what in found:
             return f"forward hooks on {name}" if "hooks" in what else f"{name} ({what}) may look at it"
         return None
-
-    def _pool(self, last: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor | None:
-        """What the pooler makes of `last` (batch, seq, hidden); or, with cu_seqlens, of each sequence packed in `last`
-        (1, tokens, hidden), an empty one reading zeros as padding does: (batch, hidden)."""
-        if getattr(self, "pooler", None) is None:
-            return None
-        if cu_seqlens is not None:
-            starts = cu_seqlens[:-1].clamp(max=last.shape[1] - 1)
-            last = last[0].index_select(0, starts).masked_fill((cu_seqlens.diff() == 0)[:, None], 0.0)[:, None]
-        return self.pooler(last)
 
     def _is_captured_and_checkpointed(self) -> bool:
         """Whether layers that run again in the backward pass are captured now, and perhaps no longer then."""
@@ -371,13 +385,13 @@ class EncoderModel(nn.Module):
             say_once(f"fastbert: not every part of a compiled model is fused:\n{explanation}")
 
     def _leaves_fast_path(self, encoder_hidden_states: Any, cache: Any) -> str | None:
-        if self.config.is_decoder:
+        if is_decoder(self):
             return "it is a decoder (config.is_decoder)"
         if is_patched(self):
             return PATCHED
         if encoder_hidden_states is not None:
             return "it was given encoder_hidden_states"
-        for name, module in [("encoder", self.encoder), *named_layers(self)]:
+        for name, module in [(self.encoder_name, self.encoder), *named_layers(self)]:
             if not takes_ours(module):
                 return f"{name} ({why_strange(module)}) is not fastbert's"
         if cache is None:
@@ -392,7 +406,8 @@ class EncoderModel(nn.Module):
         if not (self.training and torch.is_grad_enabled()) or len(self.layers) == 0:
             return
         layer: Any = self.layers[0]
-        if not (layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant")):
+        checkpointed = getattr(layer, "gradient_checkpointing", False)  # some families' layers cannot be
+        if not (checkpointed and layer._gradient_checkpointing_func.keywords.get("use_reentrant")):
             return
         if batch.prefix is not None:
             raise ValueError(
@@ -412,3 +427,10 @@ def _selected(wanted: bool | int | Iterable[int] | None, count: int) -> set[int]
         return set(range(count)) if wanted else set()
     indices = ([wanted] if wanted else []) if isinstance(wanted, int) else wanted
     return {i % count for i in indices if -count <= i < count}
+
+
+def _first_rows(last: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """The first row of each sequence packed in `last` (1, tokens, hidden), an empty one's being zeros as padding is:
+    (sequences, 1, hidden)."""
+    starts = cu_seqlens[:-1].clamp(max=last.shape[1] - 1)
+    return last[0].index_select(0, starts).masked_fill((cu_seqlens.diff() == 0)[:, None], 0.0)[:, None]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attention import self_attention
 from .look import strangers_in
 from .strangers import unwrapped, why_strange
 
@@ -67,25 +68,25 @@ def why_read(model: Any, packing: Any, reads: str, labelled: bool, whole: bool) 
     return f"every row of last_hidden_state is handed out; {_WAY_OUT}"
 
 
-def is_captured(model: Any) -> bool:
-    """Whether `distill.capture` looks at a layer: it takes real tokens."""
-    attentions = [getattr(getattr(layer, "attention", None), "self", None) for _, layer in named_layers(model)]
-    return any(getattr(attention, "watcher", None) is not None for attention in attentions)
+def is_captured(model: Any, which: slice = slice(None)) -> bool:
+    """Whether `distill.capture` looks at one of these layers: it takes real tokens."""
+    attentions = [self_attention(layer) for _, layer in named_layers(model)[which]]
+    return any(found is not None and found[1].watcher is not None for found in attentions)
 
 
 def find_strangers(model: Any) -> Iterator[tuple[str, str]]:
     """The modules between packing and unpacking that know no packed rows, by name, each with what it is."""
-    for name, module in (("embeddings", model.embeddings), *named_layers(model)):
+    for name, module in (*model.named_before_layers(), *named_layers(model)):
         for inner, what in strangers_in(module):
             yield f"{name}{inner}", what
     why = why_strange(model.encoder)
     if why is not None:
-        yield "encoder", why
+        yield model.encoder_name, why
 
 
 def named_layers(model: Any) -> list[tuple[str, Any]]:
     """The layers by name, without torch's wrappers before them."""
-    return [(f"encoder.layer.{i}", unwrapped(layer)) for i, layer in enumerate(model.layers)]
+    return [(f"{model.encoder_name}.layer.{i}", unwrapped(layer)) for i, layer in enumerate(model.layers)]
 
 
 def masked_reader(module: nn.Module) -> nn.Module | None:

@@ -188,8 +188,8 @@ def not_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> str:
     return f"{name} is not a plain nn.{expected.__name__} but {describe(module, expected)}"
 
 
-def norm_reason(norm: nn.Module, dropout: nn.Module) -> str | None:
-    """Why a LayerNorm and the dropout beside it cannot be one kernel's."""
+def norm_reason(norm: nn.Module, dropout: nn.Module | None) -> str | None:
+    """Why a LayerNorm and the dropout beside it, if any, cannot be one kernel's."""
     if not is_plain_layer_norm(norm):
         return not_plain("LayerNorm", norm, nn.LayerNorm)
-    return None if is_plain_dropout(dropout) else not_plain("dropout", dropout, nn.Dropout)
+    return None if dropout is None or is_plain_dropout(dropout) else not_plain("dropout", dropout, nn.Dropout)

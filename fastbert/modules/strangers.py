@@ -26,6 +26,9 @@ _LIBRARIES = (
     "accelerate.",
 )  # fmt: skip
 
+#: Methods for a part of a feed-forward block's rows.
+_CHUNKS = ("feed_forward_chunk", "ff_chunk")
+
 #: Activations whose output at one place depends on others.
 _MIXING = (
     "MultiheadAttention", "Softmax", "Softmax2d", "LogSoftmax", "Softmin", "GLU",
@@ -71,8 +74,9 @@ def why_strange(module: nn.Module) -> str | None:
         return f"{kind.__name__} whose forward was replaced"
     if is_patched(module):
         return f"{kind.__name__} whose class has another forward than Hugging Face's"
-    if "feed_forward_chunk" in module.__dict__:
-        return f"{kind.__name__} whose feed_forward_chunk was replaced"
+    for name in _CHUNKS:
+        if name in module.__dict__:
+            return f"{kind.__name__} whose {name} was replaced"
     if ours_of(kind) is not None or _is_row_by_row(kind):
         return None
     return kind.__name__

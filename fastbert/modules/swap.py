@@ -4,6 +4,7 @@ Families say which class of theirs stands for which of Hugging Face's (`register
 """
 
 import copy
+import sys
 from typing import Any
 
 from torch import nn
@@ -21,12 +22,24 @@ _OURS: dict[type[nn.Module], tuple[Any, Any]] = {}
 
 def hugging_face_class(ours: type) -> type:
     """The class of Hugging Face's that a class derives from."""
-    return next(base for base in ours.__mro__ if base.__module__.startswith("transformers."))
+    return next(base for base in ours.__mro__ if is_hugging_faces(base))
 
 
-def register(*classes: type[nn.Module]) -> None:
-    """Let each class stand for the one of Hugging Face's that it derives from."""
-    for ours in classes:
+def is_hugging_faces(kind: type) -> bool:
+    """Whether a class is one of Hugging Face's own."""
+    return kind.__module__.startswith("transformers.")
+
+
+def register(family: str) -> None:
+    """Let each class that a family's module defines stand for the one of Hugging Face's that it derives from.
+
+    Args:
+        family: the module's name.
+    """
+    defined = vars(sys.modules[family]).values()
+    for ours in [kind for kind in defined if isinstance(kind, type) and kind.__module__ == family]:
+        if not any(map(is_hugging_faces, ours.__mro__)):
+            continue  # a base of the family's own
         theirs = hugging_face_class(ours)
         FUSED[theirs] = ours
         _OURS[ours] = theirs, theirs.forward  # type: ignore[attr-defined]
@@ -43,6 +56,12 @@ def ours_of(kind: type) -> type[nn.Module] | None:
     return next((base for base in kind.__bases__ if base in _OURS), None)
 
 
+def model_class(encoder: nn.Module) -> type[Any]:
+    """The fused class of an encoder model's family, whether it is of that class, of Hugging Face's, or of one that
+    derives from these."""
+    return next(FUSED[base] for base in type(encoder).__mro__ if base in FUSED)
+
+
 def is_ours(module: nn.Module) -> bool:
     """Whether a module is exactly of a family's class, and Hugging Face's class is as it was: it may be read."""
     return type(module) in _OURS and not is_patched(module)
@@ -57,21 +76,26 @@ def is_patched(module: nn.Module) -> bool:
     return theirs.forward is not forward
 
 
+def is_decoder(encoder: Any) -> bool:
+    """Whether an encoder model of Hugging Face's is made to be a decoder, where its family has such."""
+    return bool(getattr(encoder.config, "is_decoder", False))
+
+
 def fuse_modules(encoder: Any) -> None:
     """Swap the classes of the modules inside one encoder model, unless it is a decoder, which stays as it is."""
-    if encoder.config.is_decoder:
+    if is_decoder(encoder):
         return
     for module in encoder.modules():
         fused = FUSED.get(type(module))
         if fused is not None and module is not encoder:
             module.__class__ = fused
-    stream = 1  # the embeddings have stream 0
-    for layer in encoder.layers:
-        for site in (layer.attention.self, layer.attention.output, layer.output):
-            site.dropout_stream = stream
+    stream = 0
+    for module in encoder.modules():
+        if hasattr(type(module), "dropout_stream"):
+            module.dropout_stream = stream
             stream += 1
-        if is_ours(layer.attention.self):
-            layer.attention.self.rehome()
+        if hasattr(type(module), "rehome") and is_ours(module):
+            module.rehome()
 
 
 def own_config(config: PreTrainedConfig) -> PreTrainedConfig:

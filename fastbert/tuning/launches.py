@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
+from fastbert.families import activation_name, intermediate_size
 from fastbert.modules.feed_forward import KERNEL_ACTIVATIONS
 from fastbert_kernels.catalogue import FUSED, KERNELS, TUNABLE, Launch, Product
 from fastbert_kernels.tiles import feed_forward_fusible
@@ -29,9 +30,9 @@ class Widths:
     def of(cls, config: Any) -> "Widths":
         """The widths of a BERT configuration."""
         head_dim = config.hidden_size // config.num_attention_heads
-        known = config.hidden_act in ACT2FN
-        activation = KERNEL_ACTIVATIONS.get(type(ACT2FN[config.hidden_act])) if known else None
-        return cls(config.hidden_size, config.intermediate_size, head_dim, activation)
+        name = activation_name(config)
+        activation = KERNEL_ACTIVATIONS.get(type(ACT2FN[name])) if name in ACT2FN else None
+        return cls(config.hidden_size, intermediate_size(config), head_dim, activation)
 
 
 #: Measured where no model is named: BERT-base, BERT-large, MiniLM.

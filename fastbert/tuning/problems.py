@@ -37,6 +37,7 @@ from fastbert_kernels.feed_forward import _forward as feed_forward_forward_op
 from fastbert_kernels.feed_forward_kernels import feed_forward_backward, feed_forward_forward
 from fastbert_kernels.layer_norm import _add_layer_norm_backward, _add_layer_norm_forward
 from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
+from fastbert_kernels.sequences import key_spans
 from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS
 
 Switches = tuple[str, ...]
@@ -152,13 +153,18 @@ def all_switches(launch: Launch) -> list[Switches]:
         kinds = _subsets("PRE") if launch.kernel == "feed_forward_forward" else [()]
         return [(*on, activation) for on in kinds for activation in FEED_FORWARD_ACTIVATIONS]
     if not launch.maps:
-        return [*_subsets("CU_SEQLENS", "HEAD_MASK", "DROPOUT"), ("CU_SEQLENS", "DROPOUT", "FLAT")]
+        return [
+            *_subsets("CU_SEQLENS", "HEAD_MASK", "DROPOUT"),
+            *(("KEY_SPANS", *more) for more in _subsets("HEAD_MASK", "DROPOUT")),
+            ("CU_SEQLENS", "DROPOUT", "FLAT"),
+        ]
     maps: list[Switches] = [
         ("CU_SEQLENS", "PROBS"),
         ("CU_SEQLENS", "COLUMNS", "PROBS"),
         ("CU_SEQLENS", "COLUMNS", "BIAS", "PROBS"),
         ("BIAS",),
         ("BIAS", "PROBS"),
+        ("KEY_SPANS", "PROBS"),
     ]
     return [
         *((*kind, *more) for kind in maps for more in _subsets("HEAD_MASK", "DROPOUT")),
@@ -224,7 +230,7 @@ def _attention(call: _ProblemParts) -> Problem:
     inputs = [qkv]
     if "HEAD_MASK" in on:
         inputs.append(torch.linspace(0.5, 1.5, heads).to(device, launch.dtype))
-    bias = columns = probs_seq = None
+    bias = spans = columns = probs_seq = None
     if "BIAS" in on:
         bias = _draw(batch, 1, longest, longest, dtype=launch.dtype, device=device)
         bias = (
@@ -232,6 +238,11 @@ def _attention(call: _ProblemParts) -> Problem:
             if "FLAT" in on
             else bias.masked_fill(torch.rand(bias.shape, device=device) < 0.3, torch.finfo(launch.dtype).min)
         )
+    if "KEY_SPANS" in on:  # two thirds of the keys; and all but the first and one between
+        visible = torch.arange(longest, device=device).expand(batch, longest) < longest * 2 // 3
+        visible[1::2] = True
+        visible[1::2, [0, longest // 2]] = False
+        bias, spans = reference.additive(visible[:, None, None, :]), key_spans(visible)
     if "PROBS" in on:
         probs_seq = longest + 3 if "COLUMNS" in on else longest
     if "COLUMNS" in on:
@@ -240,7 +251,7 @@ def _attention(call: _ProblemParts) -> Problem:
 
     def op(qkv: Tensor, head_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         more = {"bias": bias, "head_mask": head_mask, "probs_seq": probs_seq, "columns": columns}
-        out, probs = attention(qkv, ends, longest, **more, **_dropout(on, device))  # type: ignore[arg-type]
+        out, probs = attention(qkv, ends, longest, key_spans=spans, **more, **_dropout(on, device))  # type: ignore[arg-type]
         return (out,) if probs is None else (out, probs)
 
     def definition(qkv: Tensor, head_mask: Tensor | None = None) -> tuple[Tensor, ...]:

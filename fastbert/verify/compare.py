@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertModel
+from transformers import PreTrainedModel
 
 from fastbert import fusing
 from fastbert.benchmark.provenance import device_name, versions
 from fastbert.benchmark.timing import interleaved
+from fastbert.families import longest_text
 from fastbert.inputs import SENTENCES, InputError, Tokenized, check_backend, load, parse_device, parse_dtype, tokenize
 from fastbert_kernels import backend as use_backend
 from fastbert_kernels.backend import INTERPRETED
@@ -42,7 +43,7 @@ VANISHING = 1e-9
 #: What a report calls Triton's kernels in its interpreter.
 _INTERPRETED = "triton, interpreted"
 
-Fuse = Callable[..., BertModel]
+Fuse = Callable[..., PreTrainedModel]
 
 
 def compare(
@@ -65,7 +66,7 @@ def compare(
     compared like everything else.
 
     Args:
-        model: a BERT checkpoint with its tokenizer: a folder, or a name on the Hugging Face hub.
+        model: a checkpoint of one of the families with its tokenizer: a folder, or a name on the Hugging Face hub.
         sentences: the batch, one sentence a row.
         dtype: the working dtype: float32, float16 or bfloat16 (fp32, fp16, bf16).
         device: where fastbert and Hugging Face run; None: the GPU if there is one.
@@ -88,7 +89,7 @@ def compare(
     progress("loading the model")
     hf: Any  # transformers wraps `to` in a way that type checkers misread
     hf, tokenizer = load(model)
-    batch = tokenize(tokenizer, sentences, max_length, hf.config.max_position_embeddings)
+    batch = tokenize(tokenizer, sentences, max_length, longest_text(hf))
     hf = hf.to(dtype).eval()
     truth = copy.deepcopy(hf).double()
     hf = hf.to(device)
@@ -119,9 +120,9 @@ class _Trio:
         packing: whether fastbert drops padding.
     """
 
-    truth: BertModel
-    hf: BertModel
-    fused: BertModel
+    truth: PreTrainedModel
+    hf: PreTrainedModel
+    fused: PreTrainedModel
     batch: Tokenized
     packing: bool
 
@@ -150,7 +151,7 @@ def _why_not_timed(report: Report, repeats: int, ran: str) -> str | None:
 
 def gradient_group(parameter: str) -> str:
     """The part of the model a parameter belongs to, e.g. `"layer 3 attention"`, `"layer 3 mlp"`."""
-    match = re.match(r"encoder\.layer\.(\d+)\.(attention\.)?", parameter)
+    match = re.match(r"(?:encoder|transformer)\.layer\.(\d+)\.(attention\.|sa_)?", parameter)
     if match is None:
         return parameter.split(".")[0]
     return f"layer {match[1]} {'attention' if match[2] else 'mlp'}"
@@ -224,15 +225,16 @@ def _check_gradients(trio: _Trio, progress: Callable[[str], None]) -> list[Check
     return checks
 
 
-def _run(model: BertModel, batch: Tokenized, everything: bool = True) -> Any:
+def _run(model: PreTrainedModel, batch: Tokenized, everything: bool = True) -> Any:
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
     return model(**inputs, output_hidden_states=everything, output_attentions=everything)
 
 
 def _named(output: Any) -> Iterator[tuple[str, Any]]:
-    """The four outputs, one name a tensor."""
+    """The four outputs, one name a tensor; some families have no pooler."""
     yield "last_hidden_state", output.last_hidden_state
-    yield "pooler_output", output.pooler_output
+    if "pooler_output" in output:
+        yield "pooler_output", output.pooler_output
     for name in ("hidden_states", "attentions"):
         for i, tensor in enumerate(getattr(output, name) or ()):
             yield f"{name}[{i}]", tensor
@@ -286,7 +288,7 @@ def _backward(output: Any, cotangents: dict[str, Tensor]) -> None:
     torch.autograd.backward([out for _, out in roots], [cotangents[name] for name, _ in roots])
 
 
-def _gradients(model: BertModel, trio: _Trio, dtype: torch.dtype) -> dict[str, Tensor]:
+def _gradients(model: PreTrainedModel, trio: _Trio, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every parameter's gradient, float64 on the CPU. The model is in train mode only meanwhile."""
     model.train()
     model.zero_grad(set_to_none=True)
@@ -305,15 +307,15 @@ def _time(trio: _Trio, train: bool, repeats: int) -> list[Timing]:
     sdpa.set_attn_implementation("sdpa")
     batch = replace(trio.batch, inputs={name: t.to(hf.device) for name, t in trio.batch.inputs.items()})
 
-    def forward(model: BertModel, everything: bool) -> None:
+    def forward(model: PreTrainedModel, everything: bool) -> None:
         with torch.no_grad():
             _run(model, batch, everything)
 
-    def step(model: BertModel, everything: bool) -> None:
+    def step(model: PreTrainedModel, everything: bool) -> None:
         _backward(_run(model, batch, everything), cotangents[everything])
         model.zero_grad(set_to_none=True)
 
-    def turn(what: str, work: Callable[[BertModel, bool], None]) -> list[Timing]:
+    def turn(what: str, work: Callable[[PreTrainedModel, bool], None]) -> list[Timing]:
         few = _medians(what, work, {"fastbert": fused, "hf_eager": hf, "hf_sdpa": sdpa}, False, repeats)
         # sdpa has no attentions to give.
         every = _medians(f"{what}, all outputs", work, {"fastbert": fused, "hf_eager": hf}, True, repeats)
@@ -335,8 +337,8 @@ def _time(trio: _Trio, train: bool, repeats: int) -> list[Timing]:
 
 def _medians(
     what: str,
-    work: Callable[[BertModel, bool], None],
-    models: dict[str, BertModel],
+    work: Callable[[PreTrainedModel, bool], None],
+    models: dict[str, PreTrainedModel],
     everything: bool,
     repeats: int,
 ) -> Timing:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers import BertModel
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Report:
     provenance: dict[str, Any]
     outputs: list[Check]
     gradients: list[Check]
-    model: BertModel = field(repr=False)
+    model: PreTrainedModel = field(repr=False)
     attentions: list[Tensor] = field(repr=False)
     tokens: list[list[str]] = field(repr=False)
     timings: list[Timing] = field(default_factory=list)

@@ -10,19 +10,18 @@ arXiv:2205.14135), in base 2, in float32. Only the log-sum-exp of each row is ke
 for the backward pass, as its maximum and the logarithm of its sum.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from . import reference
+from .attention_arguments import check, op_arguments
 from .attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
 from .attention_map import AttentionContext, HandOut, handed_out, in_graph, watch
-from .backend import check_mode, check_same_device, uses_triton
+from .backend import uses_triton
 from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, wrap_triton
-from .sequences import batch_size, blocked_length, check_lengths
+from .sequences import batch_size, blocked_length
 from .tiles import attention_tiles, block_width
-
-MAX_HEAD_DIM = 128
 
 
 def _common_arguments(
@@ -31,6 +30,7 @@ def _common_arguments(
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
     bias: torch.Tensor | None,
+    key_spans: torch.Tensor | None,
     head_mask: torch.Tensor | None,
     seed: torch.Tensor | None,
     dropout_p: float,
@@ -46,6 +46,7 @@ def _common_arguments(
         "columns_ptr": qkv if columns is None else columns,
         "order_ptr": qkv if order is None else order,
         "bias_ptr": qkv if bias is None else bias,
+        "key_spans_ptr": qkv if key_spans is None else key_spans,
         "head_mask_ptr": qkv if head_mask is None else head_mask,
         "tokens": qkv.shape[0],
         "heads": qkv.shape[2],
@@ -61,10 +62,16 @@ def _common_arguments(
         "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_COLUMNS": columns is not None,
         "HAS_ORDER": order is not None,
-        "HAS_BIAS": bias is not None,
+        "HAS_BIAS": bias is not None and key_spans is None,
+        "HAS_KEY_SPANS": key_spans is not None,
         "HAS_HEAD_MASK": head_mask is not None,
         **dropout_arguments(qkv, dropout_p, seed, stream),
     }
+
+
+def _moves_maps(bias: torch.Tensor | None, key_spans: torch.Tensor | None, probs_seq: int) -> bool:
+    """Whether the kernels read or write (seq, seq) planes; of a bias with key spans they read one row."""
+    return probs_seq > 0 or (bias is not None and key_spans is None)
 
 
 def _forward_fake(
@@ -80,6 +87,7 @@ def _forward_fake(
     probs_seq: int,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
+    key_spans: torch.Tensor | None,
     whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, _, heads, head_dim = qkv.shape
@@ -103,6 +111,7 @@ def _forward(
     probs_seq: int,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
+    key_spans: torch.Tensor | None,
     whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The context, the softmax's statistics, and the probabilities. `whole`, of which only the backward pass takes
@@ -118,9 +127,10 @@ def _forward(
     else:
         probs = qkv.new_zeros(batch, heads, probs_seq, probs_seq)
     arguments = _common_arguments(
-        qkv, cu_seqlens, columns, order, bias, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq, scale
-    )
-    tiles = attention_tiles("forward", qkv, bias is not None or probs_seq > 0)
+        qkv, cu_seqlens, columns, order, bias, key_spans, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq,
+        scale,
+    )  # fmt: skip
+    tiles = attention_tiles("forward", qkv, _moves_maps(bias, key_spans, probs_seq))
     grid = (cdiv(max(max_seqlen, probs_seq), tiles["BLOCK_M"]) * heads * batch,)
     if grid[0] > 0:
         wrap_triton(attention_forward)[grid](
@@ -145,6 +155,7 @@ def _backward_fake(
     stream: int,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
+    key_spans: torch.Tensor | None,
     whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dhead_mask = qkv.new_empty(0) if head_mask is None else torch.empty_like(head_mask)
@@ -168,6 +179,7 @@ def _backward(
     stream: int,
     columns: torch.Tensor | None,
     order: torch.Tensor | None,
+    key_spans: torch.Tensor | None,
     whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of qkv and of the head mask.
@@ -191,8 +203,9 @@ def _backward(
     dprobs = None if dprobs is None else dprobs.contiguous()
     probs_seq = 0 if dprobs is None else dprobs.shape[-1]
     arguments = _common_arguments(
-        qkv, cu_seqlens, columns, order, bias, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq, scale
-    )
+        qkv, cu_seqlens, columns, order, bias, key_spans, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq,
+        scale,
+    )  # fmt: skip
     arguments |= {
         "dout_ptr": dout,
         "dprobs_ptr": qkv if dprobs is None else dprobs,
@@ -201,7 +214,7 @@ def _backward(
         "HAS_DPROBS": dprobs is not None,
         "HAS_WHOLE_DPROBS": whole,
     }
-    maps = bias is not None or dprobs is not None
+    maps = _moves_maps(bias, key_spans, probs_seq)
     tiles = attention_tiles("backward_dq", qkv, maps)
     blocks = cdiv(max_seqlen, tiles["BLOCK_M"])
     delta = torch.empty_like(stats[0])
@@ -234,9 +247,10 @@ forbid_double_backward(_backward, "attention")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, _, columns, order, *whole = inputs
+    qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, _, columns, order, *rest = inputs
+    key_spans, *whole = rest
     out, stats, _ = output
-    ctx.save_for_backward(qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns, order)
+    ctx.save_for_backward(qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns, order, key_spans)
     ctx.scalars = (max_seqlen, scale, dropout_p, stream, any(whole))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
@@ -245,7 +259,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd(
     ctx: Any, dout: torch.Tensor | None, dstats: torch.Tensor | None, dprobs: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns, order = ctx.saved_tensors
+    qkv, out, stats, cu_seqlens, bias, head_mask, seed, columns, order, key_spans = ctx.saved_tensors
     max_seqlen, scale, dropout_p, stream, whole = ctx.scalars
     dqkv = dhead_mask = None
     if dout is not None or dprobs is not None:
@@ -253,9 +267,9 @@ def _autograd(
         dprobs = None if dprobs is None or dprobs.numel() == 0 else dprobs
         dqkv, dhead_mask = _backward(
             dout, dprobs, qkv, out, stats, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream,
-            columns, order, whole and dprobs is not None,
+            columns, order, key_spans, whole and dprobs is not None,
         )  # fmt: skip
-    return (dqkv, None, None, None, None if head_mask is None else dhead_mask, *[None] * 8)[: len(ctx.needs_input_grad)]
+    return (dqkv, None, None, None, None if head_mask is None else dhead_mask, *[None] * 9)[: len(ctx.needs_input_grad)]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -275,6 +289,7 @@ def attention(
     probs_seq: int | None = None,
     columns: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
+    key_spans: torch.Tensor | None = None,
     hand_out: HandOut | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Multi-head attention of each packed sequence with itself.
@@ -286,7 +301,7 @@ def attention(
         max_seqlen: tokens in the longest sequence.
         bias: additive scores (batch | 1, heads | 1, seq | 1, seq), float, or bool with True where a key is visible;
             seq at least `max_seqlen`. Entries at or under half the dtype's lowest finite value are masked keys; a row
-            with no visible key attends uniformly. It gets no gradient.
+            with no visible key attends uniformly. Where it is to get a gradient, plain PyTorch runs.
         head_mask: (heads,) factors on each head's probabilities.
         scale: factor on the scores; default 1 / sqrt(head_dim).
         dropout_p: probability that an attention probability is dropped.
@@ -296,6 +311,9 @@ def attention(
         columns: int32 (tokens,), each token's row and column in its map. None: its position in its sequence.
         order: int32 (batch,), the sequences in the order in which their work starts; the longest first end together.
             Needs cu_seqlens; the result is the same in any order.
+        key_spans: `sequences.key_spans` of a mask of keys, which then is all that `bias` (batch, 1, 1, max_seqlen)
+            says: what is masked is skipped where it comes last, and of the bias only the keys before the first number
+            are read. Without cu_seqlens. The result is the same without, but for its rounding.
         hand_out: of the probabilities, what is to be returned, and what the context is made of: something of their
             shape and values that is made of the former. Without, both are the probabilities.
 
@@ -309,8 +327,9 @@ def attention(
         TypeError: for a dtype that no kernel has.
     """
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    if not uses_triton(qkv):
-        _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns, order)
+    trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if trained or not uses_triton(qkv):
+        check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns, order, key_spans)
         return reference.attention(
             qkv,
             max_seqlen if cu_seqlens is None else cu_seqlens.diff().tolist(),
@@ -326,8 +345,9 @@ def attention(
         turned = qkv.new_tensor([-1.0 if scale < 0.0 else 0.0, 1.0, 1.0])
         qkv, scale = qkv * turned[:, None, None], abs(scale) or 1.0
     op = op_arguments(
-        qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, probs_seq, columns, order
-    )
+        qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, probs_seq, columns, order,
+        key_spans,
+    )  # fmt: skip
     split = probs_seq is not None and type(qkv) is torch.Tensor and in_graph(op.qkv, op.head_mask)
     out, _, probs = _forward(*op, split)
     if probs_seq is None:
@@ -336,119 +356,3 @@ def attention(
     if split:
         out = AttentionContext.apply(inner, out, op.qkv, op.cu_seqlens, max_seqlen, op.columns, watch(handed))
     return out, handed
-
-
-class OpArguments(NamedTuple):
-    """The arguments of the op, as `attention` names them, but that no default is left: `probs_seq` of 0 is for none."""
-
-    qkv: torch.Tensor
-    cu_seqlens: torch.Tensor | None
-    max_seqlen: int
-    bias: torch.Tensor | None
-    head_mask: torch.Tensor | None
-    scale: float
-    dropout_p: float
-    seed: torch.Tensor | None
-    stream: int
-    probs_seq: int
-    columns: torch.Tensor | None
-    order: torch.Tensor | None
-
-
-def op_arguments(
-    qkv: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int,
-    bias: torch.Tensor | None,
-    head_mask: torch.Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    stream: int,
-    probs_seq: int | None,
-    columns: torch.Tensor | None,
-    order: torch.Tensor | None,
-) -> OpArguments:
-    """The arguments of `attention` as its op takes them, checked: `scale` is above zero."""
-    _check(qkv, cu_seqlens, max_seqlen, bias, head_mask, dropout_p, seed, probs_seq, columns, order)
-    if dropout_p > 0.0 and seed is None:
-        raise ValueError(f"attention with dropout_p={dropout_p} needs a seed: an int64 scalar tensor on {qkv.device}")
-    if bias is not None:
-        bias = reference.additive(bias) if bias.dtype == torch.bool else bias
-        bias = bias if bias.stride(-1) == 1 else bias.contiguous()
-        bias = bias.expand(batch_size(qkv, cu_seqlens, max_seqlen), qkv.shape[2], max(max_seqlen, bias.shape[2]), -1)
-    return OpArguments(
-        qkv.contiguous(),
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-        max_seqlen,
-        bias,
-        None if head_mask is None else head_mask.contiguous(),
-        scale,
-        dropout_p,
-        seed,
-        stream,
-        probs_seq or 0,
-        None if columns is None else columns.contiguous(),
-        None if order is None else order.contiguous(),
-    )
-
-
-def _check(
-    qkv: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int,
-    bias: torch.Tensor | None,
-    head_mask: torch.Tensor | None,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    probs_seq: int | None,
-    columns: torch.Tensor | None,
-    order: torch.Tensor | None,
-) -> None:
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"attention needs qkv of shape (tokens, 3, heads, head_dim), got {tuple(qkv.shape)}")
-    heads, head_dim = qkv.shape[2:]
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"attention has kernels for head_dim up to {MAX_HEAD_DIM}, got {head_dim}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
-    check_lengths("qkv", qkv, cu_seqlens, max_seqlen)
-    if bias is not None:
-        if bias.requires_grad:
-            raise ValueError("attention has no gradient for bias: pass bias.detach()")
-        wanted = (batch_size(qkv, cu_seqlens, max_seqlen), heads, max_seqlen, max_seqlen)
-        fits = bias.dim() == 4 and all(
-            have == want or (have == 1 and dim < 3) or (have > want and dim > 1)
-            for dim, (have, want) in enumerate(zip(bias.shape, wanted, strict=True))
-        )
-        if not fits:
-            raise ValueError(
-                f"attention bias must broadcast to (batch, heads, seq, seq) = {wanted}, got {tuple(bias.shape)}"
-            )
-    if head_mask is not None and head_mask.shape != (heads,):
-        raise ValueError(f"head_mask must have shape (heads,) = ({heads},), got {tuple(head_mask.shape)}")
-    if probs_seq is not None and probs_seq < max_seqlen:
-        raise ValueError(f"probs_seq={probs_seq} is shorter than the longest sequence, max_seqlen={max_seqlen}")
-    if columns is not None and (columns.shape != qkv.shape[:1] or columns.dtype != torch.int32):
-        raise ValueError(
-            f"columns must be int32 of shape (tokens,) = ({qkv.shape[0]},), got {columns.dtype} {tuple(columns.shape)}"
-        )
-    reads_back = (not qkv.is_cuda or check_mode()) and not torch.compiler.is_compiling()
-    if columns is not None and probs_seq is not None and columns.numel() > 0 and reads_back:
-        low, high = (int(x) for x in torch.aminmax(columns))
-        if low < 0 or high >= probs_seq:
-            raise ValueError(f"columns must lie in maps of side probs_seq={probs_seq}, got {low} to {high}")
-    if order is not None:
-        batch = batch_size(qkv, cu_seqlens, max_seqlen)
-        if cu_seqlens is None:
-            raise ValueError("without cu_seqlens every sequence is as long as the others: pass no order")
-        if order.shape != (batch,) or order.dtype != torch.int32:
-            raise ValueError(
-                f"order must be int32 of shape (batch,) = ({batch},), got {order.dtype} {tuple(order.shape)}"
-            )
-        if reads_back and sorted(order.tolist()) != [*range(batch)]:
-            raise ValueError(f"order must name each of the {batch} sequences once, got {order.tolist()}")
-    check_same_device(
-        "attention", qkv=qkv, cu_seqlens=cu_seqlens, bias=bias, head_mask=head_mask, seed=seed, columns=columns,
-        order=order,
-    )  # fmt: skip

@@ -1,81 +1,16 @@
 """Device code of the attention op: the forward kernel, and dQ and dK/dV of the backward pass.
 
 The derivation stands in `attention.py`. Scores are in base 2 throughout, statistics and sums in float32.
+
+What is read to find a place is read in the kernels themselves. torch.compile (2.13) looks for the tensors that a kernel
+writes by walking back from each store: a load ends the walk, a call of a device function does not, and every pointer
+that was given to it would be taken for written and cloned.
 """
 
 from .language import tl, triton
 from .numerics import LOG2E, MASKED, cast, dot, dropout_keep_map
+from .score_tiles import bias_tile, load_heads, probs_offsets, seen_keys, softmax_tile, store_heads
 from .tiles import LOAD_STAGES
-
-
-@triton.jit
-def _head(order_ptr, place, heads, HAS_ORDER: tl.constexpr):
-    """The head that comes `place`-th: its sequence, its number, and its plane, the same whatever the order."""
-    b = place // heads
-    h = place % heads
-    if HAS_ORDER:
-        b = tl.load(order_ptr + b)
-        place = b * heads + h
-    return b, h, place
-
-
-@triton.jit
-def _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS: tl.constexpr):
-    """First token (int64) and length of sequence b."""
-    if HAS_CU_SEQLENS:
-        start = tl.load(cu_seqlens_ptr + b)
-        length = tl.load(cu_seqlens_ptr + b + 1) - start
-    else:
-        start = b * max_seqlen
-        length = max_seqlen
-    return tl.cast(start, tl.int64), length
-
-
-@triton.jit
-def _load_heads(ptr, rows, row_stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of one head, zeros past `length` and past HEAD_DIM: [rows, BLOCK_D]."""
-    dims = tl.arange(0, BLOCK_D)
-    mask = rows[:, None] < length
-    if HEAD_DIM != BLOCK_D:
-        mask = mask & (dims[None, :] < HEAD_DIM)
-    return tl.load(ptr + rows[:, None].to(tl.int64) * row_stride + dims[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_heads(ptr, x, rows, row_stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    dims = tl.arange(0, BLOCK_D)
-    mask = rows[:, None] < length
-    if HEAD_DIM != BLOCK_D:
-        mask = mask & (dims[None, :] < HEAD_DIM)
-    ptrs = ptr + rows[:, None].to(tl.int64) * row_stride + dims[None, :]
-    tl.store(ptrs, cast(x, ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _bias_tile(bias_ptr, rows, cols, row_stride, length, masked_below):
-    """The additive mask of one tile, in base 2, masked entries at MASKED: [BLOCK_M, BLOCK_N]."""
-    mask = (rows[:, None] < length) & (cols[None, :] < length)
-    ptrs = bias_ptr + rows[:, None].to(tl.int64) * row_stride + cols[None, :]
-    bias = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(bias <= masked_below, MASKED, bias * LOG2E)
-
-
-@triton.jit
-def _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS: tl.constexpr):
-    """Offsets of a tile inside one (probs_seq, probs_seq) map: int64 [BLOCK_M, BLOCK_N]."""
-    if HAS_COLUMNS:
-        rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
-        cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
-    return rows[:, None].to(tl.int64) * probs_seq + cols[None, :]
-
-
-@triton.jit
-def _softmax_tile(s, row_max, log_sum, valid):
-    """P of one tile from base-2 scores and the two parts of the log-sum-exp, zero where not valid.
-
-    The parts stay apart because the maximum of a row with no visible key would swallow the logarithm.
-    """
-    return tl.where(valid, tl.exp2(s - row_max - log_sum), 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "site", "keep_threshold"])
@@ -88,6 +23,7 @@ def attention_forward(
     columns_ptr,  # (tokens,) int32; unused without HAS_COLUMNS
     order_ptr,  # (batch,) int32, the sequences from first to last; unused without HAS_ORDER
     bias_ptr,  # (batch, heads, max_seqlen, max_seqlen) by strides, last one 1; unused without HAS_BIAS
+    key_spans_ptr,  # (batch, 2) int32, see attention.py; unused without HAS_KEY_SPANS
     head_mask_ptr,  # (heads,) any float; unused without HAS_HEAD_MASK
     seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
     tokens,
@@ -110,6 +46,7 @@ def attention_forward(
     HAS_COLUMNS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_KEY_SPANS: tl.constexpr,
     HAS_HEAD_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_PROBS: tl.constexpr,
@@ -120,43 +57,60 @@ def attention_forward(
     else:
         blocks = tl.cdiv(max_seqlen, BLOCK_M)
     pid = tl.program_id(0)
-    b, h, plane = _head(order_ptr, pid // blocks, heads, HAS_ORDER)
+    plane = pid // blocks
+    b, h = plane // heads, plane % heads
+    if HAS_ORDER:
+        b = tl.load(order_ptr + b)
+        plane = b * heads + h
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     row_start = (pid % blocks) * BLOCK_M
-    start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
+    scale_log2 = scale * LOG2E
+    query_end, bias_end, key_end = length, 0, length
+    if HAS_KEY_SPANS:
+        bias_end = tl.load(key_spans_ptr + 2 * b)
+        key_end = tl.load(key_spans_ptr + 2 * b + 1)
+        # Where no key is visible, all are, with scores of 0.
+        query_end = tl.where(key_end == 0, 0, length)
+        key_end = tl.where(key_end == 0, length, key_end)
     if HAS_PROBS and not HAS_COLUMNS:
         # Blocks of padding rows only have zeros of the map to write.
-        length_read = tl.where(row_start < length, length, 0)
+        keys_read = tl.where(row_start < length, key_end, 0)
     else:
         if row_start >= length:
             return
-        length_read = length
+        keys_read = key_end
 
     rows = row_start + tl.arange(0, BLOCK_M)
     row_stride = 3 * heads * HEAD_DIM
     qkv_ptr += start * row_stride + h * HEAD_DIM
     k_ptr = qkv_ptr + heads * HEAD_DIM
     v_ptr = k_ptr + heads * HEAD_DIM
-    if HAS_BIAS:
+    if HAS_BIAS or HAS_KEY_SPANS:
         bias_ptr += b.to(tl.int64) * bias_batch_stride + h.to(tl.int64) * bias_head_stride
-    scale_log2 = scale * LOG2E
     # Without a bias, the instruction that takes the maximum off a score scales it too.
     late_scale = scale_log2
     if HAS_BIAS:
         late_scale = 1.0
 
-    q = _load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
+    q = load_heads(qkv_ptr, rows, row_stride, query_end, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    # Finite where a whole tile may be masked.
+    row_max = tl.full([BLOCK_M], MASKED if HAS_KEY_SPANS else float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     # Of itself the compiler copies asynchronously only what a product takes: no bias, where the scores feed none.
     stages: tl.constexpr = LOAD_STAGES if HAS_BIAS and HAS_PROBS else None
-    for col_start in tl.range(0, length_read, BLOCK_N, num_stages=stages):
+    for col_start in tl.range(0, keys_read, BLOCK_N, num_stages=stages):
         cols = col_start + tl.arange(0, BLOCK_N)
-        k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+        k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
         s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
         if HAS_BIAS:
-            s = s * scale_log2 + _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
-        s = tl.where(cols[None, :] < length, s, float("-inf"))
+            s = s * scale_log2 + bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
+        seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
+        s = tl.where(seen[None, :], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, axis=1) * late_scale)
         rescale = tl.exp2(row_max - new_max)
         p = tl.exp2(s * late_scale - new_max[:, None])
@@ -165,7 +119,7 @@ def attention_forward(
             if HAS_DROPOUT:
                 keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
-            v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+            v = load_heads(v_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
             acc = dot(cast(p, v.dtype), v, acc * rescale[:, None])
         row_max = new_max
 
@@ -187,25 +141,30 @@ def attention_forward(
         probs_ptr += plane.to(tl.int64) * probs_seq * probs_seq
         for col_start in tl.range(0, cols_end, BLOCK_N, num_stages=LOAD_STAGES):
             cols = col_start + tl.arange(0, BLOCK_N)
-            k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+            k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
             s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
             if HAS_BIAS:
-                s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
-            valid = (rows[:, None] < length) & (cols[None, :] < length)
+                s += bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
+            seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
+            valid = (rows[:, None] < length) & seen[None, :]
             p = tl.where(valid, tl.exp2(s - row_max[:, None]), 0.0)
             if HAS_DROPOUT:
                 keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
-            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            map_rows, map_cols = rows, cols
+            if HAS_COLUMNS:
+                map_rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
+                map_cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
+            offsets = probs_offsets(map_rows, map_cols, probs_seq)
             if HAS_COLUMNS:
                 written = valid
             else:
                 written = (rows[:, None] < probs_seq) & (cols[None, :] < probs_seq)
             tl.store(probs_ptr + offsets, cast(p * row_scale[:, None], probs_ptr.dtype.element_ty), mask=written)
-            v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+            v = load_heads(v_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
             acc = dot(cast(p, v.dtype), v, acc)
     out_ptr += start * heads * HEAD_DIM + h * HEAD_DIM
-    _store_heads(out_ptr, acc * row_scale[:, None], rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    store_heads(out_ptr, acc * row_scale[:, None], rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
     stats_ptr += h.to(tl.int64) * tokens + start
     tl.store(stats_ptr + rows, row_max, mask=rows < length)
     tl.store(stats_ptr + tl.cast(heads, tl.int64) * tokens + rows, tl.log2(row_sum), mask=rows < length)
@@ -225,6 +184,7 @@ def attention_backward_dq(
     columns_ptr,
     order_ptr,
     bias_ptr,
+    key_spans_ptr,
     head_mask_ptr,
     seed_ptr,
     tokens,
@@ -248,6 +208,7 @@ def attention_backward_dq(
     HAS_COLUMNS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_KEY_SPANS: tl.constexpr,
     HAS_HEAD_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_DPROBS: tl.constexpr,
@@ -256,13 +217,29 @@ def attention_backward_dq(
     """One program: dQ of BLOCK_M rows of one head of one sequence, and the rows' delta."""
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
     pid = tl.program_id(0)
-    b, h, plane = _head(order_ptr, pid // blocks, heads, HAS_ORDER)
+    plane = pid // blocks
+    b, h = plane // heads, plane % heads
+    if HAS_ORDER:
+        b = tl.load(order_ptr + b)
+        plane = b * heads + h
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     row_start = (pid % blocks) * BLOCK_M
-    start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
     if row_start >= length:
         if HAS_HEAD_MASK:
             tl.store(dhead_mask_ptr + (h.to(tl.int64) * batch + b) * blocks + pid % blocks, 0.0)
         return
+    scale_log2 = scale * LOG2E
+    bias_end, key_end = 0, length
+    if HAS_KEY_SPANS:
+        bias_end = tl.load(key_spans_ptr + 2 * b)
+        key_end = tl.load(key_spans_ptr + 2 * b + 1)
+        # Where no key is visible, all are, with scores of 0.
+        scale_log2 = tl.where(key_end == 0, 0.0, scale_log2)
+        key_end = tl.where(key_end == 0, length, key_end)
 
     rows = row_start + tl.arange(0, BLOCK_M)
     row_stride = 3 * heads * HEAD_DIM
@@ -270,13 +247,12 @@ def attention_backward_dq(
     k_ptr = qkv_ptr + heads * HEAD_DIM
     v_ptr = k_ptr + heads * HEAD_DIM
     head_offset = start * heads * HEAD_DIM + h * HEAD_DIM
-    if HAS_BIAS:
+    if HAS_BIAS or HAS_KEY_SPANS:
         bias_ptr += b.to(tl.int64) * bias_batch_stride + h.to(tl.int64) * bias_head_stride
     if HAS_DPROBS:
         dprobs_ptr += plane.to(tl.int64) * probs_seq * probs_seq
         if HAS_COLUMNS:
             columns_ptr += start
-    scale_log2 = scale * LOG2E
     factor = 1.0
     if HAS_DROPOUT:
         factor = keep_scale
@@ -284,9 +260,9 @@ def attention_backward_dq(
     if HAS_HEAD_MASK:
         g = tl.load(head_mask_ptr + h).to(tl.float32)
 
-    q = _load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
-    dout = _load_heads(dout_ptr + head_offset, rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
-    out = _load_heads(out_ptr + head_offset, rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    q = load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
+    dout = load_heads(dout_ptr + head_offset, rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
+    out = load_heads(out_ptr + head_offset, rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
     row_offset = h.to(tl.int64) * tokens + start + rows
     row_max = tl.load(stats_ptr + row_offset, mask=rows < length, other=0.0)
     log_sum = tl.load(stats_ptr + tl.cast(heads, tl.int64) * tokens + row_offset, mask=rows < length, other=0.0)
@@ -296,38 +272,48 @@ def attention_backward_dq(
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
 
     if HAS_DPROBS:
-        for col_start in range(0, length, BLOCK_N):
+        for col_start in range(0, key_end, BLOCK_N):
             cols = col_start + tl.arange(0, BLOCK_N)
-            k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+            k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
             s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
             if HAS_BIAS:
-                s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
-            valid = (rows[:, None] < length) & (cols[None, :] < length)
-            p = _softmax_tile(s, row_max[:, None], log_sum[:, None], valid) * (factor * g)
+                s += bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
+            seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
+            valid = (rows[:, None] < length) & seen[None, :]
+            p = softmax_tile(s, row_max[:, None], log_sum[:, None], valid) * (factor * g)
             if HAS_DROPOUT:
                 keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
-            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            map_rows, map_cols = rows, cols
+            if HAS_COLUMNS:
+                map_rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
+                map_cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
+            offsets = probs_offsets(map_rows, map_cols, probs_seq)
             dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
             delta += tl.sum(p * dprobs.to(tl.float32), axis=1)
     tl.store(delta_ptr + row_offset, delta, mask=rows < length)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     dhead_mask = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for col_start in range(0, length, BLOCK_N):
+    for col_start in range(0, key_end, BLOCK_N):
         cols = col_start + tl.arange(0, BLOCK_N)
-        k = _load_heads(k_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+        k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
         s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
         if HAS_BIAS:
-            s += _bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
-        valid = (rows[:, None] < length) & (cols[None, :] < length)
-        p = _softmax_tile(s, row_max[:, None], log_sum[:, None], valid)
+            s += bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
+        seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
+        valid = (rows[:, None] < length) & seen[None, :]
+        p = softmax_tile(s, row_max[:, None], log_sum[:, None], valid)
         dp = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         if not HAS_WHOLE_DPROBS:
-            v = _load_heads(v_ptr, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+            v = load_heads(v_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
             dp = dot(dout, tl.trans(v), dp)
         if HAS_DPROBS:
-            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
+            map_rows, map_cols = rows, cols
+            if HAS_COLUMNS:
+                map_rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
+                map_cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
+            offsets = probs_offsets(map_rows, map_cols, probs_seq)
             dp += tl.load(dprobs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
         dp *= factor
         if HAS_DROPOUT:
@@ -339,7 +325,7 @@ def attention_backward_dq(
         ds = p * (dp - delta[:, None])
         dq = dot(cast(ds, k.dtype), k, dq)
     dqkv_ptr += start * row_stride + h * HEAD_DIM
-    _store_heads(dqkv_ptr, dq * scale, rows, row_stride, length, HEAD_DIM, BLOCK_D)
+    store_heads(dqkv_ptr, dq * scale, rows, row_stride, length, HEAD_DIM, BLOCK_D)
     if HAS_HEAD_MASK:
         partial = dhead_mask_ptr + (h.to(tl.int64) * batch + b) * blocks + pid % blocks
         tl.store(partial, tl.sum(dhead_mask, axis=0))
@@ -357,6 +343,7 @@ def attention_backward_dkv(
     columns_ptr,
     order_ptr,
     bias_ptr,
+    key_spans_ptr,
     head_mask_ptr,
     seed_ptr,
     tokens,
@@ -379,6 +366,7 @@ def attention_backward_dkv(
     HAS_COLUMNS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_KEY_SPANS: tl.constexpr,
     HAS_HEAD_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_DPROBS: tl.constexpr,
@@ -391,18 +379,38 @@ def attention_backward_dkv(
     """
     blocks = tl.cdiv(max_seqlen, BLOCK_N)
     pid = tl.program_id(0)
-    b, h, plane = _head(order_ptr, pid // blocks, heads, HAS_ORDER)
+    plane = pid // blocks
+    b, h = plane // heads, plane % heads
+    if HAS_ORDER:
+        b = tl.load(order_ptr + b)
+        plane = b * heads + h
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     col_start = (pid % blocks) * BLOCK_N
-    start, length = _sequence(cu_seqlens_ptr, b, max_seqlen, HAS_CU_SEQLENS)
     if col_start >= length:
         return
+    scale_log2 = scale * LOG2E
+    bias_end, key_end = 0, length
+    if HAS_KEY_SPANS:
+        bias_end = tl.load(key_spans_ptr + 2 * b)
+        key_end = tl.load(key_spans_ptr + 2 * b + 1)
+        # Where no key is visible, all are, with scores of 0.
+        scale_log2 = tl.where(key_end == 0, 0.0, scale_log2)
+        key_end = tl.where(key_end == 0, length, key_end)
+    rows_read = length
+    if HAS_KEY_SPANS:
+        # Keys that no row sees have gradients of 0.
+        rows_read = tl.where(col_start < key_end, length, 0)
 
     cols = col_start + tl.arange(0, BLOCK_N)
     row_stride = 3 * heads * HEAD_DIM
     third = heads * HEAD_DIM
     qkv_ptr += start * row_stride + h * HEAD_DIM
     dout_ptr += start * third + h * HEAD_DIM
-    if HAS_BIAS:
+    if HAS_BIAS or HAS_KEY_SPANS:
         bias_ptr += b.to(tl.int64) * bias_batch_stride + h.to(tl.int64) * bias_head_stride
     if HAS_DPROBS:
         dprobs_ptr += plane.to(tl.int64) * probs_seq * probs_seq
@@ -411,27 +419,26 @@ def attention_backward_dkv(
     max_ptr = stats_ptr + h.to(tl.int64) * tokens + start
     sum_ptr = max_ptr + tl.cast(heads, tl.int64) * tokens
     delta_ptr += h.to(tl.int64) * tokens + start
-    scale_log2 = scale * LOG2E
     factor = 1.0
     if HAS_DROPOUT:
         factor = keep_scale
     if HAS_HEAD_MASK:
         factor *= tl.load(head_mask_ptr + h).to(tl.float32)
 
-    k = _load_heads(qkv_ptr + third, cols, row_stride, length, HEAD_DIM, BLOCK_D)
-    v = _load_heads(qkv_ptr + 2 * third, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+    k = load_heads(qkv_ptr + third, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
+    v = load_heads(qkv_ptr + 2 * third, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    for row_start in range(0, length, BLOCK_M):
+    for row_start in range(0, rows_read, BLOCK_M):
         rows = row_start + tl.arange(0, BLOCK_M)
-        q = _load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
-        dout = _load_heads(dout_ptr, rows, third, length, HEAD_DIM, BLOCK_D)
+        q = load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
+        dout = load_heads(dout_ptr, rows, third, length, HEAD_DIM, BLOCK_D)
         row_max = tl.load(max_ptr + rows, mask=rows < length, other=0.0)
         log_sum = tl.load(sum_ptr + rows, mask=rows < length, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
         s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)) * scale_log2
         if HAS_BIAS:
-            s += tl.trans(_bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below))
+            s += tl.trans(bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below))
             # The maximum of a row with no visible key would swallow the logarithm.
             p = tl.exp2(s - row_max[None, :] - log_sum[None, :])
         else:
@@ -440,8 +447,12 @@ def attention_backward_dkv(
         if not HAS_WHOLE_DPROBS:
             dp = dot(v, tl.trans(dout), dp)
         if HAS_DPROBS:
-            offsets = _probs_offsets(columns_ptr, rows, cols, probs_seq, length, HAS_COLUMNS)
-            valid = (rows[:, None] < length) & (cols[None, :] < length)
+            map_rows, map_cols = rows, cols
+            if HAS_COLUMNS:
+                map_rows = tl.load(columns_ptr + rows, mask=rows < length, other=0)
+                map_cols = tl.load(columns_ptr + cols, mask=cols < length, other=0)
+            offsets = probs_offsets(map_rows, map_cols, probs_seq)
+            valid = (rows[:, None] < length) & (cols[None, :] < key_end)
             dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
             dp += tl.trans(dprobs).to(tl.float32)
         p_out = p
@@ -454,6 +465,10 @@ def attention_backward_dkv(
         dv = dot(cast(p_out, dout.dtype), dout, dv)
         ds = p * (dp * factor - delta[None, :])
         dk = dot(cast(ds, q.dtype), q, dk)
+    if HAS_KEY_SPANS:
+        seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
+        dk = tl.where(seen[:, None], dk, 0.0)
+        dv = tl.where(seen[:, None], dv, 0.0)
     dqkv_ptr += start * row_stride + h * HEAD_DIM
-    _store_heads(dqkv_ptr + third, dk * scale, cols, row_stride, length, HEAD_DIM, BLOCK_D)
-    _store_heads(dqkv_ptr + 2 * third, dv * factor, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+    store_heads(dqkv_ptr + third, dk * scale, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+    store_heads(dqkv_ptr + 2 * third, dv * factor, cols, row_stride, length, HEAD_DIM, BLOCK_D)

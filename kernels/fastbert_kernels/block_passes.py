@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .attention import _backward as attend_op_backward
 from .attention import _forward as attend_op
-from .attention import op_arguments as attend_arguments
+from .attention_arguments import op_arguments as attend_arguments
 from .block_records import (
     AttentionArguments,
     AttentionSaved,
@@ -89,6 +89,7 @@ def attend(
     op = attend_arguments(
         qkv, arguments.cu_seqlens, arguments.max_seqlen, arguments.mask, arguments.head_mask, arguments.scale,
         arguments.dropout_p, arguments.seed, arguments.stream, arguments.probs_seq, arguments.columns, arguments.order,
+        arguments.key_spans,
     )  # fmt: skip
     context, stats, probs = attend_op(*op)
     saved: AttentionSaved | Nothing = ()
@@ -97,7 +98,7 @@ def attend(
         copied = x.dtype != arguments.qkv_weight.dtype
         saved = AttentionSaved(
             x=x, qkv_weight=qkv_weight, qkv=op.qkv, stats=stats, cu_seqlens=op.cu_seqlens, mask=op.bias,
-            head_mask=op.head_mask, columns=op.columns, order=op.order, seed=op.seed,
+            head_mask=op.head_mask, columns=op.columns, order=op.order, key_spans=op.key_spans, seed=op.seed,
             key_weight=None if copied else key_weight, value_weight=None if copied else value_weight,
         )  # fmt: skip
     return context, None if arguments.probs_seq is None else probs, saved
@@ -119,7 +120,7 @@ def attend_backward(
     dqkv, dhead_mask = attend_op_backward(
         of_context, dprobs, saved.qkv, of_context if context is None else context, saved.stats, saved.cu_seqlens,
         arguments.max_seqlen, saved.mask, saved.head_mask, arguments.scale, arguments.dropout_p, saved.seed,
-        arguments.stream, saved.columns, saved.order, context is None,
+        arguments.stream, saved.columns, saved.order, saved.key_spans, context is None,
     )  # fmt: skip
     dqkv, dtype = dqkv.flatten(1), arguments.qkv_weight.dtype
     dquery = dkey = dvalue = dquery_bias = dkey_bias = dvalue_bias = None

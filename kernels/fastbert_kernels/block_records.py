@@ -93,6 +93,7 @@ class AttentionArguments(NamedTuple):
     probs_seq: int | None
     columns: torch.Tensor | None
     order: torch.Tensor | None
+    key_spans: torch.Tensor | None
     dropout_p: float
     hidden_dropout_p: float
     seed: torch.Tensor | None
@@ -166,7 +167,7 @@ class AttentionSaved(NamedTuple):
         qkv_weight: as in `AttentionArguments`, in the products' dtype.
         qkv: (tokens, 3, heads, head_dim).
         stats: what the attention op returned.
-        cu_seqlens, mask, head_mask, columns, order, seed: as the op took them.
+        cu_seqlens, mask, head_mask, columns, order, key_spans, seed: as the op took them.
         key_weight, value_weight: so that autograd tells where they have changed meanwhile: of what qkv_weight is a view
             of, it tells of the query's only. None where qkv_weight is a copy in another dtype.
     """
@@ -180,6 +181,7 @@ class AttentionSaved(NamedTuple):
     head_mask: torch.Tensor | None
     columns: torch.Tensor | None
     order: torch.Tensor | None
+    key_spans: torch.Tensor | None
     seed: torch.Tensor | None
     key_weight: torch.Tensor | None
     value_weight: torch.Tensor | None

@@ -45,26 +45,36 @@ def _feed_forward(x: torch.Tensor, arguments: "FeedForwardArguments") -> torch.T
     return _norm(linear(x, arguments.up_weight, arguments.up_bias, arguments.activation), x, arguments)
 
 
-def _attend_run(qkv: torch.Tensor, length: int, scale: float) -> torch.Tensor:
-    """The context (tokens, heads, head_dim) of sequences of one length."""
-    of_sequence = qkv.shape[2] * length * length  # scores
+def _attend_run(qkv: torch.Tensor, length: int, scale: float, keys: int) -> torch.Tensor:
+    """The context (tokens, heads, head_dim) of sequences of one length, which see their first keys."""
+    of_sequence = qkv.shape[2] * length * keys  # scores
     few = qkv.shape[0] // length * of_sequence < FEW_SCORES and not qkv.requires_grad
     if product_dtype(qkv.dtype) == qkv.dtype != torch.float32 and not few:
         tokens = length * max(1, SCORES * torch.get_num_threads() // of_sequence)
-        contexts = [_attend_in_parts(part, length, scale) for part in qkv.split(tokens)]
+        contexts = [_attend_in_parts(part, length, scale, keys) for part in qkv.split(tokens)]
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
+    k, v = k[:, :, :keys], v[:, :, :keys]
     return reference.as_rows(fused_attention(q, k, v, None, scale).transpose(1, 2))
 
 
-def _attend_in_parts(qkv: torch.Tensor, length: int, scale: float) -> torch.Tensor:
+def _attend_in_parts(qkv: torch.Tensor, length: int, scale: float, keys: int) -> torch.Tensor:
     """`_attend_run` in products of half precision, faster there than torch's fused attention: its backward pass, too,
     which reads probabilities that are kept."""
     _, _, heads, head_dim = qkv.shape
     q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4).reshape(3, -1, length, head_dim)
+    k, v = k[:, :keys], v[:, :keys]
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0.0, alpha=scale)
     context = torch.bmm(torch.softmax(scores, dim=-1), v)
     return reference.as_rows(context.view(-1, heads, length, head_dim).transpose(1, 2))
+
+
+def _key_ends(arguments: "AttentionArguments") -> list[int] | None:
+    """How many keys each sequence sees, where it sees the first ones, and there is one."""
+    if arguments.key_spans is None:
+        return None
+    spans = arguments.key_spans.tolist()
+    return [end for _, end in spans] if all(first == 0 < end for first, end in spans) else None
 
 
 def _attend(hidden: torch.Tensor, arguments: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -73,9 +83,9 @@ def _attend(hidden: torch.Tensor, arguments: "AttentionArguments") -> tuple[torc
     weight, *bias = stacked(views, arguments.qkv_parameters)
     qkv = linear(hidden, weight, bias[0] if bias else None)
     qkv = qkv.view(-1, 3, arguments.heads, qkv.shape[-1] // (3 * arguments.heads))
-    probs, packed = None, arguments.cu_seqlens
+    probs, packed, ends = None, arguments.cu_seqlens, _key_ends(arguments)
     if (
-        arguments.mask is not None
+        (arguments.mask is not None and ends is None)
         or arguments.head_mask is not None
         or arguments.probs_seq is not None
         or arguments.dropout_p > 0.0
@@ -91,14 +101,22 @@ def _attend(hidden: torch.Tensor, arguments: "AttentionArguments") -> tuple[torc
             probs_seq=arguments.probs_seq,
             columns=arguments.columns,
             order=arguments.order,
+            key_spans=arguments.key_spans,
         )
-    elif packed is None:
-        context = _attend_run(qkv, arguments.max_seqlen, arguments.scale)
+    elif packed is None and ends is None:
+        context = _attend_run(qkv, arguments.max_seqlen, arguments.scale, arguments.max_seqlen)
     else:
-        # Neighbours of one length together.
-        runs = [(length, len([*run])) for length, run in itertools.groupby(packed.diff().tolist()) if length > 0]
-        parts = qkv.split([length * count for length, count in runs])
-        contexts = [_attend_run(part, length, arguments.scale) for part, (length, _) in zip(parts, runs, strict=True)]
+        if packed is None:
+            sizes = [(arguments.max_seqlen, end) for end in ends or []]
+        else:
+            sizes = [(length, length) for length in packed.diff().tolist() if length > 0]
+        # Neighbours of one size together.
+        runs = [(size, len([*run])) for size, run in itertools.groupby(sizes)]
+        parts = qkv.split([length * count for (length, _), count in runs])
+        contexts = [
+            _attend_run(part, length, arguments.scale, keys)
+            for part, ((length, keys), _) in zip(parts, runs, strict=True)
+        ]
         context = torch.cat(contexts or [qkv[:, 2]])
     return context.flatten(1), probs
 

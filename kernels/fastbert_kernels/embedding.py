@@ -33,13 +33,15 @@ def _gather(table_ptr, ids_ptr, rows, cols, count, table_rows, features):
 def _embedding_sum(
     words_ptr, positions_ptr, token_types_ptr, word_table_ptr, position_table_ptr, token_type_table_ptr,
     rows, cols, count, vocab_rows, position_rows, token_type_rows, features, HAS_WORD_TABLE: tl.constexpr,
+    HAS_TOKEN_TYPES: tl.constexpr,
 ):  # fmt: skip
     """word + token type + position of a block of tokens, float32 [BLOCK_M, BLOCK_N]."""
     if HAS_WORD_TABLE:
         z = _gather(word_table_ptr, words_ptr, rows, cols, count, vocab_rows, features)
     else:
         z = load_rows(words_ptr, rows, cols, count, features)
-    z += _gather(token_type_table_ptr, token_types_ptr, rows, cols, count, token_type_rows, features)
+    if HAS_TOKEN_TYPES:
+        z += _gather(token_type_table_ptr, token_types_ptr, rows, cols, count, token_type_rows, features)
     z += _gather(position_table_ptr, positions_ptr, rows, cols, count, position_rows, features)
     return z
 
@@ -48,7 +50,7 @@ def _embedding_sum(
 def _embed_forward(
     words_ptr,  # (count,) int ids, or without HAS_WORD_TABLE the vectors (count, features)
     positions_ptr,  # (count,) int
-    token_types_ptr,  # (count,) int
+    token_types_ptr,  # (count,) int; as its table unused without HAS_TOKEN_TYPES
     word_table_ptr,  # (vocab_rows, features); unused without HAS_WORD_TABLE
     position_table_ptr,  # (position_rows, features)
     token_type_table_ptr,  # (token_type_rows, features)
@@ -70,6 +72,7 @@ def _embed_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_WORD_TABLE: tl.constexpr,
+    HAS_TOKEN_TYPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
     """One program: BLOCK_M tokens."""
@@ -78,6 +81,7 @@ def _embed_forward(
     z = _embedding_sum(
         words_ptr, positions_ptr, token_types_ptr, word_table_ptr, position_table_ptr, token_type_table_ptr,
         rows, cols, count, vocab_rows, position_rows, token_type_rows, features, HAS_WORD_TABLE,
+        HAS_TOKEN_TYPES,
     )  # fmt: skip
     normed, mean, rstd = normalize(z, cols, features, eps)
     y = normed * load_vector(weight_ptr, cols, features) + load_vector(norm_bias_ptr, cols, features)
@@ -115,6 +119,7 @@ def _embed_backward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_WORD_TABLE: tl.constexpr,
+    HAS_TOKEN_TYPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
     """One program: every num_programs-th block of BLOCK_M tokens, and the column sums over them."""
@@ -135,6 +140,7 @@ def _embed_backward(
         z = _embedding_sum(
             words_ptr, positions_ptr, token_types_ptr, word_table_ptr, position_table_ptr, token_type_table_ptr,
             rows, cols, count, vocab_rows, position_rows, token_type_rows, features, HAS_WORD_TABLE,
+            HAS_TOKEN_TYPES,
         )  # fmt: skip
         normed = tl.where(cols[None, :] < features, (z - mean[:, None]) * rstd[:, None], 0.0)
         dz = normalize_backward(dy * weight, normed, rstd, cols, features)
@@ -149,26 +155,27 @@ def _embed_backward(
 def _common_arguments(
     words: torch.Tensor,
     positions: torch.Tensor,
-    token_types: torch.Tensor,
+    token_types: torch.Tensor | None,
     word_table: torch.Tensor | None,
     position_table: torch.Tensor,
-    token_type_table: torch.Tensor,
+    token_type_table: torch.Tensor | None,
     weight: torch.Tensor,
 ) -> dict[str, Any]:
     return {
         "words_ptr": words,
         "positions_ptr": positions,
-        "token_types_ptr": token_types,
+        "token_types_ptr": positions if token_types is None else token_types,
         "word_table_ptr": position_table if word_table is None else word_table,
         "position_table_ptr": position_table,
-        "token_type_table_ptr": token_type_table,
+        "token_type_table_ptr": position_table if token_type_table is None else token_type_table,
         "weight_ptr": weight,
         "count": words.shape[0],
         "vocab_rows": 0 if word_table is None else word_table.shape[0],
         "position_rows": position_table.shape[0],
-        "token_type_rows": token_type_table.shape[0],
+        "token_type_rows": 0 if token_type_table is None else token_type_table.shape[0],
         "features": position_table.shape[1],
         "HAS_WORD_TABLE": word_table is not None,
+        "HAS_TOKEN_TYPES": token_type_table is not None,
     }
 
 
@@ -182,10 +189,10 @@ def _empty_output(words: torch.Tensor, word_table: torch.Tensor | None, position
 def _forward_fake(
     words: torch.Tensor,
     positions: torch.Tensor,
-    token_types: torch.Tensor,
+    token_types: torch.Tensor | None,
     word_table: torch.Tensor | None,
     position_table: torch.Tensor,
-    token_type_table: torch.Tensor,
+    token_type_table: torch.Tensor | None,
     weight: torch.Tensor,
     norm_bias: torch.Tensor,
     eps: float,
@@ -193,6 +200,7 @@ def _forward_fake(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
+    position_padding_idx: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = _empty_output(words, word_table, position_table)
     mean = y.new_empty(words.shape[0], dtype=torch.float32)
@@ -203,10 +211,10 @@ def _forward_fake(
 def _forward(
     words: torch.Tensor,
     positions: torch.Tensor,
-    token_types: torch.Tensor,
+    token_types: torch.Tensor | None,
     word_table: torch.Tensor | None,
     position_table: torch.Tensor,
-    token_type_table: torch.Tensor,
+    token_type_table: torch.Tensor | None,
     weight: torch.Tensor,
     norm_bias: torch.Tensor,
     eps: float,
@@ -214,6 +222,7 @@ def _forward(
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
+    position_padding_idx: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = _empty_output(words, word_table, position_table)
     count, features = y.shape
@@ -245,10 +254,10 @@ def _backward_fake(
     dy: torch.Tensor,
     words: torch.Tensor,
     positions: torch.Tensor,
-    token_types: torch.Tensor,
+    token_types: torch.Tensor | None,
     word_table: torch.Tensor | None,
     position_table: torch.Tensor,
-    token_type_table: torch.Tensor,
+    token_type_table: torch.Tensor | None,
     weight: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
@@ -265,10 +274,10 @@ def _backward(
     dy: torch.Tensor,
     words: torch.Tensor,
     positions: torch.Tensor,
-    token_types: torch.Tensor,
+    token_types: torch.Tensor | None,
     word_table: torch.Tensor | None,
     position_table: torch.Tensor,
-    token_type_table: torch.Tensor,
+    token_type_table: torch.Tensor | None,
     weight: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
@@ -299,7 +308,7 @@ forbid_double_backward(_backward, "embed")
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     (
         words, positions, token_types, word_table, position_table, token_type_table, weight, _, _, ctx.padding_idx,
-        ctx.dropout_p, seed, ctx.stream,
+        ctx.dropout_p, seed, ctx.stream, ctx.position_padding_idx,
     ) = inputs  # fmt: skip
     _, mean, rstd = output
     ctx.save_for_backward(
@@ -311,7 +320,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
-        return (None,) * 13
+        return (None,) * 14
     (
         words, positions, token_types, word_table, position_table, token_type_table, weight, mean, rstd, seed,
     ) = ctx.saved_tensors  # fmt: skip
@@ -321,7 +330,7 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor 
     )  # fmt: skip
     dweight, dnorm_bias = column_sums((partials, (weight.dtype, weight.dtype)))
 
-    def scatter(ids: torch.Tensor, table: torch.Tensor, padding_idx: int) -> torch.Tensor:
+    def scatter(ids: Any, table: Any, padding_idx: int) -> torch.Tensor:
         rows = table.shape[0]
         ids = torch.where((ids >= 0) & (ids < rows), ids, padding_idx)  # what read as zero gets no gradient
         return torch.ops.aten.embedding_dense_backward(dz, ids, rows, padding_idx, False).to(table.dtype)
@@ -329,10 +338,10 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor 
     needs_words, _, _, needs_word_table, needs_position_table, needs_token_type_table, *_ = ctx.needs_input_grad
     dwords = dz.to(words.dtype) if word_table is None and needs_words else None
     dword_table = scatter(words, word_table, ctx.padding_idx) if word_table is not None and needs_word_table else None
-    dposition_table = scatter(positions, position_table, -1) if needs_position_table else None
+    dposition_table = scatter(positions, position_table, ctx.position_padding_idx) if needs_position_table else None
     dtoken_type_table = scatter(token_types, token_type_table, -1) if needs_token_type_table else None
     dtables = dword_table, dposition_table, dtoken_type_table
-    return dwords, None, None, *dtables, dweight, dnorm_bias, *[None] * 5
+    return dwords, None, None, *dtables, dweight, dnorm_bias, *[None] * 6
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -341,15 +350,16 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def embed(
     words: torch.Tensor,
     positions: torch.Tensor,
-    token_types: torch.Tensor,
+    token_types: torch.Tensor | None,
     word_table: torch.Tensor | None,
     position_table: torch.Tensor,
-    token_type_table: torch.Tensor,
+    token_type_table: torch.Tensor | None,
     weight: torch.Tensor,
     norm_bias: torch.Tensor,
     eps: float,
     *,
     padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     stream: int = 0,
@@ -359,10 +369,10 @@ def embed(
     Args:
         words: int (tokens,), rows of `word_table`; or, where that is None, the word vectors (tokens, features).
         positions, token_types: int (tokens,).
-        word_table, position_table, token_type_table: (rows, features).
+        word_table, position_table, token_type_table: (rows, features). Without token types, both are None.
         weight, norm_bias: (features,), the affine part of the norm.
         eps: added to the variance.
-        padding_idx: the row of `word_table` that gets no gradient.
+        padding_idx, position_padding_idx: the rows of `word_table` and `position_table` that get no gradient.
         dropout_p, seed, stream: as in `attention.attention`.
 
     Returns:
@@ -377,8 +387,10 @@ def embed(
     count = words.shape[0]
     if words.shape != ((count,) if word_table is not None else (count, features)):
         raise ValueError(f"words must be (tokens,) ids or (tokens, {features}) vectors, got {tuple(words.shape)}")
+    if (token_types is None) != (token_type_table is None):
+        raise ValueError("token_types and token_type_table go together: give both, or neither")
     for name, ids in (("positions", positions), ("token_types", token_types)):
-        if ids.shape != (count,):
+        if ids is not None and ids.shape != (count,):
             raise ValueError(f"{name} must have shape (tokens,) = ({count},), got {tuple(ids.shape)}")
     for name, vector in (("weight", weight), ("norm_bias", norm_bias)):
         if vector.shape != (features,):
@@ -394,13 +406,14 @@ def embed(
         seed=seed,
     )  # fmt: skip
     tables = {"words": (words, word_table), "positions": (positions, position_table)}
-    tables["token_types"] = (token_types, token_type_table)
+    if token_types is not None:
+        tables["token_types"] = (token_types, token_type_table)
     if has_values(words) and (not words.is_cuda or check_mode()):
         _check_ids(tables)
     if not uses_triton(position_table):
         return reference.embed(
             words, positions, token_types, word_table, position_table, token_type_table, weight, norm_bias, eps,
-            padding_idx, dropout_p,
+            padding_idx, dropout_p, position_padding_idx=position_padding_idx,
         )  # fmt: skip
     if features > MAX_FEATURES:
         raise ValueError(f"embed has kernels for rows up to {MAX_FEATURES}, got {features}")
@@ -409,10 +422,10 @@ def embed(
     y, _, _ = _forward(
         words.contiguous(),
         positions.contiguous(),
-        token_types.contiguous(),
+        None if token_types is None else token_types.contiguous(),
         None if word_table is None else word_table.contiguous(),
         position_table.contiguous(),
-        token_type_table.contiguous(),
+        None if token_type_table is None else token_type_table.contiguous(),
         weight.contiguous(),
         norm_bias.contiguous(),
         eps,
@@ -420,6 +433,7 @@ def embed(
         dropout_p,
         seed,
         stream,
+        -1 if position_padding_idx is None else position_padding_idx,
     )
     return y
 

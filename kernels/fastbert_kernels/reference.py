@@ -138,7 +138,8 @@ def attention(
     batch = len(lengths) if isinstance(lengths, list) else qkv.shape[0] // lengths
     if bias is not None:
         bias = additive(bias).expand(batch, heads, -1, -1)
-    explicit = probs_seq is not None or head_mask is not None or keep is not None or _hides_rows(bias)
+    trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    explicit = probs_seq is not None or head_mask is not None or keep is not None or trained or _hides_rows(bias)
 
     def probabilities(part: torch.Tensor, sequences: slice, length: int) -> torch.Tensor:
         """Of sequences of one length, the part of qkv that holds their tokens: (batch, heads, length, length)."""
@@ -310,28 +311,30 @@ def add_layer_norm(
 def embed(
     words: torch.Tensor,
     positions: torch.Tensor,
-    token_types: torch.Tensor,
+    token_types: torch.Tensor | None,
     word_table: torch.Tensor | None,
     position_table: torch.Tensor,
-    token_type_table: torch.Tensor,
+    token_type_table: torch.Tensor | None,
     weight: torch.Tensor,
     norm_bias: torch.Tensor,
     eps: float,
     padding_idx: int | None = None,
     dropout_p: float = 0.0,
     keep: torch.Tensor | None = None,
+    position_padding_idx: int | None = None,
 ) -> torch.Tensor:
     """dropout(LayerNorm(word + token type + position)), (tokens, features).
 
     Args:
         words: int (tokens,), rows of `word_table`; or, with no table, the word vectors (tokens, features) themselves.
-        positions, token_types: int (tokens,).
-        padding_idx: the row of `word_table` that gets no gradient.
+        positions, token_types: int (tokens,). Without token types, both they and their table are None.
+        padding_idx, position_padding_idx: the rows of `word_table` and `position_table` that get no gradient.
     """
     vectors = words if word_table is None else F.embedding(words, word_table, padding_idx)
     z = upcast(vectors)
-    for ids, table in ((token_types, token_type_table), (positions, position_table)):
-        z = z + upcast(F.embedding(ids, table))
+    if token_types is not None and token_type_table is not None:
+        z = z + upcast(F.embedding(token_types, token_type_table))
+    z = z + upcast(F.embedding(positions, position_table, position_padding_idx))
     normed = F.layer_norm(z, z.shape[-1:], weight.to(z.dtype), norm_bias.to(z.dtype), eps)
     return dropout(normed, dropout_p, keep).to(torch.promote_types(vectors.dtype, position_table.dtype))
 

@@ -3,9 +3,9 @@
 The derivation stands in `relation.py`. Softmax scores are in base 2, statistics and sums in float32.
 """
 
-from .attention_kernels import _load_heads, _sequence, _store_heads
 from .language import tl, triton
 from .numerics import LOG2E, cast, dot
+from .score_tiles import load_heads, store_heads
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -39,9 +39,13 @@ def relation_forward(
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
     pid = tl.program_id(0)
     plane = pid // blocks
-    h = plane % heads
+    b, h = plane // heads, plane % heads
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     row_start = (pid % blocks) * BLOCK_M
-    start, length = _sequence(cu_seqlens_ptr, plane // heads, max_seqlen, HAS_CU_SEQLENS)
     if row_start >= length:
         return
 
@@ -50,8 +54,8 @@ def relation_forward(
     student_b_ptr += start * student_b_row_stride + h * STUDENT_DIM
     teacher_a_ptr += start * teacher_a_row_stride + h * TEACHER_DIM
     teacher_b_ptr += start * teacher_b_row_stride + h * TEACHER_DIM
-    student_a = _load_heads(student_a_ptr, rows, student_a_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
-    teacher_a = _load_heads(teacher_a_ptr, rows, teacher_a_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
+    student_a = load_heads(student_a_ptr, rows, student_a_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
+    teacher_a = load_heads(teacher_a_ptr, rows, teacher_a_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
     # "mse": the running sum of squares. "kl": the running sum of p_t * (S_t - S_s), to be divided by teacher_sum.
     gap = tl.zeros([BLOCK_M], dtype=tl.float32)
     student_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -61,8 +65,8 @@ def relation_forward(
     zeros = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for col_start in range(0, length, BLOCK_N):
         cols = col_start + tl.arange(0, BLOCK_N)
-        student_b = _load_heads(student_b_ptr, cols, student_b_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
-        teacher_b = _load_heads(teacher_b_ptr, cols, teacher_b_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
+        student_b = load_heads(student_b_ptr, cols, student_b_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
+        teacher_b = load_heads(teacher_b_ptr, cols, teacher_b_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
         s = dot(student_a, tl.trans(student_b), zeros)
         t = dot(teacher_a, tl.trans(teacher_b), zeros)
         # Past the sequence both are 0, and so is their difference.
@@ -142,9 +146,13 @@ def relation_backward_a(
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
     pid = tl.program_id(0)
     plane = pid // blocks
-    h = plane % heads
+    b, h = plane // heads, plane % heads
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     row_start = (pid % blocks) * BLOCK_M
-    start, length = _sequence(cu_seqlens_ptr, plane // heads, max_seqlen, HAS_CU_SEQLENS)
     if row_start >= length:
         return
 
@@ -153,8 +161,8 @@ def relation_backward_a(
     student_b_ptr += start * student_b_row_stride + h * STUDENT_DIM
     teacher_a_ptr += start * teacher_a_row_stride + h * TEACHER_DIM
     teacher_b_ptr += start * teacher_b_row_stride + h * TEACHER_DIM
-    student_a = _load_heads(student_a_ptr, rows, student_a_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
-    teacher_a = _load_heads(teacher_a_ptr, rows, teacher_a_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
+    student_a = load_heads(student_a_ptr, rows, student_a_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
+    teacher_a = load_heads(teacher_a_ptr, rows, teacher_a_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
     row_offset = h.to(tl.int64) * tokens + start + rows
     dloss = tl.load(dloss_ptr + row_offset, mask=rows < length, other=0.0)
     student_lse = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -166,8 +174,8 @@ def relation_backward_a(
     da = tl.zeros([BLOCK_M, BLOCK_STUDENT], dtype=tl.float32)
     for col_start in range(0, length, BLOCK_N):
         cols = col_start + tl.arange(0, BLOCK_N)
-        student_b = _load_heads(student_b_ptr, cols, student_b_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
-        teacher_b = _load_heads(teacher_b_ptr, cols, teacher_b_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
+        student_b = load_heads(student_b_ptr, cols, student_b_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
+        teacher_b = load_heads(teacher_b_ptr, cols, teacher_b_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
         s = dot(student_a, tl.trans(student_b), zeros)
         t = dot(teacher_a, tl.trans(teacher_b), zeros)
         ds = _score_gradient(
@@ -178,7 +186,7 @@ def relation_backward_a(
         da = dot(cast(ds, student_b.dtype), student_b, da)
     da *= (dloss * student_scale)[:, None]
     da_ptr += start * heads * STUDENT_DIM + h * STUDENT_DIM
-    _store_heads(da_ptr, da, rows, heads * STUDENT_DIM, length, STUDENT_DIM, BLOCK_STUDENT)
+    store_heads(da_ptr, da, rows, heads * STUDENT_DIM, length, STUDENT_DIM, BLOCK_STUDENT)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -217,9 +225,13 @@ def relation_backward_b(
     blocks = tl.cdiv(max_seqlen, BLOCK_N)
     pid = tl.program_id(0)
     plane = pid // blocks
-    h = plane % heads
+    b, h = plane // heads, plane % heads
+    start, length = b * max_seqlen, max_seqlen
+    if HAS_CU_SEQLENS:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    start = tl.cast(start, tl.int64)
     col_start = (pid % blocks) * BLOCK_N
-    start, length = _sequence(cu_seqlens_ptr, plane // heads, max_seqlen, HAS_CU_SEQLENS)
     if col_start >= length:
         return
 
@@ -232,16 +244,16 @@ def relation_backward_b(
     dloss_ptr += row_offset
     student_lse_ptr = lse_ptr + row_offset
     teacher_lse_ptr = student_lse_ptr + tl.cast(heads, tl.int64) * tokens
-    student_b = _load_heads(student_b_ptr, cols, student_b_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
-    teacher_b = _load_heads(teacher_b_ptr, cols, teacher_b_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
+    student_b = load_heads(student_b_ptr, cols, student_b_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
+    teacher_b = load_heads(teacher_b_ptr, cols, teacher_b_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
     student_lse = tl.zeros([BLOCK_M], dtype=tl.float32)
     teacher_lse = tl.zeros([BLOCK_M], dtype=tl.float32)
     zeros = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     db = tl.zeros([BLOCK_N, BLOCK_STUDENT], dtype=tl.float32)
     for row_start in range(0, length, BLOCK_M):
         rows = row_start + tl.arange(0, BLOCK_M)
-        student_a = _load_heads(student_a_ptr, rows, student_a_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
-        teacher_a = _load_heads(teacher_a_ptr, rows, teacher_a_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
+        student_a = load_heads(student_a_ptr, rows, student_a_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
+        teacher_a = load_heads(teacher_a_ptr, rows, teacher_a_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
         dloss = tl.load(dloss_ptr + rows, mask=rows < length, other=0.0)
         if HAS_SOFTMAX:
             student_lse = tl.load(student_lse_ptr + rows, mask=rows < length, other=0.0)
@@ -255,4 +267,4 @@ def relation_backward_b(
         db = dot(cast(ds, student_a.dtype), student_a, db)
     db *= tl.load(dloss_max_ptr) * student_scale
     db_ptr += start * heads * STUDENT_DIM + h * STUDENT_DIM
-    _store_heads(db_ptr, db, cols, heads * STUDENT_DIM, length, STUDENT_DIM, BLOCK_STUDENT)
+    store_heads(db_ptr, db, cols, heads * STUDENT_DIM, length, STUDENT_DIM, BLOCK_STUDENT)

@@ -19,6 +19,16 @@ def blocked_length(cu_seqlens: torch.Tensor | None, max_seqlen: int) -> int:
     return max_seqlen if cu_seqlens is None else cdiv(max_seqlen, 16) * 16
 
 
+def key_spans(visible: torch.Tensor) -> torch.Tensor:
+    """Of each row of a mask, bool (batch, keys), up to where a masked key comes before a visible one, and where the
+    last visible key ends: int32 (batch, 2). Both are 0 where no key is visible, the first where none is masked before
+    the end."""
+    ends = torch.arange(1, visible.shape[1] + 1, device=visible.device, dtype=torch.int32)
+    end = (visible * ends).amax(1, keepdim=True)
+    masked = (~visible & (ends < end)) * ends
+    return torch.cat([masked.amax(1, keepdim=True), end], dim=1)
+
+
 def check_lengths(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int) -> None:
     """Raise ValueError unless the sequences make up the tokens of `x` (tokens, ...), which the message calls `name`."""
     if max_seqlen < 1:

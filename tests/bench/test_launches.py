@@ -15,6 +15,7 @@ def test_launches_per_layer() -> None:
     assert backward["attention_backward_dq"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted through the interpreter")
 def test_launches_per_layer_with_the_activation_inside_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastbert.modules.layer.feed_forward_is_fused", lambda x, weight, activation: True)
@@ -26,6 +27,7 @@ def test_launches_per_layer_with_the_activation_inside_the_product(monkeypatch: 
     assert "bias_activation_forward" not in forward
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted through the interpreter")
 def test_launches_per_layer_with_attentions() -> None:
     forward, backward = count("fastbert", maps=True)

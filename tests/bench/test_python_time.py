@@ -16,6 +16,7 @@ def test_the_interpreters_host_code_is_not_a_gpus() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_the_table() -> None:
     code = "from bench import python_time as p; p.LAYERS = (1, 2); p.main(rounds=3)"
     shown = run_uninterpreted("-c", code)

@@ -26,7 +26,7 @@ from fastbert_kernels import tuned
 from fastbert_kernels.catalogue import TUNABLE, Launch
 
 TARGET = "sm_90"
-NVIDIA = [TARGET, *[pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100")]]
+NVIDIA = [pytest.param(target, marks=pytest.mark.slow) for target in (TARGET, "sm_80", "sm_100")]
 TARGETS = [*NVIDIA, *[pytest.param(t, marks=pytest.mark.slow) for t in static.TARGETS if not t.startswith("sm_")]]
 PRODUCTS = ("attention_", "relation_", "feed_forward_")
 ROOT = Path(__file__).parents[2]
@@ -50,10 +50,9 @@ def _written(folder: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Every kernel in its representative configurations: on one target, and on every one where all tests run."""
-    every = "not slow" not in request.config.option.markexpr
-    return _written(tmp_path_factory.mktemp("static"), *([] if every else ["--target", TARGET]))
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every kernel in its representative configurations, on every target."""
+    return _written(tmp_path_factory.mktemp("static"))
 
 
 def _of(written: dict[str, Any], target: str, *kernels: str) -> list[dict[str, Any]]:

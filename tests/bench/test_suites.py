@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ def suite(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_contenders_stand_side_by_side_and_beside_their_past(tmp_path: Path) -> None:
     storage, saved = f"--benchmark-storage={tmp_path}", tmp_path / "run.json"
     suite(

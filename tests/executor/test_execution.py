@@ -45,6 +45,7 @@ def test_a_few_calls_of_every_kernel() -> None:
     assert launched == KERNELS
 
 
+@pytest.mark.slow
 def test_the_static_report_counts_what_kernels_do() -> None:
     options = ("--target", "sm_80", "--kernel", "column_sums", "--execute")
     shown = run_uninterpreted("-m", "bench.static", *options)

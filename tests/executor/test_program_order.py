@@ -53,7 +53,7 @@ def test_an_op_is_the_same_in_any_order(call: Call) -> None:
     assert_any_order(lambda: results(problem(call, SIZES)))
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_of_training_is_the_same_in_any_order(fused: bool) -> None:
     with mock.patch("fastbert.modules.layer.feed_forward_is_fused", return_value=fused):
         assert_any_order(lambda: model_step("triton", torch.float32, [17, 3], 0.1))

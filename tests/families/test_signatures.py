@@ -27,13 +27,44 @@ WRITTEN_AGAINST = {
     "Model": f"{_MODEL} {_CROSS} cache use_cache kwargs",
     "ForMaskedLM": f"{_MODEL} {_CROSS} labels kwargs",
     "ForPreTraining": f"{_MODEL} labels next_sentence_label kwargs",
+    "ElectraForMaskedLM": f"{_MODEL} labels kwargs",
+    "ElectraForPreTraining": f"{_MODEL} labels kwargs",
+    "ForCausalLM": f"{_MODEL} {_CROSS} labels cache use_cache logits_to_keep kwargs",
     "ForTokenClassification": f"{_MODEL} labels kwargs",
     "ForSequenceClassification": f"{_MODEL} labels kwargs",
     "ForNextSentencePrediction": f"{_MODEL} labels kwargs",
     "ForMultipleChoice": f"{_MODEL} labels kwargs",
+    **dict.fromkeys(
+        ("RobertaForMultipleChoice", "CamembertForMultipleChoice", "Data2VecTextForMultipleChoice"),
+        "input_ids token_type_ids attention_mask labels position_ids inputs_embeds kwargs",
+    ),
     "ForQuestionAnswering": f"{_MODEL} start_positions end_positions kwargs",
     "LMHeadModel": f"{_MODEL} {_CROSS} labels cache use_cache logits_to_keep kwargs",
 }
+
+_TAIL = "output_attentions output_hidden_states return_dict kwargs"
+_SHORT = "input_ids attention_mask inputs_embeds"
+_MPNET = "input_ids attention_mask position_ids inputs_embeds"
+
+#: The same of the families whose arguments come in another order, by whole names.
+WRITTEN_AGAINST |= {
+    "DistilBertSelfAttention": "hidden_states attention_mask kwargs",
+    "FFN": "input",
+    "TransformerBlock": "hidden_states attention_mask kwargs",
+    "Transformer": "hidden_states attention_mask kwargs",
+    "DistilBertModel": f"{_SHORT} position_ids kwargs",
+    **{f"DistilBertFor{task}": f"{_SHORT} labels position_ids kwargs" for task in (
+        "MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification")},
+    "DistilBertForQuestionAnswering": f"{_SHORT} start_positions end_positions position_ids kwargs",
+    "MPNetEmbeddings": "input_ids position_ids inputs_embeds kwargs",
+    **{f"MPNet{part}": "hidden_states attention_mask position_bias output_attentions kwargs" for part in (
+        "SelfAttention", "Attention", "Layer")},
+    "MPNetEncoder": f"hidden_states attention_mask {_TAIL}",
+    "MPNetModel": f"{_MPNET} {_TAIL}",
+    **{f"MPNetFor{task}": f"{_MPNET} labels {_TAIL}" for task in (
+        "MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification")},
+    "MPNetForQuestionAnswering": f"{_MPNET} start_positions end_positions {_TAIL}",
+}  # fmt: skip
 
 #: What transformers 5.24 renamed, and the names before it.
 BEFORE_5_24 = {"cache": "past_key_values", "cache_length": "past_key_values_length"}
@@ -43,6 +74,8 @@ def written_against(kind: type[nn.Module]) -> list[str]:
     """The arguments of a class of Hugging Face's, as the installed transformers should name them."""
     ending = max(filter(kind.__name__.endswith, WRITTEN_AGAINST), key=len)
     names = WRITTEN_AGAINST[ending].split()
+    if kind.__name__ == "Embeddings":  # DistilBERT's
+        names = ["input_ids", "inputs_embeds", "position_ids"]
     return names if CACHE == "cache" else [BEFORE_5_24.get(name, name) for name in names]
 
 

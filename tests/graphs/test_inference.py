@@ -4,7 +4,6 @@ import copy
 import itertools
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,60 +13,15 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import assert_close, ids, mask_of, pair, randomize, tiny_config
+from recorders import rerun_calls as rerun
 from torch import nn
 
 import fastbert
 from fastbert import notices
 from fastbert.distill import capture
 from fastbert.graphs.buckets import TOKENS, Bucket, choose_bucket, make_buckets
-from fastbert.graphs.inference import Graphed
 from fastbert.graphs.recording import CudaRecorder
 from fastbert_kernels import backend
-
-
-class Rerun:
-    """Stands in for CUDA graphs: runs again what was recorded.
-
-    Like graphs, all recordings leave their results in the same memory, poisoned before, and read the parameters where
-    they were: that they are still alive and still there is checked.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.memory = torch.empty(0, device=device)
-        self.sizes: list[int] = []
-        self.before_replay: Callable[[], None] = lambda: None
-        self.model: nn.Module | None = None
-
-    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        first = run()
-        self.sizes.append(first.shape[1])
-        if self.memory.numel() < first.numel() or self.memory.dtype != first.dtype:
-            self.memory = first.new_empty(first.numel())
-        output = self.memory[: first.numel()].view(first.shape)
-        assert self.model is not None
-        read = [(weakref.ref(p), p.data_ptr()) for p in self.model.parameters()]
-
-        def replay() -> torch.Tensor:
-            for parameter, address in read:
-                there = parameter()
-                assert there is not None
-                assert there.data_ptr() == address
-            self.memory.fill_(float("nan"))
-            self.before_replay()
-            return output.copy_(run())
-
-        return replay
-
-    def follow(self) -> None: ...
-
-    def forget(self) -> None: ...
-
-
-def rerun(model: nn.Module, tokens: tuple[int, ...] = (16, 40, 64), max_sequences: int = 6) -> Graphed:
-    made = Graphed(model, tokens, max_sequences, Rerun)
-    made._recorder.model = getattr(model, "bert", model)
-    return made
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 from models import assert_close, ids, mask_of, randomize, tiny_config
+from recorders import RerunSteps
+from recorders import rerun_steps as rerun
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastbert
@@ -31,69 +32,6 @@ HEADS: dict[str, tuple[str | None, str | None]] = {
     "BertForSequenceClassification": (None, "labels"),
     "BertForNextSentencePrediction": (None, "labels"),
 }
-
-
-class Fixed(TorchDispatchMode):
-    """Refuses what no graph can hold: results whose shape depends on values."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert torch.Tag.dynamic_output_shape not in func.tags, func
-        return func(*args, **kwargs or {})
-
-
-class Rerun:
-    """Stands in for CUDA graphs: runs again what was recorded, with the hyperparameters of then, and without what
-    others do when the optimizer is called.
-
-    Like graphs, all recordings leave their loss in the same memory, and read and write parameters, learning rates and
-    the optimizer's state where they were: that they are still there is checked.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.memory = torch.zeros((), device=device)
-        self.before_replay: Callable[[], None] = lambda: None
-        self.optimizer: Any = None
-
-    def _held(self) -> list[int]:
-        groups = self.optimizer.param_groups
-        tensors = [x for group in groups for x in (group["lr"], *group["params"])]
-        return [x.data_ptr() for x in tensors + [x for own in self.optimizer.state.values() for x in own.values()]]
-
-    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        held = self._held()
-        then = [dict(group) for group in self.optimizer.param_groups]
-
-        def replay() -> torch.Tensor:
-            assert self._held() == held
-            self.memory.fill_(float("nan"))
-            self.before_replay()
-            own, now = vars(self.optimizer), dict(vars(self.optimizer))
-            own.pop("step", None)
-            own["param_groups"] = then
-            try:
-                with Fixed():
-                    return self.memory.copy_(run())
-            finally:
-                own.update(now)
-
-        return replay
-
-    def follow(self) -> None: ...
-
-    def forget(self) -> None: ...
-
-
-def rerun(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tokens: tuple[int, ...] = (16, 40),
-    max_sequences: int = 5,
-    max_grad_norm: float | None = None,
-) -> GraphedStep:
-    step = GraphedStep(model, optimizer, tokens, max_sequences, max_grad_norm, Rerun)
-    step._recorder.optimizer = optimizer  # type: ignore[attr-defined]
-    return step
 
 
 def sgd(model: nn.Module, lr: float = 0.01, **changes: Any) -> torch.optim.Optimizer:
@@ -713,7 +651,7 @@ def test_a_model_that_cannot_be_recorded_takes_plain_steps_until_it_can(
     step, batches = rerun(fused, sgd(fused), tokens=(40,)), ragged("BertForTokenClassification")
     if when == "after":
         step(**batches[0])
-    twin = GraphedStep(*copy.deepcopy((step.model, step.optimizer)), (40,), 5, None, Rerun)
+    twin = GraphedStep(*copy.deepcopy((step.model, step.optimizer)), (40,), 5, None, RerunSteps)
     undo = change(step)
     change(twin)
     replays_alike(step, batches[:2], twin.model, twin.optimizer)

@@ -1,24 +1,28 @@
-"""Trace a training step through torch.compile as it would be on a GPU, and print what the graphs launch, as JSON.
+"""Trace training steps through torch.compile as they would be on a GPU, and print what the graphs launch, as JSON.
 
 Run as a script without the interpreter. There is no GPU to run on: the choice of backend, of tiles and of compile
 target is made as on one, and tracing stops where a kernel would start.
 """
 
 import collections
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import transformers
 import triton
+from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from triton.backends.compiler import GPUTarget
 
 import fastbert
 import fastbert.families.bert
+from fastbert_kernels import relation_loss
 
 
 class TracedError(Exception):
@@ -26,15 +30,7 @@ class TracedError(Exception):
 
 
 def main() -> None:
-    """Print how often which kernel is launched, or opaque fastbert op called, in the forward and the backward graph."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        if len(graphs) == 2:
-            raise TracedError
-        return graph
-
+    """Print a line of JSON: by the name of a step, of its forward and its backward graph, what is launched."""
     config = transformers.BertConfig(
         hidden_size=32,
         num_hidden_layers=1,
@@ -46,6 +42,20 @@ def main() -> None:
     model = fastbert.BertModel(config).train().bfloat16()
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[0, 4:] = 0
+    offsets = torch.tensor([0, 4, 11, 14], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 7, "max_length_k": 7}
+    operand = torch.randn(14, 4, 8, requires_grad=True)
+    with _as_on_a_gpu():
+        traced = {
+            "padded": graphs(model, torch.randint(1, 50, (3, 7)), mask, output_attentions=True),
+            "packed by the caller": graphs(model, torch.randint(1, 50, (1, 14)), output_attentions=True, **packed),
+            "relations": graphs(relation_loss, operand, operand, operand, operand, offsets, 7),
+        }
+    print(json.dumps({name: [_launches(graph) for graph in found] for name, found in traced.items()}))
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
     target = mock.Mock()
     target.get_current_target.return_value = GPUTarget("cuda", 90, 32)
     active = property(lambda self: target)
@@ -53,22 +63,47 @@ def main() -> None:
         mock.patch("fastbert_kernels.tiles.arch", lambda device: "sm_90"),  # noqa: PT008 - dynamo traces a lambda
         mock.patch.object(type(triton.runtime.driver), "active", active),
         mock.patch("fastbert_kernels.tiles._FEED_FORWARD_TOKENS", 1),  # no batch is too small, but a graph never fuses
+        mock.patch("torch._functorch.config.force_non_lazy_backward_lowering", True),
     ]
     for module in list(sys.modules.values()):
         if module.__name__.startswith("fastbert") and hasattr(module, "uses_triton"):
             patches.append(mock.patch.object(module, "uses_triton", lambda tensor: True))  # noqa: PT008
-    for patch in patches:
-        patch.start()
-    # Traced eagerly, as a graph whose backward pass is compiled ahead of it.
-    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def graphs(step: Callable[..., Any], *args: Any, **kwargs: Any) -> list[torch.fx.GraphModule]:
+    """The forward and the backward graph of a step, as the default compiler parts them."""
+    found: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(graph)
+        if len(found) == 2:
+            raise TracedError
+        return graph
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
     try:
-        with mock.patch("torch._functorch.config.force_non_lazy_backward_lowering", True):
-            compiled(torch.randint(1, 50, (3, 7)), mask, output_attentions=True)
+        torch.compile(step, fullgraph=True, backend=backend)(*args, **kwargs)
     except Exception as error:
-        if TracedError.__name__ not in repr(error) and len(graphs) < 2:
+        if TracedError.__name__ not in repr(error) and len(found) < 2:
             raise
-    print(json.dumps([collections.Counter(filter(None, map(_launched, graph.graph.nodes))) for graph in graphs]))
+    return found
+
+
+def _launches(graph: torch.fx.GraphModule) -> dict[str, tuple[int, list[str]]]:
+    """By kernel, or by opaque fastbert op, how often it is launched, and the arguments that torch takes for written:
+    they are cloned where they are read elsewhere."""
+    count: collections.Counter[str] = collections.Counter()
+    written: dict[str, set[str]] = collections.defaultdict(set)
+    for node in graph.graph.nodes:
+        name = _launched(node)
+        if name is not None:
+            count[name] += 1
+            written[name] |= set(node.kwargs.get("tensors_to_clone", ()))
+    return {name: (count[name], sorted(written[name])) for name in count}
 
 
 def _launched(node: torch.fx.Node) -> str | None:

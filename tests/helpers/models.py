@@ -31,7 +31,7 @@ def randomize(model: torch.nn.Module) -> None:
     """Random values in every parameter, so that no bias is 0 and no norm weight 1."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith("bias") or "LayerNorm" in name:
+            if name.endswith("bias") or "norm" in name.lower():
                 p.add_(torch.randn_like(p) * 0.3)
 
 

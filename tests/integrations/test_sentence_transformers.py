@@ -124,3 +124,59 @@ def test_its_training_loop_gives_the_same_losses(plain: SentenceTransformer, tmp
     torch.testing.assert_close(
         torch.as_tensor(ours.encode(TEXTS[:6])), torch.as_tensor(theirs.encode(TEXTS[:6])), atol=2e-3, rtol=0
     )
+
+
+def _saved(folder: Path, kind: str, head: str, tokenizer: Any) -> Path:
+    """A tiny random checkpoint of a family, with some tokenizer."""
+    import transformers
+
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+        "max_position_embeddings": 40, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, head).from_config(transformers.AutoConfig.for_model(kind, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "roberta", "distilbert"])
+def test_a_sentence_encoder_of_another_family(kind: str, plain: SentenceTransformer, tmp_path: Path) -> None:
+    from sentence_transformers import models
+
+    transformer = models.Transformer(str(_saved(tmp_path, kind, "AutoModel", plain.tokenizer)), max_seq_length=24)
+    theirs = SentenceTransformer(modules=[transformer, models.Pooling(32)], device="cpu")
+    fused = fastbert.fuse(copy.deepcopy(theirs))
+    assert fastbert.explain(fused).fused
+    assert "dropped" in str(fastbert.explain(fused))
+    ours = fused.encode(TEXTS, batch_size=5)
+    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs.encode(TEXTS)), atol=1e-5, rtol=0)
+
+
+def test_a_cross_encoder_of_another_family(plain: SentenceTransformer, tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    folder = _saved(tmp_path, "xlm-roberta", "AutoModelForSequenceClassification", plain.tokenizer)
+    theirs, fused = (CrossEncoder(str(folder), device="cpu", max_length=24) for _ in range(2))
+    fastbert.fuse(fused)
+    pairs = [(TEXTS[i], TEXTS[-i]) for i in range(1, 6)]
+    torch.testing.assert_close(
+        torch.as_tensor(fused.predict(pairs)), torch.as_tensor(theirs.predict(pairs)), atol=1e-5, rtol=0
+    )
+
+
+def test_a_sparse_encoder_of_another_family(plain: SentenceTransformer, tmp_path: Path) -> None:
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.sparse_encoder import modules as models
+
+    folder = _saved(tmp_path, "distilbert", "AutoModelForMaskedLM", plain.tokenizer)
+
+    def make() -> Any:
+        parts = [models.MLMTransformer(str(folder), max_seq_length=24), models.SpladePooling()]
+        return SparseEncoder(modules=parts, device="cpu")
+
+    theirs, fused = make(), fastbert.fuse(make())
+    assert fastbert.explain(fused).fused
+    ours, wanted = (model.encode(TEXTS[:6], convert_to_tensor=True).to_dense() for model in (fused, theirs))
+    torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=0)

@@ -328,6 +328,26 @@ def test_strided_bias(device: torch.device, layout: str) -> None:
     compare(device, torch.float32, [20, 11], bias=bias, probs_seq=20)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend_name", ["torch", "triton"])
+def test_gradient_of_a_learned_bias(device: torch.device, backend_name: str, packed: bool) -> None:
+    lengths = [9, 4, 7] if packed else [9, 9]
+    qkv = random_qkv(lengths, 2, 16, torch.float32, device).requires_grad_()
+    bias = torch.randn(1, 2, 9, 9, device=device, requires_grad=True)
+    cotangent = torch.randn(sum(lengths), 2, 16, device=device)
+    with backend(backend_name):
+        out, _ = attention(qkv, offsets(lengths, device) if packed else None, 9, bias=bias)
+    got = torch.autograd.grad(out, (qkv, bias), cotangent)
+    contexts = []
+    for part in qkv.double().split(lengths):
+        q, k, v = part.permute(1, 2, 0, 3)  # each (heads, length, head_dim)
+        probs = torch.softmax(q @ k.mT / 4 + bias.double()[0, :, : q.shape[1], : q.shape[1]], -1)
+        contexts.append((probs @ v).transpose(0, 1))
+    want = torch.autograd.grad(torch.cat(contexts), (qkv, bias), cotangent.double())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     [
@@ -519,11 +539,11 @@ def test_the_kernels_take_the_sequences_that_the_order_names(device: torch.devic
     twice = torch.tensor([1, 1], device=device, dtype=torch.int32)
     unmasked = None, None, 0.25, 0.0, None, 0
     with backend("triton"):
-        out, stats, _ = torch.ops.fastbert.attention(qkv, cu_seqlens, 9, *unmasked, 0, None, None)
-        some, *_ = torch.ops.fastbert.attention(qkv, cu_seqlens, 9, *unmasked, 0, None, twice)
+        out, stats, _ = torch.ops.fastbert.attention(qkv, cu_seqlens, 9, *unmasked, 0, None, None, None)
+        some, *_ = torch.ops.fastbert.attention(qkv, cu_seqlens, 9, *unmasked, 0, None, twice, None)
         arguments = torch.randn_like(out), None, qkv, out, stats, cu_seqlens, 9, *unmasked, None
-        gradient, _ = torch.ops.fastbert.attention_backward(*arguments, None)
-        some_gradient, _ = torch.ops.fastbert.attention_backward(*arguments, twice)
+        gradient, _ = torch.ops.fastbert.attention_backward(*arguments, None, None)
+        some_gradient, _ = torch.ops.fastbert.attention_backward(*arguments, twice, None)
     for named, whole in ((some, out), (some_gradient, gradient)):
         assert named[:9].isnan().all()
         assert torch.equal(named[9:], whole[9:])
@@ -615,28 +635,31 @@ def op_arguments(device: torch.device, requires_grad: bool) -> tuple:
     columns = torch.cat([torch.randperm(12)[:n] for n in (9, 5)]).to(device, torch.int32)
     seed = torch.tensor(SEED, device=device)
     order = torch.tensor([1, 0], device=device, dtype=torch.int32)
-    return qkv, offsets([9, 5], device), 9, bias, head_mask, 0.25, 0.2, seed, STREAM, 12, columns, order
+    return qkv, offsets([9, 5], device), 9, bias, head_mask, 0.25, 0.2, seed, STREAM, 12, columns, order, None
 
 
 def test_opcheck_forward(device: torch.device) -> None:
     everything = op_arguments(device, requires_grad=True)
     torch.library.opcheck(torch.ops.fastbert.attention, everything)
     qkv = torch.randn(18, 3, 2, 16, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastbert.attention, (qkv, None, 9, None, None, 0.25, 0.0, None, 0, 0, None, None))
+    plain = (qkv, None, 9, None, None, 0.25, 0.0, None, 0, 0, None, None, None)
+    torch.library.opcheck(torch.ops.fastbert.attention, plain)
 
 
 def test_opcheck_backward(device: torch.device) -> None:
     everything = op_arguments(device, requires_grad=False)
     out, lse, probs = torch.ops.fastbert.attention(*everything)
-    qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, _, columns, order = everything
+    qkv, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream, _, columns, order, key_spans = (
+        everything
+    )
     arguments = (
         torch.randn_like(out), torch.randn_like(probs), qkv, out, lse, cu_seqlens, max_seqlen, bias, head_mask, scale,
-        dropout_p, seed, stream, columns, order,
+        dropout_p, seed, stream, columns, order, key_spans,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastbert.attention_backward, arguments)
     torch.library.opcheck(torch.ops.fastbert.attention_backward, (*arguments, True))
-    plain = (torch.randn_like(out), None, qkv, out, lse, cu_seqlens, 9, None, None, 0.25, 0.0, None, 0, None, None)
-    torch.library.opcheck(torch.ops.fastbert.attention_backward, plain)
+    plain = (torch.randn_like(out), None, qkv, out, lse, cu_seqlens, 9, None, None, 0.25, 0.0, None, 0)
+    torch.library.opcheck(torch.ops.fastbert.attention_backward, (*plain, None, None, None))
 
 
 @pytest.mark.parametrize("features", ["plain", "everything"])
@@ -656,9 +679,11 @@ def test_backward_of_whole_gradients_of_probabilities(
     dropout_p = 0.0 if seed is None else 0.3
     forward: Any = torch.ops.fastbert.attention
     backward: Any = torch.ops.fastbert.attention_backward
-    out, stats, probs = forward(qkv, bounds, 20, bias, head_mask, 0.25, dropout_p, seed, STREAM, side, columns, None)
+    out, stats, probs = forward(
+        qkv, bounds, 20, bias, head_mask, 0.25, dropout_p, seed, STREAM, side, columns, None, None
+    )
     dout, dprobs = torch.randn_like(out), torch.randn_like(probs)
-    rest = (stats, bounds, 20, bias, head_mask, 0.25, dropout_p, seed, STREAM, columns, None)
+    rest = (stats, bounds, 20, bias, head_mask, 0.25, dropout_p, seed, STREAM, columns, None, None)
     want = backward(dout, dprobs, qkv, out, *rest)
     whole = dprobs.clone()
     for b, (start, length) in enumerate([(0, 20), (20, 5)]):
@@ -760,7 +785,6 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
         ({"bias": torch.zeros(3, 1, 9, 9)}, "= (2, 2, 9, 9), got (3, 1, 9, 9)"),
         ({"bias": torch.zeros(2, 1, 9, 1)}, "= (2, 2, 9, 9), got (2, 1, 9, 1)"),
         ({"bias": torch.zeros(2, 1, 8, 9)}, "= (2, 2, 9, 9), got (2, 1, 8, 9)"),
-        ({"bias": torch.zeros(2, 1, 9, 9, requires_grad=True)}, "no gradient for bias: pass bias.detach()"),
         ({"head_mask": torch.ones(3)}, "head_mask must have shape (heads,) = (2,), got (3,)"),
         ({"probs_seq": 8}, "probs_seq=8 is shorter than the longest sequence, max_seqlen=9"),
         ({"columns": torch.zeros(13, dtype=torch.int32)}, "= (14,), got torch.int32 (13,)"),

@@ -40,6 +40,7 @@ def compare(
     tables: dict[str, torch.Tensor],
     *,
     padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
     dropout_p: float = 0.0,
 ) -> None:
     """`tables` holds "word_table", or instead the vectors as "words"; each entry is checked for its gradient."""
@@ -50,8 +51,8 @@ def compare(
         keep = reference.dropout_keep(SEED, STREAM, count, features, dropout_p).to(device)
 
     def arguments(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int | None]:
-        common = {"word_table": None, "eps": EPS, "padding_idx": padding_idx, "dropout_p": dropout_p}
-        return ids | common | given
+        common = {"word_table": None, "token_type_table": None, "eps": EPS, "dropout_p": dropout_p}
+        return ids | common | {"padding_idx": padding_idx, "position_padding_idx": position_padding_idx} | given
 
     def kernel(**given: torch.Tensor) -> torch.Tensor:
         seed = torch.tensor(SEED, device=device) if dropout_p > 0.0 else None
@@ -84,6 +85,33 @@ def test_vectors_instead_of_ids(device: torch.device, dtype: torch.dtype, dropou
     del tables["word_table"]
     tables["words"] = torch.randn(20, 37).to(device, dtype)
     compare(random_ids(20, device), tables, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_without_token_types(device: torch.device, dtype: torch.dtype, with_ids: bool) -> None:
+    ids, tables = random_ids(20, device), random_tables(37, dtype, device)
+    del tables["token_type_table"]
+    if not with_ids:
+        tables["words"] = tables.pop("word_table")[:20]
+    compare(ids | {"token_types": None}, tables, dropout_p=0.2)
+
+
+def test_token_types_without_their_table(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="give both, or neither"):
+        embed(**random_ids(3, device), **random_tables(37, torch.float32, device) | {"token_type_table": None}, eps=EPS)
+
+
+def test_padding_row_of_positions_gets_no_gradient(device: torch.device) -> None:
+    ids, tables = random_ids(20, device), random_tables(37, torch.float32, device)
+    ids["positions"][3:9] = 1
+    compare(ids, tables, position_padding_idx=1)
+    leaves = {name: x.requires_grad_() for name, x in tables.items()}
+    with backend("triton"):
+        embed(**ids, **leaves, eps=EPS, position_padding_idx=1).square().sum().backward()
+    gradient = leaves["position_table"].grad
+    assert not gradient[1].any()
+    assert gradient[ids["positions"][ids["positions"] != 1]].any(1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

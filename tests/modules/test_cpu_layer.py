@@ -107,6 +107,31 @@ def test_rows_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(fused(x, mask, packing=True).last_hidden_state, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_padding_is_no_key(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    plain, fused = pair(packing="auto", num_hidden_layers=1)
+    fused = fused.to(dtype)
+    x, mask = ids(4), mask_of([11, 4, 4, 7], 11)
+    seen: list[int] = []
+    attend_run = cpu_layer._attend_run
+
+    def noted(qkv: torch.Tensor, length: int, scale: float, keys: int) -> torch.Tensor:
+        seen.append(keys)
+        return attend_run(qkv, length, scale, keys)
+
+    monkeypatch.setattr(cpu_layer, "_attend_run", noted)
+    monkeypatch.setattr(cpu_layer, "FEW_SCORES", 0)
+    by_length = fused(x, mask).last_hidden_state
+    assert seen == [11, 4, 7]
+    if dtype == torch.float32:
+        assert_close(by_length, plain(x, mask).last_hidden_state)
+    with backend("torch"):
+        assert_close(by_length, fused(x, mask).last_hidden_state, atol=2e-5 if dtype == torch.float32 else 0.1)
+    mask[1] = 0  # a row with no visible key attends to all
+    fused(x, mask)
+    assert seen == [11, 4, 7]
+
+
 @pytest.mark.parametrize("which", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout_is_the_same_with_and_without_gradients(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     """As reentrant checkpointing, which runs a layer twice, needs it."""

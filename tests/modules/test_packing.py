@@ -11,6 +11,7 @@ from models import assert_close, ids, mask_of, pair, randomize, tiny_config
 from torch import nn
 
 import fastbert
+from fastbert import notices
 from fastbert.batch import batch as batches
 from fastbert_kernels import backend
 
@@ -19,21 +20,6 @@ HEADS = [
     "BertForPreTraining", "BertLMHeadModel", "BertForMaskedLM", "BertForNextSentencePrediction",
     "BertForSequenceClassification", "BertForMultipleChoice", "BertForTokenClassification", "BertForQuestionAnswering",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def packed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each batch whose padding might have been dropped, whether it was."""
-    seen: list[bool] = []
-    pack_unless = batches.pack_unless
-
-    def noted(*arguments: torch.Tensor) -> Any:
-        layout = pack_unless(*arguments)
-        seen.append(layout is not None and layout.indices is not None)
-        return layout
-
-    monkeypatch.setattr(batches, "pack_unless", noted)
-    return seen
 
 
 def heads(name: str, device: torch.device | str = "cpu") -> tuple[Any, Any]:
@@ -72,7 +58,7 @@ def tensors(output: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("side", ["right", "left", "holes"])
-@pytest.mark.parametrize("backend_name", ["torch", "triton"])
+@pytest.mark.parametrize("backend_name", ["auto", "torch", "triton"])
 def test_a_bare_model_hands_out_eagers_rows(device: torch.device, backend_name: str, side: str) -> None:
     plain, fused = pair(device, packing="auto")
     x, mask = ids(3, 11, device), mask_of(LENGTHS, 11, device)
@@ -80,11 +66,71 @@ def test_a_bare_model_hands_out_eagers_rows(device: torch.device, backend_name: 
         mask = mask.flip(1)
     if side == "holes":
         mask[0, 4:6] = 0
+        mask[1] = 0  # a row with no visible key
     with backend(backend_name), torch.no_grad():
         for asked in ({}, {"output_hidden_states": True, "output_attentions": True}):
             ours, theirs = fused(x, mask, **asked), plain(x, mask, **asked)
             for a, b in zip(tensors(ours), tensors(theirs), strict=True):
                 assert_close(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForTokenClassification"])
+def test_the_log_tells_once_how_much_padding_is_kept(caplog: pytest.LogCaptureFixture, name: str) -> None:
+    notices.say_once.cache_clear()
+    fused, given = heads(name)[1], batch(name, at_padding=0)
+    if name == "BertModel":
+        del given["labels"]
+    full = given | {"attention_mask": torch.ones_like(given["attention_mask"])}
+    with caplog.at_level("WARNING", "fastbert"):
+        fused(**full)
+        assert not caplog.messages
+        fused(**given)
+        fused(**given)
+    reason, saved = caplog.messages
+    assert "padding is kept: " in reason
+    assert (
+        saved == "fastbert: 67% of this batch are tokens: packing=True would leave the other 33% out of every product"
+    )
+
+
+def test_attention_is_told_the_lengths_of_kept_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    made = batches.Batch.attend
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        attend = made(*args, **kwargs)
+        told.append(None if attend.key_spans is None else attend.key_spans.tolist())
+        return attend
+
+    monkeypatch.setattr(batches.Batch, "attend", noted)
+    fused = pair(packing="auto")[1]
+    x, mask = ids(3, 11), mask_of(LENGTHS, 11)
+    fused(x, mask)
+    fused(x, mask.flip(1))
+    fused(x, mask[:, None, None].bool())  # of more dimensions: it might be anything
+    fused(x, mask, packing=True)
+    fused(x)
+    assert told == [[[0, 11], [0, 4], [0, 7]], [[0, 11], [7, 11], [4, 11]], None, None, None]
+
+
+def test_a_mask_that_a_hook_changes_counts() -> None:
+    def hide_two(module: Any, args: Any, kwargs: Any) -> Any:
+        def hidden(x: Any) -> Any:
+            if not (isinstance(x, torch.Tensor) and x.dim() == 4):
+                return x
+            return x.index_fill(3, torch.tensor([0, 3]), torch.finfo(x.dtype).min)
+
+        return tuple(map(hidden, args)), {name: hidden(x) for name, x in kwargs.items()}
+
+    plain, fused = pair(packing="auto")
+    x, mask = ids(3, 11), mask_of(LENGTHS, 11)
+    with backend("triton"), torch.no_grad():
+        before = fused(x, mask).last_hidden_state
+        for model in (plain, fused):
+            model.encoder.layer[1].attention.self.register_forward_pre_hook(hide_two, with_kwargs=True)
+        after = fused(x, mask).last_hidden_state
+    assert_close(after, plain(x, mask).last_hidden_state)
+    assert (after - before).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("at_padding", [-100, 0])

@@ -1,0 +1,59 @@
+"""Device functions on tiles of heads and of scores, which the attention and the relation kernels share."""
+
+from .language import tl, triton
+from .numerics import LOG2E, MASKED, cast
+
+
+@triton.jit
+def load_heads(ptr, rows, row_stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of one head, zeros past `length` and past HEAD_DIM: [rows, BLOCK_D]."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = rows[:, None] < length
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (dims[None, :] < HEAD_DIM)
+    return tl.load(ptr + rows[:, None].to(tl.int64) * row_stride + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_heads(ptr, x, rows, row_stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    dims = tl.arange(0, BLOCK_D)
+    mask = rows[:, None] < length
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (dims[None, :] < HEAD_DIM)
+    ptrs = ptr + rows[:, None].to(tl.int64) * row_stride + dims[None, :]
+    tl.store(ptrs, cast(x, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bias_tile(bias_ptr, rows, cols, row_stride, length, masked_below):
+    """The additive mask of one tile, in base 2, masked entries at MASKED: [BLOCK_M, BLOCK_N]."""
+    mask = (rows[:, None] < length) & (cols[None, :] < length)
+    ptrs = bias_ptr + rows[:, None].to(tl.int64) * row_stride + cols[None, :]
+    bias = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(bias <= masked_below, MASKED, bias * LOG2E)
+
+
+@triton.jit
+def seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS: tl.constexpr):
+    """Which keys of a tile are before `key_end` and, by a mask of one row, not masked before `bias_end`: [BLOCK_N]."""
+    seen = cols < key_end
+    if HAS_KEY_SPANS:
+        if col_start < bias_end:  # a branch, which costs fewer registers than a load whose mask is empty
+            bias = tl.load(bias_ptr + cols, mask=cols < bias_end, other=0.0)
+            seen = seen & (bias.to(tl.float32) > masked_below)
+    return seen
+
+
+@triton.jit
+def probs_offsets(rows, cols, probs_seq):
+    """Offsets of a tile inside one (probs_seq, probs_seq) map: int64 [BLOCK_M, BLOCK_N]."""
+    return rows[:, None].to(tl.int64) * probs_seq + cols[None, :]
+
+
+@triton.jit
+def softmax_tile(s, row_max, log_sum, valid):
+    """P of one tile from base-2 scores and the two parts of the log-sum-exp, zero where not valid.
+
+    The parts stay apart because the maximum of a row with no visible key would swallow the logarithm.
+    """
+    return tl.where(valid, tl.exp2(s - row_max - log_sum), 0.0)
