@@ -62,10 +62,10 @@ def collate(rows: list[Row], tokenizer: Any) -> Any:
 
 def main(
     model: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint.")] = str(DEMO_CHECKPOINT),
-    steps: Annotated[int, typer.Option(min=1)] = 100,
+    steps: Annotated[int, typer.Option(min=1)] = 200,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 3e-4,
-    texts: Annotated[int, typer.Option(min=6, max=240, help="Texts to rank for each query.")] = 60,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1.5e-4,
+    texts: Annotated[int, typer.Option(min=6, max=240, help="Texts to rank for each query.")] = 24,
     seed: int = 0,
 ) -> None:
     """Train a cross-encoder, and rank texts for each query."""

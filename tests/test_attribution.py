@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from family_table import FAMILIES, Family
 from models import ids, mask_of, randomize, tiny_config
 
 import fastbert
@@ -53,6 +54,21 @@ def test_relevance_is_the_rule_on_eager(device: torch.device, name: str) -> None
         torch.testing.assert_close(found.relevance[row, :length].double(), wanted, atol=1e-4, rtol=1e-4)
         assert not found.relevance[row, length:].any()
         assert found.relevance[row, :length].max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_familys_classifier(family: Family) -> None:
+    plain, fused = family.pair("ForSequenceClassification", num_labels=3)
+    inputs = family.batch()
+    found = attribute(fused, inputs, 1).relevance
+    output = plain(**inputs, output_attentions=True)
+    gradients = torch.autograd.grad(output.logits[:, 1].sum(), output.attentions)
+    wanted = torch.eye(found.shape[1]).expand(len(found), -1, -1)
+    for probabilities, gradient in zip(output.attentions, gradients, strict=True):
+        wanted = wanted + (probabilities.detach() * gradient).clamp(min=0).mean(1) @ wanted
+    wanted = wanted[:, 0] - torch.eye(found.shape[1])[0]
+    torch.testing.assert_close(found, wanted * inputs["attention_mask"], atol=1e-4, rtol=1e-4)
+    assert found.max() > 0.001
 
 
 def test_classes(device: torch.device) -> None:

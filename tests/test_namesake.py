@@ -1,6 +1,7 @@
 """The other project of the same import name is told of where it is installed too, and nothing else is."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,13 @@ def test_the_import_stays_light(tmp_path: Path) -> None:
         tmp_path, "import sys; before = set(sys.modules); import fastbert; print(set(sys.modules) - before)"
     )
     assert not {"torch", "transformers", "importlib.metadata", "email"} & set(eval(loaded))
+
+
+def test_the_command_tells_of_files_that_the_namesake_has_replaced(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "fastbert", tmp_path / "fastbert", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "fastbert" / "__init__.py").write_text("from .fastbert import FastBERT\n")
+    (tmp_path / "fastbert" / "fastbert.py").write_text("class FastBERT: pass\n")
+    done = subprocess.run([sys.executable, "-m", "fastbert", "env"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: another project has replaced files of this one, fastbert-triton")

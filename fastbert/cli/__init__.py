@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from fastbert import __version__
+try:
+    from fastbert import __version__
+except ImportError as error:  # of that project's file, which has replaced ours
+    raise SystemExit(
+        f"error: another project has replaced files of this one, fastbert-triton ({error}): pip uninstall fastbert "
+        "fastbert-triton, then install fastbert-triton again"
+    ) from None
 
 from .attend import attend
 from .bench import bench
