@@ -111,6 +111,7 @@ def test_what_falls_short_has_a_reason(written: dict[str, Any]) -> None:
     assert given == {"float32", "map's edge", "gfx942 copies", "after the product"}
 
 
+@pytest.mark.slow
 def test_nothing_is_worse_than_the_baseline(written: dict[str, Any]) -> None:
     if written["not_compared"]:
         pytest.skip(written["not_compared"])

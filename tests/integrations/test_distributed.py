@@ -72,6 +72,7 @@ def test_gradients_equal_those_of_one_process(engine: str) -> None:
     assert_gradients(measure(TORCHRUN, EVERYDAY)[engine])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", EVERYDAY)
 def test_accumulating_without_synchronising(engine: str) -> None:
     figures = measure(TORCHRUN, EVERYDAY)[engine]
