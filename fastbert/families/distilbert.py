@@ -59,7 +59,7 @@ class DistilBertSelfAttention(InnerOutput, hf.DistilBertSelfAttention):
 class FFN(FusedIntermediate, hf.FFN):
     """Hugging Face's forward; a layer reads the first product and the activation as those of `FusedIntermediate`."""
 
-    dense = property(lambda self: self._modules["lin1"])
+    dense = property(lambda self: self.lin1)
     intermediate_act_fn = property(lambda self: self.activation)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # as Hugging Face calls it

@@ -134,9 +134,9 @@ class FusedSelfAttention(nn.Module):
 
     def linears(self) -> tuple[Any, Any, Any]:
         """The three projections."""
-        find: Any = self._modules.get  # a module's attributes are looked up slowly
-        query, key, value = self.projections
-        return find(query), find(key), find(value)
+        found = self._modules  # a module's attributes are looked up slowly; a function may stand in a module's place
+        query, key, value = [found[name] if name in found else getattr(self, name) for name in self.projections]
+        return query, key, value
 
     def rehome(self) -> None:
         """Put the three projections' parameters next to each other."""

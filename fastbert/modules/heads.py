@@ -51,7 +51,7 @@ class FusedHead(nn.Module):
         own, untouched and unwatched."""
         encoder = self.base_model
         for name, part in self.named_children():
-            why = None if part is encoder else why_mixes(part)
+            why = None if part is encoder or type(part) is nn.CrossEntropyLoss else why_mixes(part)
             if why is not None:
                 return f"{name} ({why}) may read them"
         return None

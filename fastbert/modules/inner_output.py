@@ -22,7 +22,7 @@ class InnerOutput(FusedSelfAttention):
     output_projection: str
 
     def output_linear(self) -> Any:
-        return self._modules[self.output_projection]
+        return getattr(self, self.output_projection)
 
     def output_product(self, context: torch.Tensor) -> torch.Tensor:
         return self.output_linear()(context)

@@ -132,7 +132,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def describe(module: nn.Module, expected: type[nn.Module]) -> str:
     """What `module` is, in a message that it is not a plain `expected`."""
     actual = type(module)
-    others = [type(p).__name__ for p in module._parameters.values() if p is not None and not is_ordinary(p)]
+    own = getattr(module, "_parameters", {})  # a function may stand in a module's place
+    others = [type(p).__name__ for p in own.values() if p is not None and not is_ordinary(p)]
     if actual is expected and others:  # such as a quantized one
         return f"{actual.__name__} whose weight is {others[0]}"
     if actual is expected:

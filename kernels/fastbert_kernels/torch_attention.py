@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .backend import has_values, is_transformed, is_watched, takes_tangents
 
@@ -23,13 +25,17 @@ def fused_attention(
 
 
 def _takes_products(q: torch.Tensor) -> bool:
-    """Whether products are taken one by one, without dropout: for what torch's fused attention has not, or where a
-    dispatch mode looks on, on a CPU: none that counts knows the fused one there."""
+    """Whether products are taken one by one, without dropout: for what torch's fused attention has not, and where its
+    FlopCounterMode counts, which does not know the fused one of a CPU."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if is_transformed() or takes_tangents():
         return True
-    return q.is_cpu and is_watched() and has_values(q)
+    return q.is_cpu and is_watched() and has_values(q) and any(map(_counts, _get_current_dispatch_mode_stack()))
+
+
+def _counts(mode: Any) -> bool:
+    return type(mode).__module__ == flop_counter.__name__
 
 
 def _by_products(

@@ -129,7 +129,7 @@ def test_train_mode_attentions_are_after_dropout_and_carry_gradients(device: tor
     assert fused.encoder.layer[-1].attention.self.query.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpointing_gives_the_same_gradients_and_the_same_dropout(
     device: torch.device, reentrant: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

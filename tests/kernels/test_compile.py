@@ -9,10 +9,10 @@ from uninterpreted import run_uninterpreted
 #: Of a model's training step, by kernel: how often it is launched, and the arguments it writes. What torch takes for
 #: written besides is cloned before each launch.
 FORWARD: dict[str, list[Any]] = {
-    "embed_forward": [1, ["mean_ptr", "rstd_ptr", "y_ptr"]],
+    "embed_forward": [1, ["kept_ptr", "rstd_ptr", "y_ptr"]],
     "attention_forward": [1, ["out_ptr", "probs_ptr", "stats_ptr"]],
-    "add_layer_norm_forward": [2, ["normed_ptr", "rstd_ptr", "y_ptr"]],
-    "bias_activation_forward": [1, ["y_ptr"]],
+    "add_layer_norm_forward": [2, ["normed_ptr", "stats_ptr", "y_ptr"]],
+    "bias_activation_forward": [1, ["then_bias_ptr", "y_ptr"]],
 }
 BACKWARD: dict[str, list[Any]] = {
     "embed_backward": [1, ["dz_ptr", "partials_ptr"]],

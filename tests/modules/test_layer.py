@@ -140,7 +140,9 @@ def test_dropout_is_that_of_the_ops(device: torch.device, calls: Counter[str], p
     assert_equal_gradients(grads, want_grads)
 
 
-@pytest.mark.parametrize("how", ["in blocks", "one by one", "checkpointed"])
+@pytest.mark.parametrize(
+    "how", ["in blocks", *[pytest.param(way, marks=pytest.mark.slow) for way in ("one by one", "checkpointed")]]
+)
 def test_the_longest_sequences_start_first_and_nothing_changes(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:

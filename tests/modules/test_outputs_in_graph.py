@@ -193,7 +193,7 @@ def test_checkpointing(device: torch.device, name: str, packing: bool | str) -> 
     compare(gradients, name, device, packing)
 
 
-@pytest.mark.parametrize("how", ["attention block", "one by one"])
+@pytest.mark.parametrize("how", ["attention block", pytest.param("one by one", marks=pytest.mark.slow)])
 def test_dropout_is_the_same_in_every_kind_of_step(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:

@@ -76,6 +76,7 @@ def test_products_are_fused_from_where_they_are_faster(
     assert str(found) == "feed_forward_fused bfloat16 16 gelu: fused from 32 tokens on, shipped never fused"
 
 
+@pytest.mark.slow
 def test_down_to_the_last_halving(cuda_index: torch.device, ships: Callable[[int | None], None]) -> None:
     ships(None)
     seen: list[str] = []
