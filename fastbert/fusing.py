@@ -19,7 +19,7 @@ from .modules.model import EncoderModel
 from .modules.packing import check_packing, describe_padding, masked_reader
 from .modules.readable import as_if_gathered
 from .modules.swap import FUSED, fuse_modules, hugging_face_class, is_decoder, is_ours
-from .notices import warn_once
+from .notices import logger, warn_once
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,19 +38,29 @@ def _refuse_sharded(model: nn.Module, verb: str) -> None:
             )
 
 
-def _encoders(model: nn.Module) -> list[Any]:
-    encoders = [module for module in model.modules() if isinstance(module, families.MODELS)]
+def _named_encoders(model: nn.Module) -> dict[str, Any]:
+    encoders = {name: module for name, module in model.named_modules() if isinstance(module, families.MODELS)}
     if not encoders:
         known = ", ".join(f"{kind.__name__} ({name})" for name, kind in families.MODEL_TYPES.items())
         raise ValueError(f"{type(model).__name__} holds no encoder that fastbert fuses: it knows {known}")
     return encoders
 
 
+def _encoders(model: nn.Module) -> list[Any]:
+    return list(_named_encoders(model).values())
+
+
+def _found(model: nn.Module) -> tuple[str, ...]:
+    """The encoders inside a model in words: where each is, and what."""
+    return tuple(f"{type(found).__name__} in {name or 'itself'}" for name, found in _named_encoders(model).items())
+
+
 def fuse(model: Model, packing: bool | str = "auto") -> Model:
-    """Put every `BertModel` inside a model on the fast path, in place.
+    """Put every encoder of a known family inside a model on the fast path, in place; the log says at level INFO which.
 
     Args:
-        model: a `transformers.BertModel`, or anything that holds some: a head, a PEFT or sentence-transformers model.
+        model: a `transformers.BertModel`, `RobertaModel` or another of `families.MODELS`, or anything that holds some:
+            a head, a PEFT or sentence-transformers model.
         packing: "auto" drops padding inside where nobody reads its rows, so that what is handed out equals eager's;
             True drops it everywhere, and gives zeros there; False nowhere.
 
@@ -58,7 +68,7 @@ def fuse(model: Model, packing: bool | str = "auto") -> Model:
         The same object.
 
     Raises:
-        ValueError: when there is no `BertModel` inside, or FSDP2 has sharded a module already.
+        ValueError: when there is no such encoder inside, or FSDP2 has sharded a module already.
     """
     check_packing(packing)
     _refuse_sharded(model, "fuse")
@@ -79,6 +89,7 @@ def fuse(model: Model, packing: bool | str = "auto") -> Model:
         fuse_modules(encoder)
     for module in model.modules():
         _tell_readers(module)
+    logger.info("fastbert: fuse found %s", ", ".join(_found(model)))
     return model
 
 
@@ -214,7 +225,7 @@ def explain(model: nn.Module) -> Explanation:
             head = heads.get(id(encoder))
             reads = encoder.what_is_read(None if head is None else head.what_is_read())
             padding.append(describe_padding(encoder, reads))
-    return Explanation(tuple(parts), tuple(padding), tuple(backends))
+    return Explanation(tuple(parts), tuple(padding), tuple(backends), _found(model))
 
 
 def _context(encoder: Any) -> str | None:

@@ -27,6 +27,9 @@ Model = Callable[..., Any]
 BUCKETS = (*TOKENS, 6144, 8192, 12288, 16384, 24576, 32768)
 MAX_SEQUENCES = 256
 
+#: More than a run compiles.
+RECOMPILE_LIMIT = 1000
+
 #: Runtimes of ONNX graphs, and what each needs.
 _ONNX_RUNTIMES = {
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
@@ -125,6 +128,9 @@ def build(
         return graphed(fuse(module, packing=True), BUCKETS, MAX_SEQUENCES), module
     if name != "eager" and not attentions:  # only eager attention returns its maps
         module.set_attn_implementation("flash_attention_2" if name == "flash" else "sdpa")
+    if name.startswith("compile"):
+        # One function of torch's counts the models compiled in a run; over its limit the rest would run as they are.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if name == "compile":
         return torch.compile(module, dynamic=False), module
     if name == "compile-max":

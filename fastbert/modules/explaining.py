@@ -47,11 +47,13 @@ class Explanation:
         parts: how each part of each encoder runs.
         padding: of each fused encoder, what becomes of padding, and why.
         backends: of each fused encoder, what runs where its weights lie now.
+        found: of each encoder, what it is and where.
     """
 
     parts: tuple[Part, ...]
     padding: tuple[str, ...] = ()
     backends: tuple[str, ...] = ()
+    found: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:
@@ -59,7 +61,8 @@ class Explanation:
         return all(part.fused for part in self.parts)
 
     def __rich__(self) -> Group:
-        about = [f"what is fused runs as {each}" for each in dict.fromkeys(self.backends)]
+        about = [f"found: {', '.join(self.found)}"] if len(self.found) > 1 else []
+        about += [f"what is fused runs as {each}" for each in dict.fromkeys(self.backends)]
         about += [f"padding is {each}" for each in dict.fromkeys(self.padding)]
         return Group(self._runs(), *about)
 

@@ -121,11 +121,14 @@ HOLDERS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Any, Any], Any]
 
 
 @pytest.mark.parametrize("name", HOLDERS)
-def test_fuse_finds_encoders_inside_anything(name: str) -> None:
+def test_fuse_finds_encoders_inside_anything(name: str, caplog: pytest.LogCaptureFixture) -> None:
     make, call, found = HOLDERS[name]
     plain = make().eval()
     randomize(plain)
-    fused = fastbert.fuse(copy.deepcopy(plain))
+    with caplog.at_level("INFO", "fastbert"):
+        fused = fastbert.fuse(copy.deepcopy(plain))
+    assert all(f"{kind} in " in caplog.text for kind in found)
+    assert (len(found) > 1) == ("found: " in str(fastbert.explain(fused))) or name == "an encoder and a decoder"
     inside = [type(module).__name__ for module in fused.modules() if isinstance(module, MODELS) and is_ours(module)]
     assert inside == found
     ids, mask = batch()
