@@ -124,6 +124,8 @@ def _cases(family: str) -> type[Any]:
             if return_labels and "next_sentence_label" in inspect.signature(model.forward).parameters:
                 inputs["labels"] = torch.zeros_like(inputs["input_ids"])
                 inputs["next_sentence_label"] = torch.zeros(len(inputs["input_ids"]), dtype=torch.long)
+            if return_labels and model.__name__ == "ElectraForPreTraining":  # which labels each token
+                inputs["labels"] = torch.zeros_like(inputs["input_ids"])
             return inputs
 
     for name in OTHER_ATTENTION:
