@@ -14,7 +14,7 @@ pytest.importorskip("ray", reason="needs `make test-all`")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastbert.encode import Encoder
+from fastbert.encode import POOLINGS, Encoder
 from fastbert.encode.files import encode_file
 from fastbert.encode.rows import Texts
 from fastbert.inputs import SENTENCES
@@ -61,7 +61,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny: Path, tmp_path: Path) -> No
     full.mkdir()
     (full / "kept").touch()
     for arguments, message in (
-        (["--out", tmp_path / "out", "--pooling", "max"], "unknown pooling 'max': choose from mean, cls"),
+        (["--out", tmp_path / "out", "--pooling", "sum"], f"unknown pooling 'sum': choose from {', '.join(POOLINGS)}"),
         (["--out", full], f"--out {str(full)!r} is not an empty folder: choose another"),
         (["--out", tmp_path / "out"], f"{str(file)!r} has no column 'text': choose from id, body"),
     ):
