@@ -50,9 +50,9 @@ def _encoders(model: nn.Module) -> list[Any]:
     return list(_named_encoders(model).values())
 
 
-def _found(model: nn.Module) -> tuple[str, ...]:
-    """The encoders inside a model in words: where each is, and what."""
-    return tuple(f"{type(found).__name__} in {name or 'itself'}" for name, found in _named_encoders(model).items())
+def _in_words(encoders: dict[str, Any]) -> tuple[str, ...]:
+    """Encoders by their place in a model: what each is, and where."""
+    return tuple(f"{type(encoder).__name__} in {name or 'itself'}" for name, encoder in encoders.items())
 
 
 def fuse(model: Model, packing: bool | str = "auto") -> Model:
@@ -72,7 +72,8 @@ def fuse(model: Model, packing: bool | str = "auto") -> Model:
     """
     check_packing(packing)
     _refuse_sharded(model, "fuse")
-    for encoder in _encoders(model):
+    encoders = _named_encoders(model)
+    for encoder in encoders.values():
         name = type(encoder).__name__
         if is_decoder(encoder):
             warn_once("fastbert: a decoder stays on Hugging Face's own path")
@@ -89,7 +90,7 @@ def fuse(model: Model, packing: bool | str = "auto") -> Model:
         fuse_modules(encoder)
     for module in model.modules():
         _tell_readers(module)
-    logger.info("fastbert: fuse found %s", ", ".join(_found(model)))
+    logger.info("fastbert: fuse found %s", ", ".join(_in_words(encoders)))
     return model
 
 
@@ -214,7 +215,8 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         ValueError: when there is no `BertModel` inside.
     """
-    encoders = _encoders(model)
+    named = _named_encoders(model)
+    encoders = list(named.values())
     heads = {id(module.base_model): module for module in model.modules() if isinstance(module, FusedHead)}
     with as_if_gathered():
         parts = [part for encoder in encoders for part in explain_encoder(encoder, _context(encoder))]
@@ -225,7 +227,7 @@ def explain(model: nn.Module) -> Explanation:
             head = heads.get(id(encoder))
             reads = encoder.what_is_read(None if head is None else head.what_is_read())
             padding.append(describe_padding(encoder, reads))
-    return Explanation(tuple(parts), tuple(padding), tuple(backends), _found(model))
+    return Explanation(tuple(parts), tuple(padding), tuple(backends), _in_words(named))
 
 
 def _context(encoder: Any) -> str | None:

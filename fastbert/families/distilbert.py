@@ -21,7 +21,7 @@ from fastbert.modules.heads import (
 )
 from fastbert.modules.inner_output import InnerOutput, add_norm_anyhow, attend_and_norm, attention_arguments
 from fastbert.modules.layer import FusedLayer
-from fastbert.modules.model import EncoderModel
+from fastbert.modules.model import NOT_EVERYWHERE, EncoderModel
 from fastbert.modules.qkv import project
 from fastbert.modules.readable import is_called
 from fastbert.modules.strangers import takes_ours
@@ -132,7 +132,7 @@ class DistilBertModel(EncoderModel, hf.DistilBertModel):
         **kwargs: Any,
     ) -> Any:
         """`EncoderModel.forward`, in Hugging Face's order; what DistilBERT has not is ignored, as there."""
-        for name in ("token_type_ids", "encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values"):
+        for name in NOT_EVERYWHERE:
             kwargs.pop(name, None)
         return super().forward(
             input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs

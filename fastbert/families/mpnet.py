@@ -29,7 +29,7 @@ from fastbert.modules.heads import (
 )
 from fastbert.modules.inner_output import InnerOutput, attend_and_norm, attention_arguments
 from fastbert.modules.layer import FusedLayer, refuse_packed
-from fastbert.modules.model import EncoderModel
+from fastbert.modules.model import NOT_EVERYWHERE, EncoderModel
 from fastbert.modules.readable import fused_repr, is_called, norm_reason
 from fastbert.modules.strangers import takes_ours
 from fastbert.modules.swap import is_ours, register
@@ -168,6 +168,8 @@ class MPNetLayer(FusedLayer, hf.MPNetLayer):
 
 
 class MPNetEncoder(FusedEncoder, hf.MPNetEncoder):
+    relative_attention_bias: Any
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -188,8 +190,6 @@ class MPNetEncoder(FusedEncoder, hf.MPNetEncoder):
         if attention_mask is not None:
             bias, attend = bias + attention_mask, replace(attend, key_spans=None)
         return super().forward(hidden_states, bias, attend=attend, **kwargs)
-
-    relative_attention_bias: Any
 
     def relative_bias(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
         """The position bias of a batch: float32 (1, heads, longest, longest), or (batch, ...) of packed tokens whose
@@ -226,7 +226,7 @@ class MPNetModel(EncoderModel, hf.MPNetModel):
         handed = None if torch.compiler.is_compiling() else _HANDED_ON.get()
         if handed is not None and handed[0] is self:
             kwargs = handed[1] | kwargs
-        for name in ("token_type_ids", "encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values"):
+        for name in NOT_EVERYWHERE:
             kwargs.pop(name, None)
         return super().forward(
             input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,

@@ -78,6 +78,10 @@ class Plan:
     labels: torch.Tensor | None = None
 
 
+#: What some families have not, and Hugging Face's models of those ignore.
+NOT_EVERYWHERE = ("token_type_ids", "encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values")
+
+
 class EncoderModel(nn.Module):
     """Hugging Face's encoder model on fused modules: same parameters, same call, same outputs.
 
