@@ -1,12 +1,13 @@
 """One row of the report: what a case compiles to on a target, the least it must do, what falls short and why."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastbert_kernels.catalogue import Tiles
 
 from .assembly import MachineCode
-from .cases import DEVICES, TARGETS, Case
+from .cases import DEVICES, HEADS, LENGTHS, TARGETS, Case
 from .limits import ITEMSIZE, PEAKS, Floor, floor
 from .occupancy import MULTIPROCESSORS, Occupancy, occupancy
 
@@ -61,18 +62,25 @@ class Report:
         """The least time at `cases.LENGTHS` on the target's GPU."""
         return floor(self.case.cost(), PEAKS[DEVICES[self.target]], self.case.dtype)
 
+    def instructions(self, lengths: Sequence[int] = LENGTHS, heads: int = HEADS) -> tuple[int, float]:
+        """Programs of one call on such sequences, and the instructions that their warps issue, all together.
+
+        Loops are counted once for each trip, what stands outside once for each program.
+        """
+        programs, trips = self.case.trips(self.tiles, lengths, heads)
+        looped = sum(loop.code for loop in self.machine.loops)
+        return programs, (programs * (self.machine.code - looped) + trips * looped) * self.tiles["num_warps"]
+
     @property
     def issue(self) -> float | None:
         """Microseconds in which the target's GPU can issue the instructions of a call at `cases.LENGTHS`.
 
-        Loops are counted once for each trip, what stands outside once for each program. NVIDIA multiprocessors issue
-        four instructions a clock; None for AMD, where kinds of instructions are issued side by side.
+        NVIDIA multiprocessors issue four instructions a clock; None for AMD, where kinds of instructions are issued
+        side by side.
         """
         if not self.nvidia:
             return None
-        programs, trips = self.case.trips(self.tiles)
-        looped = sum(loop.code for loop in self.machine.loops)
-        issued = (programs * (self.machine.code - looped) + trips * looped) * self.tiles["num_warps"]
+        _, issued = self.instructions()
         peaks = PEAKS[DEVICES[self.target]]
         return issued / (4 * peaks.multiprocessors * peaks.clock) * 1e6
 
