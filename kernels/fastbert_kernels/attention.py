@@ -161,8 +161,10 @@ def _backward_fake(
     sums: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dhead_mask = qkv.new_empty(0) if head_mask is None else torch.empty_like(head_mask)
-    maps = sums and _moves_maps(bias, key_spans, 0 if dprobs is None else dprobs.shape[-1])
-    dq_sums, dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, *_backward_tiles(qkv, maps), sums)
+    dq_sums, dkv_sums = (qkv.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if sums:
+        maps = _moves_maps(bias, key_spans, 0 if dprobs is None else dprobs.shape[-1])
+        dq_sums, dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, *_backward_tiles(qkv, maps))
     return torch.empty_like(qkv), dhead_mask, dq_sums, dkv_sums
 
 
@@ -172,15 +174,13 @@ def _backward_tiles(qkv: torch.Tensor, maps: bool) -> tuple[Tiles, Tiles]:
 
 
 def _empty_sums(
-    qkv: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int, dq_tiles: Tiles, dkv_tiles: Tiles, sums: bool
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int, dq_tiles: Tiles, dkv_tiles: Tiles
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory of the partial sums of dQ, and of dK and dV: rows as in `score_tiles.partial_row`, none without `sums`."""
+    """Memory of the partial sums of dQ, and of dK and dV: rows as in `score_tiles.partial_row`."""
     tokens, _, heads, head_dim = qkv.shape
     batch = batch_size(qkv, cu_seqlens, max_seqlen)
 
     def empty(block: int, columns: int) -> torch.Tensor:
-        if not sums:
-            return qkv.new_empty(0, dtype=torch.float32)
         rows = batch * cdiv(max_seqlen, block) if cu_seqlens is None else tokens // block + batch
         return qkv.new_empty(rows, columns, dtype=torch.float32)
 
@@ -246,7 +246,9 @@ def _backward(
     blocks = cdiv(max_seqlen, dq_tiles["BLOCK_M"])
     delta = torch.empty_like(stats[0])
     dqkv = torch.empty_like(qkv)
-    dq_sums, dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, dq_tiles, dkv_tiles, sums)
+    dq_sums, dkv_sums = (qkv.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if sums:
+        dq_sums, dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, dq_tiles, dkv_tiles)
     if head_mask is None:
         dhead_mask = partials = qkv.new_empty(0)
     else:

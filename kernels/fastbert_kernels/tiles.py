@@ -252,8 +252,9 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
 
 def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool) -> Tiles:
     """`attention_table` for qkv (tokens, 3, heads, head_dim), on the device it is on."""
-    shipped = attention_table(arch(qkv.device), kernel, qkv.element_size(), qkv.shape[3], maps)
-    return tuned_tiles(f"attention_{kernel}", qkv, qkv.shape[3], shipped, maps)
+    head_dim = int(qkv.shape[3])  # of a graph's symbol, the number
+    shipped = attention_table(arch(qkv.device), kernel, qkv.element_size(), head_dim, maps)
+    return tuned_tiles(f"attention_{kernel}", qkv, head_dim, shipped, maps)
 
 
 def relation_tiles(kernel: str, student: torch.Tensor, teacher: torch.Tensor) -> Tiles:
