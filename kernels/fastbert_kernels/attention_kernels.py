@@ -18,6 +18,8 @@ from .score_tiles import (
     softmax_tile,
     spare_row,
     store_heads,
+    sum_of_rows,
+    sum_ptrs,
 )
 from .tiles import LOAD_STAGES
 
@@ -188,7 +190,7 @@ def attention_backward_dq(
     stats_ptr,  # (2, heads, tokens) float32, from the forward pass
     delta_ptr,  # (heads, tokens) float32, written here and read by attention_backward_dkv
     dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the query third is written
-    partials_ptr,  # (rows, heads, HEAD_DIM) float32, column sums of dQ, see attention.py; unused without HAS_SUMS
+    partials_ptr,  # (rows, heads, HEAD_DIM) float32: sums of dQ, rows as in `partial_row`; unused without HAS_SUMS
     dhead_mask_ptr,  # (heads, batch, blocks) float32 partial sums; unused without HAS_HEAD_MASK
     cu_seqlens_ptr,  # as in attention_forward, and so on
     columns_ptr,
@@ -239,13 +241,12 @@ def attention_backward_dq(
         length = tl.load(cu_seqlens_ptr + b + 1) - start
     start = tl.cast(start, tl.int64)
     row_start = (pid % blocks) * BLOCK_M
-    if HAS_SUMS:
-        dims = tl.arange(0, BLOCK_D)
-        partials_ptr += h * HEAD_DIM + dims
-        if HAS_CU_SEQLENS:
-            spare = spare_row(start, length, b, BLOCK_M)
-            zeroed = dims < tl.where((row_start == 0) & (spare >= 0), HEAD_DIM, 0)
-            tl.store(partials_ptr + spare * heads * HEAD_DIM, tl.zeros([BLOCK_D], dtype=tl.float32), mask=zeroed)
+    if HAS_SUMS and HAS_CU_SEQLENS:
+        spare = spare_row(start, length, b, BLOCK_M)
+        if (row_start == 0) & (spare >= 0):
+            dims = tl.arange(0, BLOCK_D)
+            zeros = tl.zeros([BLOCK_D], dtype=tl.float32)
+            tl.store(partials_ptr + (spare * heads + h) * HEAD_DIM + dims, zeros, mask=dims < HEAD_DIM)
     if row_start >= length:
         if HAS_HEAD_MASK:
             tl.store(dhead_mask_ptr + (h.to(tl.int64) * batch + b) * blocks + pid % blocks, 0.0)
@@ -347,7 +348,9 @@ def attention_backward_dq(
     store_heads(dqkv_ptr, dq, rows, row_stride, length, HEAD_DIM, BLOCK_D)
     if HAS_SUMS:  # rows past the end are zeros
         row = partial_row(start, b, pid % blocks, blocks, BLOCK_M, HAS_CU_SEQLENS)
-        tl.store(partials_ptr + row * heads * HEAD_DIM, tl.sum(dq, axis=0), mask=dims < HEAD_DIM)
+        sums = sum_of_rows(dq, dqkv_ptr.dtype.element_ty)
+        ptrs, mask = sum_ptrs(partials_ptr + (row * heads + h) * HEAD_DIM, sums, HEAD_DIM)
+        tl.store(ptrs, sums, mask=mask)
     if HAS_HEAD_MASK:
         partial = dhead_mask_ptr + (h.to(tl.int64) * batch + b) * blocks + pid % blocks
         tl.store(partial, tl.sum(dhead_mask, axis=0))
@@ -361,7 +364,7 @@ def attention_backward_dkv(
     stats_ptr,  # (2, heads, tokens) float32, from the forward pass
     delta_ptr,  # (heads, tokens) float32, from attention_backward_dq
     dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the key and value thirds are written
-    partials_ptr,  # (rows, 2, heads, HEAD_DIM) float32, column sums of dK and dV; unused without HAS_SUMS
+    partials_ptr,  # (rows, 2, heads, HEAD_DIM) float32: zeros, and sums of dV; unused without HAS_SUMS
     cu_seqlens_ptr,  # as in attention_forward, and so on
     columns_ptr,
     order_ptr,
@@ -415,15 +418,14 @@ def attention_backward_dkv(
     start = tl.cast(start, tl.int64)
     col_start = (pid % blocks) * BLOCK_N
     third = heads * HEAD_DIM
-    if HAS_SUMS:
-        dims = tl.arange(0, BLOCK_D)
-        partials_ptr += h * HEAD_DIM + dims
-        if HAS_CU_SEQLENS:
-            spare = spare_row(start, length, b, BLOCK_N)
-            zeroed = dims < tl.where((col_start == 0) & (spare >= 0), HEAD_DIM, 0)
-            spare_ptr = partials_ptr + spare * 2 * third
-            tl.store(spare_ptr, tl.zeros([BLOCK_D], dtype=tl.float32), mask=zeroed)
-            tl.store(spare_ptr + third, tl.zeros([BLOCK_D], dtype=tl.float32), mask=zeroed)
+    if HAS_SUMS and HAS_CU_SEQLENS:
+        spare = spare_row(start, length, b, BLOCK_N)
+        if (col_start == 0) & (spare >= 0):
+            dims = tl.arange(0, BLOCK_D)
+            zeros = tl.zeros([BLOCK_D], dtype=tl.float32)
+            ptrs = partials_ptr + spare * 2 * third + h * HEAD_DIM + dims
+            tl.store(ptrs, zeros, mask=dims < HEAD_DIM)
+            tl.store(ptrs + third, zeros, mask=dims < HEAD_DIM)
     if col_start >= length:
         return
     scale_log2 = scale * LOG2E
@@ -509,6 +511,8 @@ def attention_backward_dkv(
     store_heads(dqkv_ptr + 2 * third, dv, cols, row_stride, length, HEAD_DIM, BLOCK_D)
     if HAS_SUMS:
         stored = cols[:, None] < length
-        partials_ptr += partial_row(start, b, pid % blocks, blocks, BLOCK_N, HAS_CU_SEQLENS) * 2 * third
-        tl.store(partials_ptr, tl.sum(tl.where(stored, dk, 0.0), axis=0), mask=dims < HEAD_DIM)
-        tl.store(partials_ptr + third, tl.sum(tl.where(stored, dv, 0.0), axis=0), mask=dims < HEAD_DIM)
+        row = partial_row(start, b, pid % blocks, blocks, BLOCK_N, HAS_CU_SEQLENS)
+        sums = sum_of_rows(tl.where(stored, dv, 0.0), dqkv_ptr.dtype.element_ty)
+        ptrs, mask = sum_ptrs(partials_ptr + row * 2 * third + h * HEAD_DIM, sums, HEAD_DIM)
+        tl.store(ptrs, tl.zeros_like(sums), mask=mask)  # that of dK: see attention.py
+        tl.store(ptrs + third, sums, mask=mask)
