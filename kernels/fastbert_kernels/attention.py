@@ -209,7 +209,7 @@ def _backward(
     sums: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of qkv and of the head mask; and with `sums`, for `column_sums`, that of a bias which was added to qkv:
-    rows of partial sums of the query third, and of the key and value thirds.
+    rows of partial sums of dQ, and of dK and dV.
 
     With dP~ = dO V^T + dP_ext, the gradient that reaches the map from the context and from whoever used the map:
 
@@ -219,9 +219,6 @@ def _backward(
         dQ = scale * dS K,  dK = scale * dS^T Q,  dV = P~^T dO,  dg = sum(D * P * dP~)
 
     `whole`: dprobs is all of dP~, with dO V^T in it already, so that delta = rowsum(P~ * dprobs). `out` is not read.
-
-    The sum of dK over a sequence is zero, for rows of dS add up to zero: a bias of the keys adds the same to all scores
-    of a row. So zeros stand for it, and not the rounding errors of a sum.
 
     P is recomputed from the log-sum-exp. Two launches, no atomics: the result is the same every time.
     """

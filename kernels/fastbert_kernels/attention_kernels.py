@@ -364,7 +364,7 @@ def attention_backward_dkv(
     stats_ptr,  # (2, heads, tokens) float32, from the forward pass
     delta_ptr,  # (heads, tokens) float32, from attention_backward_dq
     dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the key and value thirds are written
-    partials_ptr,  # (rows, 2, heads, HEAD_DIM) float32: zeros, and sums of dV; unused without HAS_SUMS
+    partials_ptr,  # (rows, 2, heads, HEAD_DIM) float32: sums of dK and dV; unused without HAS_SUMS
     cu_seqlens_ptr,  # as in attention_forward, and so on
     columns_ptr,
     order_ptr,
@@ -512,7 +512,7 @@ def attention_backward_dkv(
     if HAS_SUMS:
         stored = cols[:, None] < length
         row = partial_row(start, b, pid % blocks, blocks, BLOCK_N, HAS_CU_SEQLENS)
-        sums = sum_of_rows(tl.where(stored, dv, 0.0), dqkv_ptr.dtype.element_ty)
+        sums = sum_of_rows(tl.where(stored, dk, 0.0), dqkv_ptr.dtype.element_ty)
         ptrs, mask = sum_ptrs(partials_ptr + row * 2 * third + h * HEAD_DIM, sums, HEAD_DIM)
-        tl.store(ptrs, tl.zeros_like(sums), mask=mask)  # that of dK: see attention.py
-        tl.store(ptrs + third, sums, mask=mask)
+        tl.store(ptrs, sums, mask=mask)
+        tl.store(ptrs + third, sum_of_rows(tl.where(stored, dv, 0.0), dqkv_ptr.dtype.element_ty), mask=mask)
