@@ -58,23 +58,26 @@ def _column_sums(
     """One program: BLOCK_N columns of one of the five."""
     block = tl.program_id(0)
     partials_ptr, rows, columns = first_ptr, first_rows, first_columns
-    # Past the blocks of one matrix begin those of the next. Before its own a program stays where it is.
-    if block >= tl.cdiv(columns, BLOCK_N):
-        block -= tl.cdiv(columns, BLOCK_N)
-        out_ptr += columns
-        partials_ptr, rows, columns = second_ptr, second_rows, second_columns
-    if block >= tl.cdiv(columns, BLOCK_N):
-        block -= tl.cdiv(columns, BLOCK_N)
-        out_ptr += columns
-        partials_ptr, rows, columns = third_ptr, third_rows, third_columns
-    if block >= tl.cdiv(columns, BLOCK_N):
-        block -= tl.cdiv(columns, BLOCK_N)
-        out_ptr += columns
-        partials_ptr, rows, columns = fourth_ptr, fourth_rows, fourth_columns
-    if block >= tl.cdiv(columns, BLOCK_N):
-        block -= tl.cdiv(columns, BLOCK_N)
-        out_ptr += columns
+    blocks1 = tl.cdiv(first_columns, BLOCK_N)
+    blocks2 = blocks1 + tl.cdiv(second_columns, BLOCK_N)
+    blocks3 = blocks2 + tl.cdiv(third_columns, BLOCK_N)
+    blocks4 = blocks3 + tl.cdiv(fourth_columns, BLOCK_N)
+    if block >= blocks4:
+        block -= blocks4
         partials_ptr, rows, columns = fifth_ptr, fifth_rows, fifth_columns
+        out_ptr += first_columns + second_columns + third_columns + fourth_columns
+    elif block >= blocks3:
+        block -= blocks3
+        partials_ptr, rows, columns = fourth_ptr, fourth_rows, fourth_columns
+        out_ptr += first_columns + second_columns + third_columns
+    elif block >= blocks2:
+        block -= blocks2
+        partials_ptr, rows, columns = third_ptr, third_rows, third_columns
+        out_ptr += first_columns + second_columns
+    elif block >= blocks1:
+        block -= blocks1
+        partials_ptr, rows, columns = second_ptr, second_rows, second_columns
+        out_ptr += first_columns
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for row_start in tl.range(0, rows, BLOCK_M, num_stages=LOAD_STAGES):
