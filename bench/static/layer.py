@@ -11,11 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastbert_kernels.block_passes import sums_in_kernels
 from fastbert_kernels.tiles import feed_forward_start
 
 from .assembly import MachineCode, compile_all
 from .cases import DEVICES, TARGETS, Case, launch_tiles
-from .limits import FEED_FORWARD, PEAKS, Cost, Peaks, floor
+from .limits import FEED_FORWARD, ITEMSIZE, PEAKS, Cost, Peaks, floor
 from .report import Report
 
 DTYPE = "bfloat16"
@@ -27,8 +28,9 @@ BATCHES = ((1092, 30), (32, 128), (16, 512), (1, 128))
 
 LEGEND = (
     "products: the least time of the matrix products outside the kernels, at the peak of tensor cores and copies. "
-    "MB: what the kernels must move. floor: the least time of the kernels, each at its own limit. "
-    "issue: the time in which the busiest multiprocessor can issue their instructions. "
+    "MB: what the kernels must move, and for short sequences the pass that sums the projections' biases. "
+    "floor: the least time of that, each kernel at its own limit. "
+    "issue: the time in which the busiest multiprocessor can issue the kernels' instructions. "
     "slower: the sum over the kernels of the larger of the two. Microseconds of one layer, forward and backward."
 )
 
@@ -54,14 +56,16 @@ class Total(NamedTuple):
     slower: float
 
 
-def calls(hidden: int, fused: bool) -> list[Call]:
+def calls(hidden: int, fused: bool, summed: bool) -> list[Call]:
     """The kernels of a layer in training, with dropout, on packed sequences.
 
     Args:
         hidden: of the model.
         fused: whether the feed-forward block's products have the activation inside.
+        summed: whether the backward kernels of attention sum the gradients of the projections' biases.
     """
     packed = ("CU_SEQLENS", "ORDER", "DROPOUT")
+    backward = (*packed, "SUMS") if summed else packed
     intermediate = FEED_FORWARD * hidden
     activation = [
         Call(Case("bias_activation_forward", DTYPE, intermediate, ("BIAS", "THEN"), "gelu")),
@@ -78,8 +82,8 @@ def calls(hidden: int, fused: bool) -> list[Call]:
         *activation,
         Call(Case("add_layer_norm_backward", DTYPE, hidden, ("BIAS", "DROPOUT"))),
         Call(Case("add_layer_norm_backward", DTYPE, hidden, ("BIAS", "DROPOUT", "Y"))),
-        Call(Case("attention_backward_dq", DTYPE, HEAD_DIM, (*packed, "SUMS"))),
-        Call(Case("attention_backward_dkv", DTYPE, HEAD_DIM, (*packed, "SUMS"))),
+        Call(Case("attention_backward_dq", DTYPE, HEAD_DIM, backward)),
+        Call(Case("attention_backward_dkv", DTYPE, HEAD_DIM, backward)),
         Call(Case("column_sums", DTYPE, hidden)),
     ]
 
@@ -93,14 +97,17 @@ def _products(hidden: int, tokens: int, fused: bool) -> Iterator[Cost]:
         # the gradient of what the second takes.
         count = 2 if inside else 3
         moved = tokens * features + features * out + tokens * out
-        yield Cost(count * 2 * tokens * features * out, count * moved * 2, 0)
+        yield Cost(count * 2 * tokens * features * out, count * moved * ITEMSIZE[DTYPE], 0)
 
 
 def add_up(reports: dict[Case, Report], hidden: int, batch: tuple[int, int], peaks: Peaks, fused: bool) -> Total:
     """All kernels of a layer on `batch` sequences of so many tokens."""
     lengths, heads = [batch[1]] * batch[0], hidden // HEAD_DIM
-    moved = least = issue = slower = 0.0
-    for case, times in calls(hidden, fused):
+    summed = sums_in_kernels(sum(lengths), len(lengths))
+    moved = 0.0 if summed else 3.0 * hidden * sum(lengths) * ITEMSIZE[DTYPE]
+    least = slower = moved / peaks.copy * 1e6
+    issue = 0.0
+    for case, times in calls(hidden, fused, summed):
         cost, report = case.cost(lengths, heads), reports[case]
         programs, issued = report.instructions(lengths, heads)
         # Of programs that are all alike the busiest multiprocessor has as many as any, rounded up.
@@ -123,7 +130,9 @@ def _compile(targets: list[str], workers: int | None) -> dict[str, dict[Case, Re
     jobs = []
     for target in targets:
         ways = {
-            (hidden, _is_fused(target, hidden, batch * seq)) for hidden in MODELS.values() for batch, seq in BATCHES
+            (hidden, _is_fused(target, hidden, batch * seq), sums_in_kernels(batch * seq, batch))
+            for hidden in MODELS.values()
+            for batch, seq in BATCHES
         }
         cases = dict.fromkeys(call.case for way in sorted(ways) for call in calls(*way))
         jobs += [(case, target, launch_tiles(case, target)) for case in cases]
@@ -166,6 +175,8 @@ def main(
     if unknown := [name for name in targets if name not in known]:
         raise typer.BadParameter(f"unknown target {', '.join(unknown)}: there are {', '.join(known)}")
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a line for each row, in a file or a pipe
     console.print(table(_compile(targets, workers)))
     console.print(LEGEND)
 

@@ -31,9 +31,17 @@ from .layer_norm import _forward as norm_forward
 from .layer_norm import forward_in_place as norm_forward_in_place
 from .layer_norm import gradients as norm_gradients
 from .layer_norm import op_arguments as norm_arguments
+from .sequences import batch_size
 
 #: Of a block that keeps nothing, in place of what it saves.
 Nothing: TypeAlias = tuple[()]
+
+#: Tokens of a sequence, in the mean, from which on attention's backward kernels sum the gradients of the projections'
+#: biases. They do so once in a program, which takes as long as reading the gradients of 60 tokens again on H200, 40 on
+#: A100 and 90 on B200, by the static report's times of issue.
+SUMMED_LENGTH = 64
+#: With so many tokens or fewer they always do: there a launch less is worth more.
+FEW_TOKENS = 4096
 
 
 def _add_product(dz: torch.Tensor, dx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -106,6 +114,11 @@ def attend(
     return context, None if arguments.probs_seq is None else probs, saved
 
 
+def sums_in_kernels(tokens: int, sequences: int) -> bool:
+    """Whether attention's backward kernels sum the gradients of the projections' biases; else a pass over them does."""
+    return tokens <= FEW_TOKENS or tokens >= SUMMED_LENGTH * sequences
+
+
 def attend_backward(
     dcontext: torch.Tensor | None,
     dz: torch.Tensor | None,
@@ -115,19 +128,24 @@ def attend_backward(
     saved: AttentionSaved,
     needs_hidden: bool,
     needs: ProjectionParameters[bool],
-) -> tuple[torch.Tensor | None, ProjectionParameters[torch.Tensor | None], tuple[PartialSums, PartialSums]]:
+) -> tuple[torch.Tensor | None, ProjectionParameters[torch.Tensor | None], tuple[PartialSums, ...]]:
     """Gradients of the hidden states and the parameters, but for the projections' biases, and for `column_sums` those
-    of the query's, and of the key's and the value's: from those of the context, of the residual and of the maps, each
+    of the query's, the key's and the value's: from those of the context, of the residual and of the maps, each
     None where nobody used it. That of the maps is the whole one; without it, the context is needed."""
     of_context = torch.zeros_like(saved.qkv[:, 0]) if dcontext is None else dcontext
     dtype = arguments.qkv_weight.dtype
     bias_dtype = dtype if needs.query_bias or needs.key_bias or needs.value_bias else None
+    sequences = batch_size(saved.qkv, saved.cu_seqlens, arguments.max_seqlen)
+    summed = bias_dtype is not None and sums_in_kernels(saved.qkv.shape[0], sequences)
     dqkv, dhead_mask, dquery_sums, dkey_value_sums = attend_op_backward(
         of_context, dprobs, saved.qkv, of_context if context is None else context, saved.stats, saved.cu_seqlens,
         arguments.max_seqlen, saved.mask, saved.head_mask, arguments.scale, arguments.dropout_p, saved.seed,
-        arguments.stream, saved.columns, saved.order, saved.key_spans, context is None, bias_dtype is not None,
+        arguments.stream, saved.columns, saved.order, saved.key_spans, context is None, summed,
     )  # fmt: skip
     dqkv = dqkv.flatten(1)
+    sums: tuple[PartialSums, ...] = (dquery_sums, (bias_dtype,)), (dkey_value_sums, (bias_dtype,) * 2)
+    if bias_dtype is not None and not summed:
+        sums = ((dqkv.sum(0, keepdim=True, dtype=torch.float32), (bias_dtype,) * 3),)
     dquery = dkey = dvalue = None
     if needs.query_weight or needs.key_weight or needs.value_weight:
         dquery, dkey, dvalue = (dqkv.t() @ saved.x.view(-1, saved.x.shape[-1])).to(dtype).chunk(3)
@@ -139,7 +157,7 @@ def attend_backward(
         head_mask=None if saved.head_mask is None else dhead_mask, query_weight=dquery, key_weight=dkey,
         value_weight=dvalue, query_bias=None, key_bias=None, value_bias=None,
     )  # fmt: skip
-    return dhidden, gradients, ((dquery_sums, (bias_dtype,)), (dkey_value_sums, (bias_dtype, bias_dtype)))
+    return dhidden, gradients, sums
 
 
 def feed_forward_forward(
