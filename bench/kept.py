@@ -1,8 +1,9 @@
 """What a layer in training keeps for its backward pass, counted without a GPU.
 
 `python -m bench.kept` shows ours beside Hugging Face's, in vectors of the hidden size and two bytes an element for each
-token, without dropout and with. Of what it drops, Hugging Face keeps what a GPU does: a byte an element, and eager
-attention its map once more. Our kernels draw it again. Sdpa has no dropout in its attention here: a GPU's keeps nothing.
+token, without dropout and with. For a dropout Hugging Face keeps what it does on a GPU: a byte an element, and eager
+attention the map after it too. Our kernels draw it again. Sdpa has no dropout in its attention here, for which it keeps
+nothing on a GPU.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """A whole layer in training: the least time of its work, and the time in which its kernels' instructions can be issued.
 
-`python -m bench.static.layer` compiles the kernels with their shipped tiles and adds them up, for batches of short, usual
-and long sequences and for one sequence alone, in BERT-base and BERT-large. Nothing is timed.
+`python -m bench.static.layer` compiles the kernels with their shipped tiles and adds them up, for batches of short,
+usual and long sequences and for one sequence alone, in BERT-base and BERT-large. Nothing is timed.
 """
 
 from collections.abc import Iterator

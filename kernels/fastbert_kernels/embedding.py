@@ -2,8 +2,8 @@
 
 The normalized sum is kept for the backward pass, and not gathered again: the tables may have changed meanwhile, by
 `.data`, as in adversarial training, which nobody would notice. The scatter into the tables of words and positions is
-PyTorch's own embedding backward, which is deterministic and knows `padding_idx`; that of token types, of which there are
-two at most, are sums that the kernel makes on the way.
+PyTorch's own embedding backward, which is deterministic and knows `padding_idx`. The gradients of token types are sums
+that the kernel makes on the way, unless there are more than two.
 """
 
 from typing import Any
@@ -20,7 +20,6 @@ from .layer_norm import MAX_FEATURES, normalize, normalize_backward
 from .numerics import dropout_keep, load_rows, load_vector, store_rows
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
-
 
 #: Token types whose gradients are sums that the backward kernel makes. Tables with more are scattered into.
 SUMMED_TYPES = 2
@@ -290,9 +289,9 @@ def _empty_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Memory of the token types' partial sums, and of the words and positions that are found."""
     type_partials = partials.new_empty(0) if token_types is None else torch.empty_like(partials)
-    count = positions.shape[0]
-    found = [positions.new_empty(0 if ids is None else count, dtype=torch.int64) for ids in (words, positions)]
-    return type_partials, *found
+    found_positions = torch.empty_like(positions, dtype=torch.int64)
+    found_words = positions.new_empty(0, dtype=torch.int64) if words is None else torch.empty_like(found_positions)
+    return type_partials, found_words, found_positions
 
 
 @register_op("embed_backward", _backward_fake)
@@ -390,7 +389,7 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor 
     dword_table = scatter(found_words, word_table, padding_idx) if needs_word_table else None
     dposition_table = scatter(found_positions, position_table, position_padding_idx) if needs_position_table else None
     dtoken_type_table = None
-    if type_dtype is not None:
+    if of_types is not None:
         dtoken_type_table = of_types.view(SUMMED_TYPES, -1)[: token_type_table[0]]
     elif needs_token_type_table:
         rows = token_type_table[0]

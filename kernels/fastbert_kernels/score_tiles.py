@@ -60,23 +60,23 @@ def softmax_tile(s, row_max, log_sum, valid):
 
 
 @triton.jit
-def partial_row(start, b, block, blocks, BLOCK: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr):
+def partial_row(start, b, block, blocks, BLOCK_ROWS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr):
     """Where the program of a sequence's `block` leaves its partial sums: int64, a row of its own.
 
     The rows of ragged sequences are numbered by their tokens, so that short ones do not have as many as the longest:
-    in front of a sequence that begins at `start` lie start / BLOCK + b at most.
+    in front of a sequence that begins at `start` lie start / BLOCK_ROWS + b at most.
     """
     row = tl.cast(b, tl.int64) * blocks + block
     if HAS_CU_SEQLENS:
-        row = start // BLOCK + b + block
+        row = start // BLOCK_ROWS + b + block
     return row
 
 
 @triton.jit
-def spare_row(start, length, b, BLOCK: tl.constexpr):
+def spare_row(start, length, b, BLOCK_ROWS: tl.constexpr):
     """Of ragged sequences, the row of `partial_row` that this one has and none of its programs writes, -1 for none."""
-    last = (start + length) // BLOCK + b
-    return tl.where(start // BLOCK + b + tl.cdiv(length, BLOCK) == last, last, -1)
+    last = (start + length) // BLOCK_ROWS + b
+    return tl.where(start // BLOCK_ROWS + b + tl.cdiv(length, BLOCK_ROWS) == last, last, -1)
 
 
 @triton.jit
