@@ -353,16 +353,23 @@ def test_an_unchecked_id_outside_its_table_reads_zero_and_gets_no_gradient(
     outside = {name: x.clone() for name, x in ids.items()}
     outside["words"][2], outside["positions"][4], outside["token_types"][1] = VOCABULARY + 7, -3, TYPES
     cotangent = torch.randn(6, 37, device=device)
-    y, _, _ = torch.ops.fastbert.embed(*outside.values(), *leaves.values(), EPS, padding_idx, 0.0, None, 0, True)
+    y, kept, rstd = torch.ops.fastbert.embed(*outside.values(), *leaves.values(), EPS, padding_idx, 0.0, None, 0, True)
     y.backward(cotangent)
+    given = cotangent, kept, tables["weight"], rstd, *outside.values(), VOCABULARY, POSITIONS, padding_idx, -2
+    *_, words, positions = torch.ops.fastbert.embed_backward(*given, 0.0, None, 0)
+    assert words.tolist() == [*ids["words"][:2].tolist(), padding_idx, *ids["words"][3:].tolist()]
+    assert positions.tolist() == [*ids["positions"][:4].tolist(), -2, *ids["positions"][5:].tolist()]
 
+    tables["token_type_table"].requires_grad_()
     z = tables["word_table"][ids["words"]] + tables["token_type_table"][ids["token_types"]]
     z[2] -= tables["word_table"][ids["words"][2]]
     z[1] -= tables["token_type_table"][ids["token_types"][1]]
     z += tables["position_table"][ids["positions"]]
     z[4] -= tables["position_table"][ids["positions"][4]]
     wanted = torch.nn.functional.layer_norm(z, (37,), tables["weight"], tables["norm_bias"], EPS)
-    torch.testing.assert_close(y.detach(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+    wanted.backward(cotangent)
+    torch.testing.assert_close(leaves["token_type_table"].grad, tables["token_type_table"].grad, rtol=1e-4, atol=1e-4)
     expected_words = set(ids["words"][[0, 1, 3, 4, 5]].tolist()) - {padding_idx}
     touched = leaves["word_table"].grad.abs().sum(1).nonzero().flatten().tolist()
     assert set(touched) == expected_words
