@@ -94,6 +94,8 @@ def main(
             console.print(line, markup=False, highlight=False)
     if not_compared:
         console.print(not_compared, style="yellow")
+    else:
+        console.print(f"compared with {baseline.FILE.name}, of Triton {triton.__version__}")
     for line in failures + losses:
         console.print(line, style="red", markup=False, highlight=False)
     if json_file is not None:

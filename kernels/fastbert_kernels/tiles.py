@@ -7,6 +7,7 @@ number of tokens from which on the feed-forward block's products are fused.
 """
 
 import functools
+from collections.abc import Collection
 
 import torch
 
@@ -229,6 +230,17 @@ def block_width(features: int) -> int:
     return max(16, triton.next_power_of_2(features))
 
 
+#: Targets that take another's row where they have none of their own: its tensor cores are of their kind, and its tiles
+#: fit in the 99 KiB of shared memory that their programs may have.
+_ROWS_OF = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
+
+
+def _key(table: Collection[tuple[str, str]], target: str, kernel: str) -> tuple[str, str]:
+    """Where a table has a kernel's row: under the target, or under the one whose rows that takes."""
+    own = target, kernel
+    return own if own in table else (_ROWS_OF.get(target, target), kernel)
+
+
 @functools.cache
 def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps: bool) -> Tiles:
     """Tiles of an attention kernel.
@@ -244,9 +256,9 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
     if target == "interpreter":
         return _ATTENTION_INTERPRETED
     if itemsize == 4:
-        rows = _ATTENTION_FLOAT_OWN.get((target, kernel), _ATTENTION_FLOAT[kernel])
+        rows = _ATTENTION_FLOAT_OWN.get(_key(_ATTENTION_FLOAT_OWN, target, kernel), _ATTENTION_FLOAT[kernel])
     else:
-        rows = _ATTENTION_HALF[target, kernel]
+        rows = _ATTENTION_HALF[_key(_ATTENTION_HALF, target, kernel)]
     return next(with_maps if maps else without for widest, without, with_maps in rows if head_dim <= widest)
 
 
@@ -278,7 +290,7 @@ def relation_table(target: str, kernel: str, itemsize: int, dim: int) -> Tiles:
         return _ATTENTION_INTERPRETED
     if itemsize == 4:
         return next(tiles for widest, tiles in _RELATION_FLOAT[kernel] if dim <= widest)
-    return _RELATION_HALF[target, kernel]
+    return _RELATION_HALF[_key(_RELATION_HALF, target, kernel)]
 
 
 @functools.cache
@@ -294,7 +306,7 @@ def feed_forward_table(target: str, itemsize: int, descriptors: bool) -> Tiles:
         return _FEED_FORWARD_INTERPRETED | {"HAS_DESCRIPTORS": descriptors}
     if itemsize == 4:
         return _FEED_FORWARD_FLOAT
-    tiles = _FEED_FORWARD_HALF[target]
+    tiles = _FEED_FORWARD_HALF[_ROWS_OF.get(target, target)]
     return tiles if descriptors or not tiles["HAS_DESCRIPTORS"] else _FEED_FORWARD_HALF["sm_80"]
 
 

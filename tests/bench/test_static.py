@@ -25,8 +25,8 @@ from fastbert.tuning.neighbours import shipped_tiles
 from fastbert_kernels import tuned
 from fastbert_kernels.catalogue import TUNABLE, Launch
 
-TARGET = "sm_90"
-NVIDIA = [pytest.param(target, marks=pytest.mark.slow) for target in (TARGET, "sm_80", "sm_100")]
+
+NVIDIA = [pytest.param(t, marks=pytest.mark.slow) for t in static.TARGETS if t.startswith("sm_")]
 TARGETS = [*NVIDIA, *[pytest.param(t, marks=pytest.mark.slow) for t in static.TARGETS if not t.startswith("sm_")]]
 PRODUCTS = ("attention_", "relation_", "feed_forward_")
 ROOT = Path(__file__).parents[2]
@@ -193,7 +193,8 @@ def test_the_baseline_sees_losses(tmp_path: Path, changed: dict[str, Any], loss:
 
 def test_the_baseline_keeps_in_step(tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
-    with pytest.raises(RuntimeError, match="there is no baseline"):
+    (tmp_path / "baseline-3.5.json").touch()
+    with pytest.raises(RuntimeError, match="there is no baseline.json to compare with, only baseline-3.5.json"):
         baseline.losses([], file)
     baseline.write([_report(target="sm_80"), _report()], file)
     entries = json.loads(file.read_text())
@@ -215,6 +216,9 @@ def test_the_baseline_keeps_in_step(tmp_path: Path) -> None:
         ("sm_90", {"registers": 32, "shared": 4096, "num_warps": 4}, 64, "warps"),
         ("sm_90", {"registers": 16, "shared": 0, "num_warps": 1}, 32, "programs"),
         ("sm_100", {"registers": 80, "shared": 1024, "num_warps": 8, "tensor_memory": 256}, 16, "tensor memory"),
+        ("sm_86", {"registers": 32, "shared": 4096, "num_warps": 4}, 48, "warps"),
+        ("sm_86", {"registers": 16, "shared": 0, "num_warps": 1}, 16, "programs"),
+        ("sm_120", {"registers": 128, "shared": 40 * 1024, "num_warps": 4}, 8, "shared"),
         ("gfx942", {"registers": 166, "shared": 8192, "num_warps": 4}, 12, "registers"),
         ("gfx942", {"registers": 38, "shared": 33000, "num_warps": 8}, 8, "shared"),
     ],
@@ -222,7 +226,7 @@ def test_the_baseline_keeps_in_step(tmp_path: Path) -> None:
 def test_occupancy(target: str, needs: dict[str, int], warps: int, limit: str) -> None:
     found = occupancy(target, **needs)
     assert (found.warps, found.limit) == (warps, limit)
-    assert found.share == warps / (32 if target == "gfx942" else 64)
+    assert found.share == warps / {"sm_86": 48, "sm_120": 48, "gfx942": 32}.get(target, 64)
 
 
 SASS = """
@@ -319,7 +323,7 @@ def test_the_table_tells_what_ships_and_why() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", "sm_70"], "unknown target sm_70: there are sm_80, sm_90, sm_100, gfx942"),
+        (["--target", "sm_70"], "unknown target sm_70: there are sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942"),
         (["--kernel", "convolution"], "no case has the words 'convolution'"),
         (["--write-baseline", "--full"], "takes all the main cases"),
         (["--json", "no/such/folder/x.json"], "there is no folder"),
