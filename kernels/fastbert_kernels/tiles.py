@@ -204,14 +204,16 @@ _FEED_FORWARD_FLOAT = _product(64, 64, 32, 8, 2, descriptors=False)
 _FEED_FORWARD_INTERPRETED = _product(64, 64, 32, 4, 1, descriptors=True)
 
 #: architecture -> hidden size up to which the feed-forward block's products have the activation inside; elsewhere
-#: cuBLAS, and the activation in a kernel of its own. Not measured: estimated so that it cannot lose. On one side a
-#: product at 85% of cuBLAS's speed (86% is what a Triton product had on H100 before it was persistent) and the report's
-#: issue time of what follows it, none of it hidden; on the other cuBLAS at the limit and `bias_activation`'s bytes over
-#: copy. 32,768 tokens forward on H200: 384 take 87 us, not 96; 768 take 288, not 289; 1024 take 487, not 473. A100: 384
-#: take 197, not 223; 768 about as long either way. B200: 768 take 138, not 119, for products are too fast. gfx942 has
-#: no estimate. Training has the same limits; its backward pass, where cuBLAS's way moves four matrices (tokens,
-#: intermediate), would allow larger ones.
-_FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 512, "sm_90": 768}
+#: cuBLAS, and the activation in a kernel of its own. Not measured: fused where it is faster by 5% or more in an
+#: estimate that takes two assumptions against it, a product at 80% of cuBLAS's speed (86% is what a Triton product had
+#: on H100 before it was persistent) and nothing of what follows the product hidden by it. `bench.static.fused` computes
+#: it, `python -m bench.static --kernel feed_forward_forward` prints it. 32,768 tokens forward, fused and apart: H200:
+#: 384 take 90 and 96 us, 448 take 117 and 121, 768 take 303 and 289. A100: 384 take 203 and 223, 512 take 340 and 352.
+#: B200: 384 take 50 and 42, for products are too fast. Of the smaller targets the GPU with the fewest FLOP/s for a
+#: byte/s decides: about 70 on GeForce 30, 110 on 40, 86 on 50 (A10 has 208, L4 403). gfx942 has no estimate. Training
+#: has the same limits; its backward pass, where cuBLAS's way moves four matrices (tokens, intermediate), would allow
+#: larger ones.
+_FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 384, "sm_86": 312, "sm_89": 512, "sm_90": 384, "sm_120": 384}
 
 #: With these activations: gelu_tanh's derivative spills in the backward pass on sm_90.
 FEED_FORWARD_ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name != "gelu_tanh")

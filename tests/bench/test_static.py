@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench.static import assembly, baseline
+from bench.static import assembly, baseline, fused
 from bench.static import cases as static
 from bench.static.__main__ import app
 from bench.static.alternatives import alternatives
@@ -24,6 +24,7 @@ from bench.static.table import reasons, table
 from fastbert.tuning.neighbours import shipped_tiles
 from fastbert_kernels import tuned
 from fastbert_kernels.catalogue import TUNABLE, Launch
+from fastbert_kernels.tiles import feed_forward_start
 
 
 NVIDIA = [pytest.param(t, marks=pytest.mark.slow) for t in static.TARGETS if t.startswith("sm_")]
@@ -227,6 +228,34 @@ def test_occupancy(target: str, needs: dict[str, int], warps: int, limit: str) -
     found = occupancy(target, **needs)
     assert (found.warps, found.limit) == (warps, limit)
     assert found.share == warps / {"sm_86": 48, "sm_120": 48, "gfx942": 32}.get(target, 64)
+
+
+def test_the_estimate_of_fused_products() -> None:
+    report = _report("feed_forward_forward", width=384)
+    assert fused.is_estimated(report)
+    product, activation = 2 * 32768 * 384 * 1536 / 790e12, (2 * 32768 * 1536 + 1536) * 2 / 4.3e12
+    # 3,072 tiles by four warps, each with what stands outside of the loop.
+    after = 3072 * 4 * (GOOD.code - GOOD.loops[0].code) / (4 * 132 * 1.98e9)
+    together, apart = fused.times(report)
+    assert together == pytest.approx((product / 0.8 + after) * 1e6)
+    assert apart == pytest.approx((product + activation) * 1e6)
+    assert fused.is_fused(report) == (together <= 0.95 * apart)
+    assert not fused.is_estimated(_report("feed_forward_forward", width=384, flags=("PRE",)))
+    # An L4 waits for the bytes of the product, however fast it multiplies.
+    slow = _report("feed_forward_forward", width=384, target="sm_89")
+    moved = ((384 + 1536) * 32768 * 2 + 384 * 1536 * 2 + 1536 * 2) / 0.3e12
+    assert fused.times(slow)[1] == pytest.approx((moved + activation * 4.3e12 / 0.3e12) * 1e6)
+
+
+@pytest.mark.slow
+def test_products_are_fused_only_where_the_estimate_holds(written: dict[str, Any]) -> None:
+    rows = [r for r in written["reports"] if r["case"]["kernel"] == "feed_forward_forward" and not r["case"]["flags"]]
+    for row in rows:
+        case = static.Case(**row["case"] | {"flags": ()})
+        machine = MachineCode(**row["machine"] | {"loops": tuple(Loop(**loop) for loop in row["machine"]["loops"])})
+        report = Report(case, row["target"], row["tiles"], machine)
+        shipped = feed_forward_start(report.target, case.width) is not None
+        assert not shipped or (fused.is_estimated(report) and fused.is_fused(report)), fused.line(report)
 
 
 SASS = """
