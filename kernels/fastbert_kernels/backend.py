@@ -240,7 +240,9 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 #: What CUDA GPUs have a row for, by compute capability; others take that of the nearest smaller one.
-_CUDA_ARCHES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90", (10, 0): "sm_100", (12, 0): "sm_120"}
+_CUDA_ARCHES = {
+    (8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90", (10, 0): "sm_100", (12, 0): "sm_120",
+}  # fmt: skip
 
 
 @functools.cache

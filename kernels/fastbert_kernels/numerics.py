@@ -41,12 +41,14 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def known_multiple(x, MULTIPLE: tl.constexpr):
-    """The integer x, which MULTIPLE divides, so that the compiler knows it: it is told of multiples of 16 alone, and
-    rows of 312 half-precision elements start at multiples of 16 bytes too. `tl.multiple_of` says nothing of an argument.
+def known_multiple(x, ROW_MULTIPLE: tl.constexpr):
+    """The integer x, which ROW_MULTIPLE divides, so that the compiler knows it.
+
+    A launch tells it of multiples of 16 alone, but rows of 312 half-precision elements start at multiples of 16 bytes
+    too. Said of an argument, `tl.multiple_of` is lost.
     """
-    if MULTIPLE < 16:
-        x = x // MULTIPLE * MULTIPLE
+    if ROW_MULTIPLE < 16:
+        x = x // ROW_MULTIPLE * ROW_MULTIPLE
     return x
 
 

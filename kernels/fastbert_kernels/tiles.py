@@ -1,13 +1,14 @@
 """Tile shapes by kernel, architecture, dtype and width: data, not timing at the first call.
 
-The same call gets the same kernel in every process and on every rank. Chosen so that no kernel spills on any NVIDIA
-target: `python -m bench.static` shows what each compiles to, and with `--alternatives` what its neighbours would. Tiles
-that a user measured on a GPU of their own, see `tuned.py`, go before these at a launch, and nowhere else; so does the
-number of tokens from which on the feed-forward block's products are fused.
+The same call gets the same kernel in every process and on every rank. Chosen for Triton 3.9, and looked at with 3.6,
+the oldest that is allowed, so that no kernel spills on any NVIDIA target: `python -m bench.static` shows what each
+compiles to, and with `--alternatives` what its neighbours would. Tiles that a user measured on a GPU of their own, see
+`tuned.py`, go before these at a launch, and nowhere else; so does the number of tokens from which on the feed-forward
+block's products are fused.
 """
 
 import functools
-from collections.abc import Collection
+from typing import TypeVar
 
 import torch
 
@@ -48,6 +49,12 @@ _ATTENTION_HALF: dict[tuple[str, str], _ByHeadDim] = {
         # All larger tiles are over 255 registers.
         (64, _attention(32, 128, 8, 2), _attention(16, 128, 8, 2)),
         (128, _attention(32, 64, 8, 2), _attention(16, 32, 4, 2)),
+    ],
+    ("sm_120", "forward"): [
+        # Three stages leave room for two programs in 100 KiB. On sm_86 two spill with dropout.
+        (32, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
+        (64, _attention(64, 64, 4, 2), _attention(64, 32, 4, 2)),
+        (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
     ],
     ("sm_90", "forward"): [
         # Two warp groups of 64 rows: as many warps resident as with one, half the traffic from L2. Maps: 64 keys issue
@@ -159,6 +166,9 @@ _RELATION_HALF: dict[tuple[str, str], Tiles] = {
     # With two stages ptxas spills a few registers of 80 and 96 to fit one more program on a multiprocessor.
     ("sm_80", "backward_a"): _attention(64, 32, 4, 3),
     ("sm_80", "backward_b"): _attention(32, 64, 4, 3),
+    # Two stages spill nothing here, issue 6% less, and leave room for another program. On sm_120 three spill.
+    ("sm_86", "backward_a"): _attention(64, 32, 4, 2),
+    ("sm_86", "backward_b"): _attention(32, 64, 4, 2),
     ("sm_90", "forward"): _attention(128, 64, 8, 2),
     ("sm_90", "backward_a"): _attention(128, 64, 8, 2),
     ("sm_90", "backward_b"): _attention(64, 128, 8, 2),
@@ -198,6 +208,24 @@ _FEED_FORWARD_HALF: dict[str, Tiles] = {
     "gfx942": _product(128, 128, 32, 4, 2, descriptors=False),
 }
 
+#: Targets with tensor cores of another's kind, which take its row where they have none of their own: its tiles fit in
+#: the 99 KiB of shared memory that their programs may have.
+_ROWS_OF = {"sm_86": "sm_80", "sm_89": "sm_86", "sm_120": "sm_86"}
+
+_Row = TypeVar("_Row")
+
+
+def _give_rows(table: dict[tuple[str, str], _Row]) -> None:
+    """Complete a table by architecture and kernel with the rows that targets take of others."""
+    for target, nearest in _ROWS_OF.items():
+        table.update({(target, k): row for (a, k), row in table.items() if a == nearest and (target, k) not in table})
+
+
+_give_rows(_ATTENTION_HALF)
+_give_rows(_ATTENTION_FLOAT_OWN)
+_give_rows(_RELATION_HALF)
+_FEED_FORWARD_HALF |= dict.fromkeys(_ROWS_OF, _FEED_FORWARD_HALF["sm_80"])
+
 #: float32 is right but never chosen: no tensor core has its full precision.
 _FEED_FORWARD_FLOAT = _product(64, 64, 32, 8, 2, descriptors=False)
 
@@ -232,17 +260,6 @@ def block_width(features: int) -> int:
     return max(16, triton.next_power_of_2(features))
 
 
-#: Targets that take another's row where they have none of their own: its tensor cores are of their kind, and its tiles
-#: fit in the 99 KiB of shared memory that their programs may have.
-_ROWS_OF = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
-
-
-def _key(table: Collection[tuple[str, str]], target: str, kernel: str) -> tuple[str, str]:
-    """Where a table has a kernel's row: under the target, or under the one whose rows that takes."""
-    own = target, kernel
-    return own if own in table else (_ROWS_OF.get(target, target), kernel)
-
-
 @functools.cache
 def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps: bool) -> Tiles:
     """Tiles of an attention kernel.
@@ -258,9 +275,9 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
     if target == "interpreter":
         return _ATTENTION_INTERPRETED
     if itemsize == 4:
-        rows = _ATTENTION_FLOAT_OWN.get(_key(_ATTENTION_FLOAT_OWN, target, kernel), _ATTENTION_FLOAT[kernel])
+        rows = _ATTENTION_FLOAT_OWN.get((target, kernel), _ATTENTION_FLOAT[kernel])
     else:
-        rows = _ATTENTION_HALF[_key(_ATTENTION_HALF, target, kernel)]
+        rows = _ATTENTION_HALF[target, kernel]
     return next(with_maps if maps else without for widest, without, with_maps in rows if head_dim <= widest)
 
 
@@ -292,7 +309,7 @@ def relation_table(target: str, kernel: str, itemsize: int, dim: int) -> Tiles:
         return _ATTENTION_INTERPRETED
     if itemsize == 4:
         return next(tiles for widest, tiles in _RELATION_FLOAT[kernel] if dim <= widest)
-    return _RELATION_HALF[_key(_RELATION_HALF, target, kernel)]
+    return _RELATION_HALF[target, kernel]
 
 
 @functools.cache
@@ -308,7 +325,7 @@ def feed_forward_table(target: str, itemsize: int, descriptors: bool) -> Tiles:
         return _FEED_FORWARD_INTERPRETED | {"HAS_DESCRIPTORS": descriptors}
     if itemsize == 4:
         return _FEED_FORWARD_FLOAT
-    tiles = _FEED_FORWARD_HALF[_ROWS_OF.get(target, target)]
+    tiles = _FEED_FORWARD_HALF[target]
     return tiles if descriptors or not tiles["HAS_DESCRIPTORS"] else _FEED_FORWARD_HALF["sm_80"]
 
 
