@@ -65,16 +65,18 @@ class Report:
     def issue(self) -> float | None:
         """Microseconds in which the target's GPU can issue the instructions of a call at `cases.LENGTHS`.
 
-        Loops are counted once for each trip, what stands outside once for each program. NVIDIA multiprocessors issue
-        four instructions a clock; None for AMD, where kinds of instructions are issued side by side.
+        None for AMD, where kinds of instructions are issued side by side.
         """
-        if not self.nvidia:
-            return None
+        return self.issue_of(loops=True) if self.nvidia else None
+
+    def issue_of(self, loops: bool) -> float:
+        """The same with or without loops. What stands outside of them is counted once for each program, loops once for
+        each trip. NVIDIA multiprocessors issue four a clock."""
         programs, trips = self.case.trips(self.tiles)
         looped = sum(loop.code for loop in self.machine.loops)
-        issued = (programs * (self.machine.code - looped) + trips * looped) * self.tiles["num_warps"]
+        issued = programs * (self.machine.code - looped) + loops * trips * looped
         peaks = PEAKS[DEVICES[self.target]]
-        return issued / (4 * peaks.multiprocessors * peaks.clock) * 1e6
+        return issued * self.tiles["num_warps"] / (4 * peaks.multiprocessors * peaks.clock) * 1e6
 
     def _is_narrow(self, size: int) -> bool:
         """Whether the smaller tile of rows that an attention kernel loads has under `size` bytes for each thread."""

@@ -131,7 +131,7 @@ def test_a_models_launches() -> None:
 
 def test_all_neighbours_are_tiles_that_a_file_may_hold() -> None:
     for launch in launches(COMMON, torch.bfloat16, full=True):
-        for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
             shipped = shipped_tiles(launch, target)
             for tiles in neighbours(launch, target, shipped):
                 assert tiles["num_warps"] >= 4 or not launch.traits.multiplies or target not in ("sm_90", "sm_100")
