@@ -21,7 +21,7 @@ class Shortfall(NamedTuple):
 
 #: Why a kernel may fall short, by what the row says.
 REASONS = {
-    "float32": "its products are exact; tensor cores would round the operands to TF32",
+    "float32": "its products are exact, or small; tensor cores round the operands to TF32, and three such products spill",
     "map's edge": "a map's tile may end at any of its two-byte elements; asynchronous copies take 4, 8 or 16 bytes",
     "gathered map": "elements of a map are found through an index, one by one",
     "gfx942 copies": "loads straight to LDS are 32 bits wide there; tiles come through registers",
@@ -60,7 +60,10 @@ class Report:
     @property
     def floor(self) -> Floor:
         """The least time of a call on the target's GPU."""
-        return floor(self.case.cost(), PEAKS[DEVICES[self.target]], self.case.dtype)
+        return self._floor(DEVICES[self.target])
+
+    def _floor(self, device: str) -> Floor:
+        return floor(self.case.cost(), PEAKS[device], self.case.dtype, self.tiles.get("PRECISION", "ieee"))
 
     @property
     def issue(self) -> float | None:
@@ -143,7 +146,7 @@ class Report:
             **dataclasses.asdict(self),
             "occupancy": self.occupancy._asdict(),
             "cost": dataclasses.asdict(cost),
-            "floors": {name: floor(cost, peaks, self.case.dtype)._asdict() for name, peaks in PEAKS.items()},
+            "floors": {name: self._floor(name)._asdict() for name in PEAKS},
             "issue": self.issue,
             "shortfalls": [
                 shortfall._asdict() | {"because": REASONS.get(shortfall.why or "")} for shortfall in self.shortfalls()

@@ -112,7 +112,8 @@ _ATTENTION_SHORT: dict[tuple[int, str], _ByHeadDim] = {
     ],
     (32, "backward_dkv"): [
         (64, _attention(32, 32, 2, 2), _attention(32, 32, 4, 2)),
-        (128, _attention(32, 32, 4, 2), _attention(16, 32, 4, 2)),
+        # With two stages ptxas spills two registers of sm_100 to fit one more program on a multiprocessor.
+        (128, _attention(32, 32, 4, 3), _attention(16, 32, 4, 2)),
     ],
     (64, "forward"): [
         (64, _attention(64, 32, 4, 2), _attention(32, 32, 4, 2)),
@@ -124,16 +125,17 @@ _ATTENTION_SHORT: dict[tuple[int, str], _ByHeadDim] = {
     ],
     (64, "backward_dkv"): [
         (64, _attention(32, 64, 4, 2), _attention(32, 32, 4, 2)),
-        (128, _attention(32, 32, 4, 2), _attention(16, 32, 4, 2)),
+        (128, _attention(32, 32, 4, 3), _attention(16, 32, 4, 2)),
     ],
 }
 
-#: Up to which float32 is multiplied by tensor cores.
-_TF32_HEAD_DIM = 64
+#: Targets and head_dims whose float32 is multiplied by tensor cores, where there are no maps. A product in three parts
+#: holds each of its operands twice: wider heads and maps spill, and so do those in between, whose columns are masked.
+#: GPUs of smaller kinds multiply float32 as fast as TF32.
+_TF32_TARGETS, _TF32_HEAD_DIMS = ("sm_80", "sm_90", "sm_100"), (32, 64)
 
-#: kernel -> tiles for float32 in products of TF32, three for one or as torch allows one for one, on NVIDIA. Only of
-#: head_dim up to 64 and without maps: a product in three parts holds each of its operands twice, and wider ones spill.
-#: 30 tokens and 512 are nearly as well off.
+#: kernel -> tiles for these, three products for one, or one for one where torch allows it: 30 tokens and 512 are nearly
+#: as well off.
 _ATTENTION_TF32: dict[str, Tiles] = {
     "forward": _attention(32, 32, 4, 2),
     "backward_dq": _attention(16, 32, 4, 2),
@@ -307,7 +309,7 @@ def attention_table(
     """
     if target == "interpreter":
         return _ATTENTION_INTERPRETED | {"PRECISION": "ieee"}
-    if itemsize == 4 and target.startswith("sm_") and head_dim <= _TF32_HEAD_DIM and not maps:
+    if itemsize == 4 and target in _TF32_TARGETS and head_dim in _TF32_HEAD_DIMS and not maps:
         own = _ATTENTION_TF32_LONG[kernel] if target == "sm_90" and up_to is None else []
         tiles = next((tiles for widest, tiles in own if head_dim <= widest), _ATTENTION_TF32[kernel])
         return tiles | {"PRECISION": "tf32" if tf32 else "tf32x3"}

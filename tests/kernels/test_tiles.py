@@ -1,5 +1,6 @@
 """Which tiles a launch of an attention kernel takes."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -52,3 +53,39 @@ def test_every_kernel_s_tiles_are_of_its_longest_sequence(
         attention(qkv, ends, length)[0].square().sum().backward()
     up_to = next((up_to for up_to in SHORT if length <= up_to), None)
     assert asked == [(kernel, up_to) for kernel in ("forward", "backward_dq", "backward_dkv")]
+
+
+@pytest.mark.parametrize(
+    ("target", "itemsize", "head_dim", "maps", "tf32", "precision"),
+    [
+        ("sm_90", 4, 64, False, False, "tf32x3"),
+        ("sm_90", 4, 64, False, True, "tf32"),
+        ("sm_80", 4, 32, False, False, "tf32x3"),
+        ("sm_80", 4, 48, False, True, "ieee"),
+        ("sm_80", 4, 128, False, True, "ieee"),
+        ("sm_86", 4, 64, False, True, "ieee"),
+        ("sm_80", 4, 64, True, True, "ieee"),
+        ("sm_80", 2, 64, False, False, "ieee"),
+        ("gfx942", 4, 64, False, True, "ieee"),
+        ("interpreter", 4, 64, False, True, "ieee"),
+    ],
+)
+def test_how_float32_is_multiplied(
+    target: str, itemsize: int, head_dim: int, maps: bool, tf32: bool, precision: str
+) -> None:
+    for kernel, up_to in itertools.product(("forward", "backward_dq", "backward_dkv"), (*SHORT, None)):
+        assert tiles.attention_table(target, kernel, itemsize, head_dim, maps, up_to, tf32)["PRECISION"] == precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_follows_where_torch_is_told_of_tf32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "arch", lambda device: "sm_80")
+    qkv, matmul = torch.empty(0, 3, 1, 32, dtype=dtype), torch.backends.cuda.matmul
+    before, found = matmul.fp32_precision, []
+    try:
+        for precision in ("ieee", "tf32", "none"):
+            matmul.fp32_precision = precision
+            found.append(tiles.attention_tiles("forward", qkv, False, 30, 1)["PRECISION"])
+    finally:
+        matmul.fp32_precision = before
+    assert found == (["tf32x3", "tf32", "tf32x3"] if dtype == torch.float32 else ["ieee"] * 3)
