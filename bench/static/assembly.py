@@ -51,7 +51,7 @@ class MachineCode:
     own_dots: int
     """Those of them that run on tensor cores in the way of the target's own generation."""
     tensor_core: int
-    """HMMA (sm_80, and small products of all), HGMMA (sm_90), UTCHMMA (sm_100) or MFMA (gfx942)."""
+    """HGMMA (sm_90), UTCHMMA (sm_100), HMMA (other NVIDIA, and small products of these two) or MFMA (gfx942)."""
     async_copies: int
     """From global to shared memory: LDGSTS, UTMALDG and UBLKCP; on AMD loads straight to LDS."""
     wide_async: int

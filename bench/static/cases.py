@@ -13,6 +13,7 @@ from fastbert.tuning.neighbours import shipped_tiles
 from fastbert.tuning.problems import COMPILED
 from fastbert_kernels import ACTIVATIONS, column_sums
 from fastbert_kernels.catalogue import KERNELS, Kernel, Launch, Tiles
+from fastbert_kernels.launch import row_multiple
 from fastbert_kernels.sequences import blocked_length
 from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, PARTIAL_SUMS, short_class
 
@@ -20,13 +21,24 @@ from .limits import FEED_FORWARD, FLAGS, PEAKS, VOCABULARY, Cost, cost
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
 #: The GPU of each target, a key of `limits.PEAKS`.
-DEVICES = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
+DEVICES = {
+    "sm_80": "A100",
+    "sm_86": "A10",
+    "sm_89": "L4",
+    "sm_90": "H200",
+    "sm_100": "B200",
+    "sm_120": "RTX 5090",
+    "gfx942": "MI300X",
+}
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HEAD_DIMS = (8, 32, 48, 64, 80, 96, 128)
@@ -237,6 +249,13 @@ def _representative_cases() -> Iterator[Case]:
     for hidden in (384, 768, 1024):
         yield from _feed_forward_cases("bfloat16", hidden, "gelu")
     yield Case("column_sums", "bfloat16", 768)
+    # A width of 8 mod 16, as TinyBERT has: its rows are multiples of 16 bytes too.
+    yield Case("add_layer_norm_forward", "bfloat16", 312, ("BIAS", "RESIDUAL", "DROPOUT", "NORMED"))
+    yield Case("add_layer_norm_backward", "bfloat16", 312, ("BIAS", "DROPOUT"))
+    yield Case("embed_forward", "bfloat16", 312, ("WORD_TABLE", "TOKEN_TYPES"))
+    yield Case("bias_activation_forward", "bfloat16", 312, ("BIAS",), activation="gelu")
+    yield Case("feed_forward_forward", "bfloat16", 312, activation="gelu")
+    yield Case("column_sums", "bfloat16", 312)
 
 
 def _feed_forward_cases(dtype: str, hidden: int, activation: str) -> Iterator[Case]:
@@ -328,6 +347,7 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
     features = FEED_FORWARD * case.width if case.traits.work == "product" else case.width
     known |= dict(zip(("first_columns", "second_columns", "third_columns"), case.summed(), strict=True))
     known |= {"inner": case.width, "features": features, "ACTIVATION": case.activation}
+    known["ROW_MULTIPLE"] = row_multiple(case.width)
     known |= _SCALARS | _SIZES[case.aligned] | tiles
     for name, fixed in _POINTERS.items():
         known[name] = torch.empty(1, dtype=fixed or dtype, device="meta")

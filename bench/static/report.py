@@ -69,14 +69,16 @@ class Report:
     def issue(self) -> float | None:
         """Microseconds in which the target's busiest multiprocessor can issue the instructions of a call.
 
-        Loops are counted once for each trip, what stands outside once for each program. NVIDIA multiprocessors issue
-        four instructions a clock, one of a warp; None for AMD, where kinds of instructions are issued side by side.
+        None for AMD, where kinds of instructions are issued side by side.
         """
-        if not self.nvidia:
-            return None
+        return self.issue_of(loops=True) if self.nvidia else None
+
+    def issue_of(self, loops: bool) -> float:
+        """The same with or without loops. What stands outside of them is counted once for each program, loops once for
+        each trip. NVIDIA multiprocessors issue four a clock."""
         programs, trips = self.case.trips(self.tiles)
         looped = sum(loop.code for loop in self.machine.loops)
-        of_program = self.machine.code - looped + trips / programs * looped
+        of_program = self.machine.code - looped + loops * trips / programs * looped
         peaks = PEAKS[DEVICES[self.target]]
         busiest = -(-programs // peaks.multiprocessors)
         return of_program * max(1.0, busiest * self.tiles["num_warps"] / 4) / peaks.clock * 1e6

@@ -218,7 +218,7 @@ def _backward(
     maps = _moves_maps(bias, key_spans, probs_seq)
     tiles = attention_tiles("backward_dq", qkv, maps, max_seqlen, batch)
     blocks = cdiv(max_seqlen, tiles["BLOCK_M"])
-    delta = torch.empty_like(stats[0])
+    delta = torch.empty_like(stats)
     dqkv = torch.empty_like(qkv)
     if head_mask is None:
         dhead_mask = partials = qkv.new_empty(0)

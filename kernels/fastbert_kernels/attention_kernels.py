@@ -9,7 +9,7 @@ that was given to it would be taken for written and cloned.
 
 from .language import tl, triton
 from .numerics import LOG2E, MASKED, cast, dot, dropout_keep_map
-from .score_tiles import bias_tile, load_heads, probs_offsets, seen_keys, softmax_tile, store_heads
+from .score_tiles import bias_tile, load_heads, probs_offsets, row_lanes, seen_keys, softmax_tile, store_heads
 from .tiles import LOAD_STAGES
 
 
@@ -178,7 +178,7 @@ def attention_backward_dq(
     qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
     out_ptr,  # (tokens, heads, HEAD_DIM)
     stats_ptr,  # (2, heads, tokens) float32, from the forward pass
-    delta_ptr,  # (heads, tokens) float32, written here and read by attention_backward_dkv
+    delta_ptr,  # (2, heads, tokens) float32, and without HAS_BIAS the log-sum-exps: for attention_backward_dkv
     dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the query third is written
     dhead_mask_ptr,  # (heads, batch, blocks) float32 partial sums; unused without HAS_HEAD_MASK
     cu_seqlens_ptr,  # as in attention_forward, and so on
@@ -294,6 +294,9 @@ def attention_backward_dq(
             dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
             delta += tl.sum(p * dprobs.to(tl.float32), axis=1)
     tl.store(delta_ptr + row_offset, delta, mask=rows < length)
+    if not HAS_BIAS:
+        lse_offset = tl.cast(heads, tl.int64) * tokens + row_offset
+        tl.store(delta_ptr + lse_offset, row_max + log_sum, mask=rows < length)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     dhead_mask = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -422,6 +425,7 @@ def attention_backward_dkv(
     max_ptr = stats_ptr + h.to(tl.int64) * tokens + start
     sum_ptr = max_ptr + tl.cast(heads, tl.int64) * tokens
     delta_ptr += h.to(tl.int64) * tokens + start
+    lse_ptr = delta_ptr + tl.cast(heads, tl.int64) * tokens
     factor = 1.0
     if HAS_DROPOUT:
         factor = keep_scale
@@ -432,20 +436,24 @@ def attention_backward_dkv(
     v = load_heads(qkv_ptr + 2 * third, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    lanes = row_lanes(BLOCK_M)
     for row_start in range(0, rows_read, BLOCK_M):
         rows = row_start + tl.arange(0, BLOCK_M)
+        vector_rows = row_start + lanes
+        inside = vector_rows < length
         q = load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
         dout = load_heads(dout_ptr, rows, third, length, HEAD_DIM, BLOCK_D)
-        row_max = tl.load(max_ptr + rows, mask=rows < length, other=0.0)
-        log_sum = tl.load(sum_ptr + rows, mask=rows < length, other=0.0)
-        delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
+        delta = tl.load(delta_ptr + vector_rows, mask=inside, other=0.0)
         s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32), PRECISION) * scale_log2
         if HAS_BIAS:
             s += tl.trans(bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below))
             # The maximum of a row with no visible key would swallow the logarithm.
+            row_max = tl.load(max_ptr + vector_rows, mask=inside, other=0.0)
+            log_sum = tl.load(sum_ptr + vector_rows, mask=inside, other=0.0)
             p = tl.exp2(s - row_max[None, :] - log_sum[None, :])
         else:
-            p = tl.exp2(s - (row_max + log_sum)[None, :])
+            lse = tl.load(lse_ptr + vector_rows, mask=inside, other=0.0)
+            p = tl.exp2(s - lse[None, :])
         dp = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if not HAS_WHOLE_DPROBS:
             dp = dot(v, tl.trans(dout), dp, PRECISION)

@@ -1,12 +1,14 @@
 """Tile shapes by kernel, architecture, dtype and width: data, not timing at the first call.
 
-The same call gets the same kernel in every process and on every rank. Chosen so that no kernel spills on any NVIDIA
-target: `python -m bench.static` shows what each compiles to, and with `--alternatives` what its neighbours would. Tiles
-that a user measured on a GPU of their own, see `tuned.py`, go before these at a launch, and nowhere else; so does the
-number of tokens from which on the feed-forward block's products are fused.
+The same call gets the same kernel in every process and on every rank. Chosen for Triton 3.9, and looked at with 3.6,
+the oldest that is allowed, so that no kernel spills on any NVIDIA target: `python -m bench.static` shows what each
+compiles to, and with `--alternatives` what its neighbours would. Tiles that a user measured on a GPU of their own, see
+`tuned.py`, go before these at a launch, and nowhere else; so does the number of tokens from which on the feed-forward
+block's products are fused.
 """
 
 import functools
+from typing import TypeVar
 
 import torch
 
@@ -48,6 +50,12 @@ _ATTENTION_HALF: dict[tuple[str, str], _ByHeadDim] = {
         # All larger tiles are over 255 registers.
         (64, _attention(32, 128, 8, 2), _attention(16, 128, 8, 2)),
         (128, _attention(32, 64, 8, 2), _attention(16, 32, 4, 2)),
+    ],
+    ("sm_120", "forward"): [
+        # Three stages leave room for two programs in 100 KiB. On sm_86 two spill with dropout.
+        (32, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
+        (64, _attention(64, 64, 4, 2), _attention(64, 32, 4, 2)),
+        (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
     ],
     ("sm_90", "forward"): [
         # Two warp groups of 64 rows: as many warps resident as with one, half the traffic from L2. Maps: 64 keys issue
@@ -214,6 +222,9 @@ _RELATION_HALF: dict[tuple[str, str], Tiles] = {
     # With two stages ptxas spills a few registers of 80 and 96 to fit one more program on a multiprocessor.
     ("sm_80", "backward_a"): _attention(64, 32, 4, 3),
     ("sm_80", "backward_b"): _attention(32, 64, 4, 3),
+    # Two stages spill nothing here, issue 6% less, and leave room for another program. On sm_120 three spill.
+    ("sm_86", "backward_a"): _attention(64, 32, 4, 2),
+    ("sm_86", "backward_b"): _attention(32, 64, 4, 2),
     ("sm_90", "forward"): _attention(128, 64, 8, 2),
     ("sm_90", "backward_a"): _attention(128, 64, 8, 2),
     ("sm_90", "backward_b"): _attention(64, 128, 8, 2),
@@ -253,20 +264,40 @@ _FEED_FORWARD_HALF: dict[str, Tiles] = {
     "gfx942": _product(128, 128, 32, 4, 2, descriptors=False),
 }
 
+#: Targets with tensor cores of another's kind, which take its row where they have none of their own: its tiles fit in
+#: the 99 KiB of shared memory that their programs may have.
+_ROWS_OF = {"sm_86": "sm_80", "sm_89": "sm_86", "sm_120": "sm_86"}
+
+_Row = TypeVar("_Row")
+
+
+def _give_rows(table: dict[tuple[str, str], _Row]) -> None:
+    """Complete a table by architecture and kernel with the rows that targets take of others."""
+    for target, nearest in _ROWS_OF.items():
+        table.update({(target, k): row for (a, k), row in table.items() if a == nearest and (target, k) not in table})
+
+
+_give_rows(_ATTENTION_HALF)
+_give_rows(_ATTENTION_FLOAT_OWN)
+_give_rows(_RELATION_HALF)
+_FEED_FORWARD_HALF |= dict.fromkeys(_ROWS_OF, _FEED_FORWARD_HALF["sm_80"])
+
 #: float32 is right but never chosen: no tensor core has its full precision.
 _FEED_FORWARD_FLOAT = _product(64, 64, 32, 8, 2, descriptors=False)
 
 _FEED_FORWARD_INTERPRETED = _product(64, 64, 32, 4, 1, descriptors=True)
 
 #: architecture -> hidden size up to which the feed-forward block's products have the activation inside; elsewhere
-#: cuBLAS, and the activation in a kernel of its own. Not measured: estimated so that it cannot lose. On one side a
-#: product at 85% of cuBLAS's speed (86% is what a Triton product had on H100 before it was persistent) and the report's
-#: issue time of what follows it, none of it hidden; on the other cuBLAS at the limit and `bias_activation`'s bytes over
-#: copy. 32,768 tokens forward on H200: 384 take 87 us, not 96; 768 take 288, not 289; 1024 take 487, not 473. A100: 384
-#: take 197, not 223; 768 about as long either way. B200: 768 take 138, not 119, for products are too fast. gfx942 has
-#: no estimate. Training has the same limits; its backward pass, where cuBLAS's way moves four matrices (tokens,
-#: intermediate), would allow larger ones.
-_FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 512, "sm_90": 768}
+#: cuBLAS, and the activation in a kernel of its own. Not measured: fused where it is faster by 5% or more in an
+#: estimate that takes two assumptions against it, a product at 80% of cuBLAS's speed (86% is what a Triton product had
+#: on H100 before it was persistent) and nothing of what follows the product hidden by it. `bench.static.fused` computes
+#: it, `python -m bench.static --kernel feed_forward_forward` prints it. 32,768 tokens forward, fused and apart: H200:
+#: 384 take 90 and 96 us, 448 take 117 and 121, 768 take 303 and 289. A100: 384 take 203 and 223, 512 take 340 and 352.
+#: B200: 384 take 50 and 42, for products are too fast. Of the smaller targets the GPU with the fewest FLOP/s for a
+#: byte/s decides: about 70 on GeForce 30, 110 on 40, 86 on 50 (A10 has 208, L4 403). gfx942 has no estimate. Training
+#: has the same limits; its backward pass, where cuBLAS's way moves four matrices (tokens, intermediate), would allow
+#: larger ones.
+_FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 384, "sm_86": 312, "sm_89": 512, "sm_90": 384, "sm_120": 384}
 
 #: With these activations: gelu_tanh's derivative spills in the backward pass on sm_90.
 FEED_FORWARD_ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name != "gelu_tanh")

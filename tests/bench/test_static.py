@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench.static import assembly, baseline
+from bench.static import assembly, baseline, fused
 from bench.static import cases as static
 from bench.static.__main__ import app
 from bench.static.alternatives import alternatives
@@ -25,9 +25,9 @@ from bench.static.table import reasons, table
 from fastbert.tuning.neighbours import shipped_tiles
 from fastbert_kernels import tuned
 from fastbert_kernels.catalogue import TUNABLE
+from fastbert_kernels.tiles import feed_forward_start
 
-TARGET = "sm_90"
-NVIDIA = [pytest.param(target, marks=pytest.mark.slow) for target in (TARGET, "sm_80", "sm_100")]
+NVIDIA = [pytest.param(t, marks=pytest.mark.slow) for t in static.TARGETS if t.startswith("sm_")]
 TARGETS = [*NVIDIA, *[pytest.param(t, marks=pytest.mark.slow) for t in static.TARGETS if not t.startswith("sm_")]]
 PRODUCTS = ("attention_", "relation_", "feed_forward_")
 ROOT = Path(__file__).parents[2]
@@ -199,7 +199,8 @@ def test_the_baseline_sees_losses(tmp_path: Path, changed: dict[str, Any], loss:
 
 def test_the_baseline_keeps_in_step(tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
-    with pytest.raises(RuntimeError, match="there is no baseline"):
+    (tmp_path / "baseline-3.5.json").touch()
+    with pytest.raises(RuntimeError, match=r"there is no baseline\.json .*only baseline-3\.5\.json"):
         baseline.losses([], file)
     baseline.write([_report(target="sm_80"), _report()], file)
     entries = json.loads(file.read_text())
@@ -232,6 +233,9 @@ def test_the_busiest_multiprocessor_sets_the_time_of_issue() -> None:
         ("sm_90", {"registers": 32, "shared": 4096, "num_warps": 4}, 64, "warps"),
         ("sm_90", {"registers": 16, "shared": 0, "num_warps": 1}, 32, "programs"),
         ("sm_100", {"registers": 80, "shared": 1024, "num_warps": 8, "tensor_memory": 256}, 16, "tensor memory"),
+        ("sm_86", {"registers": 32, "shared": 4096, "num_warps": 4}, 48, "warps"),
+        ("sm_86", {"registers": 16, "shared": 0, "num_warps": 1}, 16, "programs"),
+        ("sm_120", {"registers": 128, "shared": 40 * 1024, "num_warps": 4}, 8, "shared"),
         ("gfx942", {"registers": 166, "shared": 8192, "num_warps": 4}, 12, "registers"),
         ("gfx942", {"registers": 38, "shared": 33000, "num_warps": 8}, 8, "shared"),
     ],
@@ -239,7 +243,35 @@ def test_the_busiest_multiprocessor_sets_the_time_of_issue() -> None:
 def test_occupancy(target: str, needs: dict[str, int], warps: int, limit: str) -> None:
     found = occupancy(target, **needs)
     assert (found.warps, found.limit) == (warps, limit)
-    assert found.share == warps / (32 if target == "gfx942" else 64)
+    assert found.share == warps / {"sm_86": 48, "sm_120": 48, "gfx942": 32}.get(target, 64)
+
+
+def test_the_estimate_of_fused_products() -> None:
+    report = _report("feed_forward_forward", width=384)
+    assert fused.is_estimated(report)
+    product, activation = 2 * 32768 * 384 * 1536 / 790e12, (2 * 32768 * 1536 + 1536) * 2 / 4.3e12
+    # 3,072 tiles by four warps, each with what stands outside of the loop.
+    after = 3072 * 4 * (GOOD.code - GOOD.loops[0].code) / (4 * 132 * 1.98e9)
+    together, apart = fused.times(report)
+    assert together == pytest.approx((product / 0.8 + after) * 1e6)
+    assert apart == pytest.approx((product + activation) * 1e6)
+    assert fused.is_fused(report) == (together <= 0.95 * apart)
+    assert not fused.is_estimated(_report("feed_forward_forward", width=384, flags=("PRE",)))
+    # An L4 waits for the bytes of the product, however fast it multiplies.
+    slow = _report("feed_forward_forward", width=384, target="sm_89")
+    moved = ((384 + 1536) * 32768 * 2 + 384 * 1536 * 2 + 1536 * 2) / 0.3e12
+    assert fused.times(slow)[1] == pytest.approx((moved + activation * 4.3e12 / 0.3e12) * 1e6)
+
+
+@pytest.mark.slow
+def test_products_are_fused_only_where_the_estimate_holds(written: dict[str, Any]) -> None:
+    rows = [r for r in written["reports"] if r["case"]["kernel"] == "feed_forward_forward" and not r["case"]["flags"]]
+    for row in rows:
+        case = static.Case(**row["case"] | {"flags": ()})
+        machine = MachineCode(**row["machine"] | {"loops": tuple(Loop(**loop) for loop in row["machine"]["loops"])})
+        report = Report(case, row["target"], row["tiles"], machine)
+        shipped = feed_forward_start(report.target, case.width) is not None
+        assert not shipped or (fused.is_estimated(report) and fused.is_fused(report)), fused.line(report)
 
 
 SASS = """
@@ -335,7 +367,7 @@ def test_the_table_tells_what_ships_and_why() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", "sm_70"], "unknown target sm_70: there are sm_80, sm_90, sm_100, gfx942"),
+        (["--target", "sm_70"], "unknown target sm_70: there are sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942"),
         (["--kernel", "convolution"], "no case has the words 'convolution'"),
         (["--write-baseline", "--full"], "takes all the main cases"),
         (["--json", "no/such/folder/x.json"], "there is no folder"),

@@ -45,7 +45,7 @@ def keys() -> list[tuple[str, str]]:
         "num_warps": [1, 2],
     }
     fixed = {name: memory for name in kernel.arg_names if name.endswith("_ptr")}
-    fixed |= {"keep_threshold": 5, "keep_scale": 2.0, "BLOCK_N": 64, "num_stages": 1}
+    fixed |= {"keep_threshold": 5, "keep_scale": 2.0, "BLOCK_N": 64, "ROW_MULTIPLE": 1, "num_stages": 1}
     fixed |= {name: True for name in kernel.arg_names if name.startswith("HAS_")}
     *_, binder = kernel.device_caches[driver.active.get_current_device()]
     found = []

@@ -139,7 +139,7 @@ def test_a_models_launches() -> None:
 
 def test_all_neighbours_are_tiles_that_a_file_may_hold() -> None:
     for launch in launches(COMMON, torch.bfloat16, full=True):
-        for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
             shipped = shipped_tiles(launch, target)
             for tiles in neighbours(launch, target, shipped):
                 groups = launch.traits.multiplies and launch.up_to is None and target in ("sm_90", "sm_100")
