@@ -27,8 +27,8 @@ def times(report: Report) -> tuple[float, float]:
     case, peaks = report.case, PEAKS[DEVICES[report.target]]
     product = dataclasses.replace(case.cost(), exps=0)
     after = cost(
-        "bias_activation_forward", lengths=case.lengths, width=FEED_FORWARD * case.width, dtype=case.dtype, flags=("BIAS",),
-        activation=case.activation,
+        "bias_activation_forward", lengths=case.lengths, width=FEED_FORWARD * case.width, dtype=case.dtype,
+        flags=("BIAS",), activation=case.activation,
     )  # fmt: skip
     slower = dataclasses.replace(product, flops=product.flops / SPEED)
     fused = floor(slower, peaks, case.dtype).microseconds + report.issue_of(loops=False)

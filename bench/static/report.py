@@ -21,7 +21,7 @@ class Shortfall(NamedTuple):
 
 #: Why a kernel may fall short, by what the row says.
 REASONS = {
-    "float32": "its products are exact, or small; tensor cores round the operands to TF32, and three such products spill",
+    "float32": "its products are exact, or in three parts by small ones: tensor cores would round the operands to TF32",
     "map's edge": "a map's tile may end at any of its two-byte elements; asynchronous copies take 4, 8 or 16 bytes",
     "gathered map": "elements of a map are found through an index, one by one",
     "gfx942 copies": "loads straight to LDS are 32 bits wide there; tiles come through registers",
@@ -67,7 +67,7 @@ class Report:
 
     @property
     def issue(self) -> float | None:
-        """Microseconds in which the target's busiest multiprocessor can issue the instructions of a call.
+        """Microseconds in which the target's GPU can issue the instructions of a call, at least those of a program.
 
         None for AMD, where kinds of instructions are issued side by side.
         """
@@ -75,13 +75,13 @@ class Report:
 
     def issue_of(self, loops: bool) -> float:
         """The same with or without loops. What stands outside of them is counted once for each program, loops once for
-        each trip. NVIDIA multiprocessors issue four a clock."""
+        each trip. NVIDIA multiprocessors issue four a clock, one of a warp."""
         programs, trips = self.case.trips(self.tiles)
         looped = sum(loop.code for loop in self.machine.loops)
         of_program = self.machine.code - looped + loops * trips / programs * looped
         peaks = PEAKS[DEVICES[self.target]]
-        busiest = -(-programs // peaks.multiprocessors)
-        return of_program * max(1.0, busiest * self.tiles["num_warps"] / 4) / peaks.clock * 1e6
+        of_one = max(1.0, programs / peaks.multiprocessors)
+        return of_program * max(1.0, of_one * self.tiles["num_warps"] / 4) / peaks.clock * 1e6
 
     def _is_narrow(self, size: int) -> bool:
         """Whether the smaller tile of rows that an attention kernel loads has under `size` bytes for each thread."""

@@ -38,7 +38,7 @@ LEGEND = (
     "async: copies to shared memory; loops: those with asynchronous copies, of those that read. "
     "ld128, st128: accesses of 128 bits, of all. exp2, mufu: exponentials, all of the special-function units. "
     "floor: the least time of a call with {batch} tokens, or what the case names, on {devices}, and what sets it; "
-    "issue: the time in which the busiest multiprocessor can issue its instructions there."
+    "issue: the time in which its instructions can be issued there."
 )
 
 

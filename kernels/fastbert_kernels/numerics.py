@@ -25,8 +25,8 @@ PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
 def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
     """acc + a @ b, accumulated in float32.
 
-    PRECISION is of float32 operands: "ieee" multiplies them as they are, "tf32" rounded to TF32, and "tf32x3" as sums of
-    two TF32 parts, but for the product of both small parts: an error of 2**-21 or so of the factors' size. The
+    PRECISION is of float32 operands: "ieee" multiplies them as they are, "tf32" rounded to TF32, and "tf32x3" as sums
+    of two TF32 parts, but for the product of both small parts: an error of 2**-21 or so of the factors' size. The
     interpreter multiplies them as they are.
     """
     if INTERPRETED:

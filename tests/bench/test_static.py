@@ -213,13 +213,13 @@ def test_the_baseline_keeps_in_step(tmp_path: Path) -> None:
         baseline.losses([_report()], file)
 
 
-def test_the_busiest_multiprocessor_sets_the_time_of_issue() -> None:
+def test_a_small_grid_takes_the_time_of_one_program() -> None:
     # On sm_90: 872 instructions of a program, 411 of them in its loop.
     clock = PEAKS["H200"].clock / 1e6
     few = _report(batch=(1, 30))  # 12 programs of two warps, each goes through its loop once and has a scheduler
     assert few.issue == pytest.approx(872 / clock)
-    many = _report(batch=(1092, 30))  # 13,104 programs, 100 of them on the busiest of 132
-    assert many.issue == pytest.approx(872 * 100 * 2 / 4 / clock)
+    many = _report(batch=(1092, 30))  # 13,104 programs on 132 multiprocessors
+    assert many.issue == pytest.approx(872 * 13104 / 132 * 2 / 4 / clock)
     long = _report(batch=(11, 200))  # 264 programs of eight warps, four trips each
     assert long.issue == pytest.approx((872 + 3 * 411) * 2 * 8 / 4 / clock)
 
