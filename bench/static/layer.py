@@ -4,6 +4,8 @@
 usual and long sequences and for one sequence alone, in BERT-base and BERT-large. Nothing is timed.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Annotated, NamedTuple
 
@@ -15,7 +17,7 @@ from fastbert_kernels.block_passes import sums_in_kernels
 from fastbert_kernels.tiles import feed_forward_start
 
 from .assembly import MachineCode, compile_all
-from .cases import DEVICES, TARGETS, Case, launch_tiles
+from .cases import BATCH, DEVICES, TARGETS, Case, launch_tiles
 from .limits import FEED_FORWARD, ITEMSIZE, PEAKS, Cost, Peaks, floor
 from .report import Report
 
@@ -56,16 +58,16 @@ class Total(NamedTuple):
     slower: float
 
 
-def calls(hidden: int, fused: bool, summed: bool) -> list[Call]:
+def calls(hidden: int, batch: tuple[int, int], fused: bool) -> list[Call]:
     """The kernels of a layer in training, with dropout, on packed sequences.
 
     Args:
         hidden: of the model.
+        batch: sequences, and tokens of each.
         fused: whether the feed-forward block's products have the activation inside.
-        summed: whether the backward kernels of attention sum the gradients of the projections' biases.
     """
     packed = ("CU_SEQLENS", "ORDER", "DROPOUT")
-    backward = (*packed, "SUMS") if summed else packed
+    backward = (*packed, "SUMS") if sums_in_kernels(batch[0] * batch[1], batch[0]) else packed
     intermediate = FEED_FORWARD * hidden
     activation = [
         Call(Case("bias_activation_forward", DTYPE, intermediate, ("BIAS", "THEN"), "gelu")),
@@ -76,7 +78,7 @@ def calls(hidden: int, fused: bool, summed: bool) -> list[Call]:
             Call(Case("feed_forward_forward", DTYPE, hidden, ("PRE",), "gelu")),
             Call(Case("feed_forward_backward", DTYPE, hidden, activation="gelu")),
         ]
-    return [
+    launched = [
         Call(Case("attention_forward", DTYPE, HEAD_DIM, packed)),
         Call(Case("add_layer_norm_forward", DTYPE, hidden, ("BIAS", "RESIDUAL", "DROPOUT", "NORMED")), 2),
         *activation,
@@ -86,6 +88,7 @@ def calls(hidden: int, fused: bool, summed: bool) -> list[Call]:
         Call(Case("attention_backward_dkv", DTYPE, HEAD_DIM, backward)),
         Call(Case("column_sums", DTYPE, hidden)),
     ]
+    return [Call(dataclasses.replace(case, batch=batch), times) for case, times in launched]
 
 
 def _products(hidden: int, tokens: int, fused: bool) -> Iterator[Cost]:
@@ -100,19 +103,19 @@ def _products(hidden: int, tokens: int, fused: bool) -> Iterator[Cost]:
         yield Cost(count * 2 * tokens * features * out, count * moved * ITEMSIZE[DTYPE], 0)
 
 
-def add_up(reports: dict[Case, Report], hidden: int, batch: tuple[int, int], peaks: Peaks, fused: bool) -> Total:
+def add_up(
+    target: str, machines: dict[Case, MachineCode], hidden: int, batch: tuple[int, int], peaks: Peaks, fused: bool
+) -> Total:
     """All kernels of a layer on `batch` sequences of so many tokens."""
-    lengths, heads = [batch[1]] * batch[0], hidden // HEAD_DIM
-    summed = sums_in_kernels(sum(lengths), len(lengths))
-    moved = 0.0 if summed else 3.0 * hidden * sum(lengths) * ITEMSIZE[DTYPE]
+    heads, (sequences, seq) = hidden // HEAD_DIM, batch
+    summed = sums_in_kernels(sequences * seq, sequences)
+    moved = 0.0 if summed else 3.0 * hidden * sequences * seq * ITEMSIZE[DTYPE]
     least = slower = moved / peaks.copy * 1e6
     issue = 0.0
-    for case, times in calls(hidden, fused, summed):
-        cost, report = case.cost(lengths, heads), reports[case]
-        programs, issued = report.instructions(lengths, heads)
-        # Of programs that are all alike the busiest multiprocessor has as many as any, rounded up.
-        busiest = -(-programs // peaks.multiprocessors) * issued / programs
-        of_floor, of_issue = floor(cost, peaks, DTYPE).microseconds, busiest / (4 * peaks.clock) * 1e6
+    for case, times in calls(hidden, batch, fused):
+        cost = case.cost(heads)
+        report = Report(case, target, launch_tiles(case, target), machines[_compiled(case, target)])
+        of_floor, of_issue = floor(cost, peaks, DTYPE).microseconds, report.issue_of(loops=True, heads=heads)
         moved += times * cost.bytes
         least += times * of_floor
         issue += times * of_issue
@@ -120,44 +123,49 @@ def add_up(reports: dict[Case, Report], hidden: int, batch: tuple[int, int], pea
     return Total(moved, least, issue, slower)
 
 
+def _compiled(case: Case, target: str) -> Case:
+    """A case of the same machine code: where its tiles are those of the usual batch, at that."""
+    usual = dataclasses.replace(case, batch=BATCH)
+    return usual if launch_tiles(case, target) == launch_tiles(usual, target) else case
+
+
 def _is_fused(target: str, hidden: int, tokens: int) -> bool:
     start = feed_forward_start(target, hidden)
     return start is not None and tokens >= start
 
 
-def _compile(targets: list[str], workers: int | None) -> dict[str, dict[Case, Report]]:
-    """A report of every case that is launched, by target."""
+def _compile(targets: list[str], workers: int | None) -> dict[str, dict[Case, MachineCode]]:
+    """Of every case that is launched, by target, its machine code."""
     jobs = []
     for target in targets:
-        ways = {
-            (hidden, _is_fused(target, hidden, batch * seq), sums_in_kernels(batch * seq, batch))
-            for hidden in MODELS.values()
-            for batch, seq in BATCHES
-        }
-        cases = dict.fromkeys(call.case for way in sorted(ways) for call in calls(*way))
+        cases = dict.fromkeys(
+            _compiled(call.case, target)
+            for hidden, batch in itertools.product(MODELS.values(), BATCHES)
+            for call in calls(hidden, batch, _is_fused(target, hidden, batch[0] * batch[1]))
+        )
         jobs += [(case, target, launch_tiles(case, target)) for case in cases]
-    reports: dict[str, dict[Case, Report]] = {target: {} for target in targets}
+    machines: dict[str, dict[Case, MachineCode]] = {target: {} for target in targets}
     for number, machine in compile_all(jobs, workers):
         if not isinstance(machine, MachineCode):
             raise machine
-        case, target, tiles = jobs[number]
-        reports[target][case] = Report(case, target, tiles, machine)
-    return reports
+        case, target, _ = jobs[number]
+        machines[target][case] = machine
+    return machines
 
 
-def table(reports: dict[str, dict[Case, Report]]) -> Table:
+def table(machines: dict[str, dict[Case, MachineCode]]) -> Table:
     """A row for each target, model and batch."""
     names = "target", "model", "batch", "products", "MB", "floor", "issue", "slower"
     out = Table(title="A layer in training", title_justify="left", header_style="bold")
     for name in names:
         out.add_column(name, justify="left" if name in names[:3] else "right", no_wrap=True)
-    for target, known in reports.items():
+    for target, known in machines.items():
         peaks = PEAKS[DEVICES[target]]
         for model, hidden in MODELS.items():
             for batch, seq in BATCHES:
                 fused = _is_fused(target, hidden, batch * seq)
                 products = sum(floor(c, peaks, DTYPE).microseconds for c in _products(hidden, batch * seq, fused))
-                total = add_up(known, hidden, (batch, seq), peaks, fused)
+                total = add_up(target, known, hidden, (batch, seq), peaks, fused)
                 cells = products, total.bytes / 1e6, total.floor, total.issue, total.slower
                 about = f"{batch:,} x {seq}" + (" fused" if fused else "")
                 out.add_row(target, model, about, *(f"{cell:.1f}" for cell in cells))
@@ -166,12 +174,12 @@ def table(reports: dict[str, dict[Case, Report]]) -> Table:
 
 
 def main(
-    target: Annotated[list[str] | None, typer.Option(help="Only this NVIDIA target; may be repeated.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Instead of sm_80, sm_90, sm_100; may be repeated.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that compile; default one for every CPU.")] = None,
 ) -> None:
     """Print the sums."""
     known = [name for name in TARGETS if name.startswith("sm_")]
-    targets = target or known
+    targets = target or ["sm_80", "sm_90", "sm_100"]
     if unknown := [name for name in targets if name not in known]:
         raise typer.BadParameter(f"unknown target {', '.join(unknown)}: there are {', '.join(known)}")
     console = Console()

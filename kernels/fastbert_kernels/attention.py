@@ -58,8 +58,8 @@ def _common_arguments(
         "bias_row_stride": strides[2],
         "masked_below": 0.0 if bias is None else reference.masked_below(bias.dtype),
         "scale": scale,
-        "HEAD_DIM": qkv.shape[3],
-        "BLOCK_D": block_width(qkv.shape[3]),
+        "HEAD_DIM": int(qkv.shape[3]),  # of a graph's symbol, the number
+        "BLOCK_D": block_width(int(qkv.shape[3])),
         "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_COLUMNS": columns is not None,
         "HAS_ORDER": order is not None,
@@ -131,8 +131,9 @@ def _forward(
         qkv, cu_seqlens, columns, order, bias, key_spans, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq,
         scale,
     )  # fmt: skip
-    tiles = attention_tiles("forward", qkv, _moves_maps(bias, key_spans, probs_seq))
-    grid = (cdiv(max(max_seqlen, probs_seq), tiles["BLOCK_M"]) * heads * batch,)
+    longest = max(max_seqlen, probs_seq)
+    tiles = attention_tiles("forward", qkv, _moves_maps(bias, key_spans, probs_seq), longest, batch)
+    grid = (cdiv(longest, tiles["BLOCK_M"]) * heads * batch,)
     if grid[0] > 0:
         wrap_triton(attention_forward)[grid](
             qkv_ptr=qkv, out_ptr=out, stats_ptr=stats, probs_ptr=probs, HAS_PROBS=probs_seq > 0, **arguments, **tiles
@@ -164,13 +165,15 @@ def _backward_fake(
     dq_sums, dkv_sums = (qkv.new_empty(0, dtype=torch.float32) for _ in range(2))
     if sums:
         maps = _moves_maps(bias, key_spans, 0 if dprobs is None else dprobs.shape[-1])
-        dq_sums, dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, *_backward_tiles(qkv, maps))
+        tiles = _backward_tiles(qkv, maps, max_seqlen, batch_size(qkv, cu_seqlens, max_seqlen))
+        dq_sums, dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, *tiles)
     return torch.empty_like(qkv), dhead_mask, dq_sums, dkv_sums
 
 
-def _backward_tiles(qkv: torch.Tensor, maps: bool) -> tuple[Tiles, Tiles]:
+def _backward_tiles(qkv: torch.Tensor, maps: bool, max_seqlen: int, batch: int) -> tuple[Tiles, Tiles]:
     """Of dQ, and of dK and dV."""
-    return attention_tiles("backward_dq", qkv, maps), attention_tiles("backward_dkv", qkv, maps)
+    shape = qkv, maps, max_seqlen, batch
+    return attention_tiles("backward_dq", *shape), attention_tiles("backward_dkv", *shape)
 
 
 def _empty_sums(
@@ -242,9 +245,9 @@ def _backward(
         "HAS_WHOLE_DPROBS": whole,
         "HAS_SUMS": sums,
     }
-    dq_tiles, dkv_tiles = _backward_tiles(qkv, _moves_maps(bias, key_spans, probs_seq))
+    dq_tiles, dkv_tiles = _backward_tiles(qkv, _moves_maps(bias, key_spans, probs_seq), max_seqlen, batch)
     blocks = cdiv(max_seqlen, dq_tiles["BLOCK_M"])
-    delta = torch.empty_like(stats[0])
+    delta = torch.empty_like(stats)
     dqkv = torch.empty_like(qkv)
     dq_sums, dkv_sums = (qkv.new_empty(0, dtype=torch.float32) for _ in range(2))
     if sums:
