@@ -32,7 +32,7 @@ LEGEND = (
     "products: the least time of the matrix products outside the kernels, at the peak of tensor cores and copies. "
     "MB: what the kernels must move, and for short sequences the pass that sums the projections' biases. "
     "floor: the least time of that, each kernel at its own limit. "
-    "issue: the time in which the busiest multiprocessor can issue the kernels' instructions. "
+    "issue: the time in which the kernels' instructions can be issued, at least those of one program each. "
     "slower: the sum over the kernels of the larger of the two. Microseconds of one layer, forward and backward."
 )
 
