@@ -157,7 +157,7 @@ def wrong_by(rows: Rows) -> list[dict[str, Any]]:
 
 def _tell(console: Console, kept: Kept) -> Verdict:
     rows = [row for row in kept.rows if "measured_us" in row]
-    calibration = wrong_by(rows)
+    kept.summary = calibration = wrong_by(rows)
     console.print(_table(rows))
     console.print(_calibration(calibration))
     for row in kept.rows:

@@ -69,6 +69,7 @@ class Kept:
         begun: the step that is being run.
         left_out: steps that the time was too short for.
         finished: whether every step is done.
+        summary: what telling made of the rows, for who reads the file.
     """
 
     facts: dict[str, Any]
@@ -76,6 +77,7 @@ class Kept:
     begun: str | None = None
     left_out: list[str] = dataclasses.field(default_factory=list)
     finished: bool = False
+    summary: Rows = dataclasses.field(default_factory=list)
 
     @property
     def rows(self) -> Rows:
@@ -154,6 +156,7 @@ def run(name: str, section: Section, plan: Plan, console: Console) -> bool:
     else:
         console.print(f"{name}: finished before", markup=False)
     right, following = section.tell(console, kept)
+    kept.save(path)
     for step, problem in kept.failed.items():
         console.print(f"{step} failed: {problem}", style="red", markup=False, soft_wrap=True)
     if kept.left_out:

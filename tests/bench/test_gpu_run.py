@@ -110,7 +110,7 @@ def test_the_report_says_where_the_model_is_wrong(whole: tuple[Path, Result]) ->
     assert len(rows) > 5
     assert [row["modelled_us"] for row in rows if row["shipped"]] == [4.0]
     assert "where the model is wrong" in result.output
-    (found,) = candidates.wrong_by(rows)
+    (found,) = Kept.load(out / "candidates.json").summary
     assert found["ratio"] == round(found["measured_us"] / 4.0, 3)
 
 
