@@ -17,8 +17,11 @@ import torch
 import typer
 from torch import Tensor
 
+from fastbert.tuning.neighbours import shipped_tiles
 from fastbert.tuning.problems import Problem, Sizes, Switches, by_kernels, checked_problem, cotangents_of, timed_problem
-from fastbert_kernels.catalogue import Launch
+from fastbert_kernels.backend import arch
+from fastbert_kernels.catalogue import KERNELS, SHORT, Launch
+from fastbert_kernels.tuned import Table, in_force
 
 #: Group -> the launches that are called, the width of each, whether there are maps, and the switches of its calls.
 _GROUPS: dict[str, tuple[tuple[str, ...], int, bool, tuple[Switches, ...]]] = {
@@ -109,12 +112,27 @@ def check(group: str, device: torch.device, sizes: Sizes, many: Sizes, definitio
     for kernel in launches:
         launch = Launch(kernel, getattr(torch, dtype), width, maps)
         fitting = [on for on in calls if not (kernel == "feed_forward_backward" and "PRE" in on)]
-        for on in fitting:
-            rows.append(_row(group, launch, on, checked_problem(launch, on, sizes, device), 2, definition))
+        with in_force(device, _tiles_of_long_sequences(launch, device)):
+            for on in fitting:
+                rows.append(_row(group, launch, on, checked_problem(launch, on, sizes, device), 2, definition))
+        if launch.traits.op == "attention":
+            short = _row(group, launch, fitting[0], checked_problem(launch, fitting[0], sizes, device), 2, definition)
+            rows.append(dataclasses.replace(short, call=f"{short.call}, tiles of short sequences"))
         on = tuple(x for x in fitting[0] if x not in ("COLUMNS", "HEAD_MASK")) + ("FROZEN",) * (name == "embed")
         length = many.lengths[0]
         rows.append(_row(group, launch, on, timed_problem(launch, on, length, many, device), 3, definition=False))
     return rows
+
+
+def _tiles_of_long_sequences(launch: Launch, device: torch.device) -> Table:
+    """The shipped tiles of long sequences for short ones, too, whose own a small call would have."""
+    if launch.traits.op != "attention":
+        return {}
+    names = [kernel.name for kernel in KERNELS.values() if kernel.op == "attention"]
+    table: Table = {}
+    for long in (launch._replace(kernel=name) for name in names):
+        table |= {long._replace(up_to=up_to): shipped_tiles(long, arch(device)) for up_to in (*SHORT, None)}
+    return table
 
 
 def _row(group: str, launch: Launch, on: Switches, problem: Problem, runs: int, definition: bool) -> CallRow:

@@ -15,25 +15,22 @@ from fastbert.benchmark.timing import Times
 from fastbert.tuning.choice import choose
 from fastbert.tuning.launches import Widths, launches
 from fastbert.tuning.neighbours import neighbours, shipped_tiles
-from fastbert.tuning.problems import Sizes
 from fastbert.tuning.tuner import MARGIN, Outcome, Subject, flushed, words
 from fastbert_kernels.backend import arch
 from fastbert_kernels.catalogue import Launch, Product, Tiles, dtype_name
 
-from .modelled import TOGETHER
+from .modelled import SIZES, TOGETHER
 from .processes import LATE, at_once, python, run_for
 from .sections import Kept, Plan, Rows, Section, Steps, Verdict
 
 BASE, LARGE = Widths(768, 3072, 64), Widths(1024, 4096, 64)
 #: What is timed: BERT-base's launches, and the fused feed-forward layer of BERT-large.
 LAUNCHES = (
-    *launches((BASE,), torch.bfloat16, full=False),
+    *launches((BASE,), torch.bfloat16, full=False, lengths=SIZES.lengths),
     *launches((LARGE,), torch.bfloat16, full=False, named=("feed_forward",)),
 )
 #: Feed-forward products that are timed both ways, fused and by cuBLAS.
 PRODUCTS = (Product(torch.bfloat16, 768, "gelu"), Product(torch.bfloat16, 1024, "gelu"))
-#: Of the timed calls: those that the model is of.
-SIZES = Sizes(lengths=(512,), tokens=32768, heads=12)
 #: Seconds of each timing.
 SECONDS = 0.3
 #: Of the section's time, what the model may take: it compiles all neighbours of all launches.
@@ -52,7 +49,8 @@ def _steps(plan: Plan, kept: Kept) -> Steps:
 
 def _model(launch: Launch, plan: Plan) -> Rows:
     name = launch.kernel, dtype_name(launch.dtype), str(launch.width)
-    command = python("-m", "bench.gpu.modelled", arch(plan.device), *name)
+    short = () if launch.up_to is None else ("--up-to", str(launch.up_to))
+    command = python("-m", "bench.gpu.modelled", arch(plan.device), *name, *short)
     ended = run_for(plan.left() * _MODEL_SHARE, command, plan, {"TRITON_INTERPRET": "0"})
     if ended.code == LATE and ended.rows:  # the shipped tiles come first, then others as far as the time went
         return ended.rows

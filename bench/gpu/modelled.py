@@ -1,12 +1,13 @@
 """What the model of `bench.static` says of a launch with the shipped tiles and with others: microseconds of a call.
 
-    python -m bench.gpu.modelled sm_90 attention_forward bfloat16 64
+    python -m bench.gpu.modelled sm_90 attention_forward bfloat16 64 --up-to 32
 
 prints a line of JSON for each. The model is the report's: the larger of the floor and the time in which a GPU can issue
 the instructions. Kernels are compiled by the host code itself, on a stand-in for the GPU: what is compiled here, a
 launch on the GPU finds in Triton's cache.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from bench.static.assembly import machine_code
 from bench.static.cases import Case
 from bench.static.report import Report
 from fastbert.tuning.neighbours import neighbours, shipped_tiles
-from fastbert.tuning.problems import COMPILED, Sizes, timed_problem, timed_switches
+from fastbert.tuning.problems import COMPILED, Sizes, lengths_of, timed_problem, timed_switches
 from fastbert.tuning.tuner import loaded, reason_of, run_of
 from fastbert_kernels.catalogue import Launch, Tiles, dtype_name
 from fastbert_kernels.tuned import in_force
@@ -40,8 +41,10 @@ _FLAGS: dict[str, tuple[str, ...]] = {
 }
 #: The kernels that are launched in the same backward pass, and timed together.
 TOGETHER = {"attention_backward_dq": "attention_backward_dkv", "attention_backward_dkv": "attention_backward_dq"}
+#: Of the calls that are modelled, and timed: long sequences, and a sentence's.
+SIZES = Sizes(lengths=(512, 30), tokens=32768, heads=12)
 #: Nothing is compiled for the number of tokens.
-_SIZES = Sizes(tokens=1024, heads=12)
+_COMPILED_SIZES = dataclasses.replace(SIZES, tokens=1024)
 
 
 def modelled(launch: Launch, target: str) -> Iterator[dict[str, Any]]:
@@ -65,11 +68,13 @@ def _of(launch: Launch, target: str, tiles: Tiles) -> dict[str, Any]:
     device = torch.device("cpu")
     with as_on_a_gpu(target), in_force(device, {launch: tiles}):
         COMPILED[launch.kernel].device_caches.clear()  # what is in it after the launch is what was launched
-        problem = timed_problem(launch, timed_switches(launch)[-1], 512, _SIZES, device)
+        length = lengths_of(launch, SIZES.lengths)[0]
+        problem = timed_problem(launch, timed_switches(launch)[-1], length, _COMPILED_SIZES, device)
         run_of(problem, launch.traits.backward)()
         (compiled,) = loaded(launch.kernel).values()
     activation = "gelu" if "activation" in launch.kernel or "feed_forward" in launch.kernel else None
-    case = Case(launch.kernel, dtype_name(launch.dtype), launch.width, _FLAGS[launch.kernel], activation)
+    batch = SIZES.tokens // length, length
+    case = Case(launch.kernel, dtype_name(launch.dtype), launch.width, _FLAGS[launch.kernel], activation, batch=batch)
     report = Report(case, target, tiles, machine_code(compiled, target))
     problems = report.problems()
     return {
@@ -87,9 +92,10 @@ def main(
     kernel: Annotated[str, typer.Argument(help="A kernel of fastbert_kernels.catalogue.")],
     dtype: Annotated[str, typer.Argument(help="bfloat16, float16 or float32.")],
     width: Annotated[int, typer.Argument(help="What the kernel's tiles are chosen by.")],
+    up_to: Annotated[int | None, typer.Option(help="Of attention: the class of short sequences.")] = None,
 ) -> None:
     """Print a line of JSON for the shipped tiles, and for each of their neighbours."""
-    for row in modelled(Launch(kernel, getattr(torch, dtype), width), target):
+    for row in modelled(Launch(kernel, getattr(torch, dtype), width, up_to=up_to), target):
         print(json.dumps(row), flush=True)
 
 
