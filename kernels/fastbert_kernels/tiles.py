@@ -153,8 +153,8 @@ _ATTENTION_TF32: dict[str, Tiles] = {
 #: (architecture, kernel, head_dim) -> tiles instead of those, which spill.
 _ATTENTION_TF32_OWN: dict[tuple[str, str, int], Tiles] = {("sm_100", "backward_dkv", 32): _attention(16, 32, 4, 3)}
 
-#: (kernel, head_dim) -> the same on sm_90 for sequences over `SHORT`: parts of operands that lie in shared memory are not
-#: held in registers. 32,768 tokens with dropout, three parts and exact: forward 336 us and 1,216, dQ 426 and 2,178,
+#: (kernel, head_dim) -> the same on sm_90 for sequences over `SHORT`: parts of operands that lie in shared memory are
+#: not held in registers. 32,768 tokens with dropout, three parts and exact: forward 336 us and 1,216, dQ 426 and 2,178,
 #: dK/dV 715 and 2,613.
 _ATTENTION_TF32_LONG: dict[tuple[str, int], Tiles] = {
     ("forward", 32): _attention(128, 32, 8, 2),
