@@ -480,6 +480,8 @@ def row_tiles(features: int, itemsize: int, program_bytes: int) -> Tiles:
     """
     wide = features * itemsize % 16 == 0
     block_n = block_width(features)
+    # An odd number of 16 bytes in a row: at twice this tile ptxas spills on sm_100, to fit one more program.
+    program_bytes //= 2 if wide and features * itemsize % 32 else 1
     block_m = max(1, min(16, (program_bytes if wide else program_bytes // 4) // (block_n * itemsize)))
     # Over 8 warps, ptxas spills in the widest rows, float32 of 4096, to fit two programs on a multiprocessor.
     num_warps = min(8 if wide else 16, max(1, block_m * block_n * itemsize // (1024 if wide else 256)))
