@@ -14,7 +14,7 @@ from fastbert_kernels.catalogue import Tiles
 from . import baseline, execute, fused
 from .alternatives import alternatives
 from .assembly import MachineCode, compile_all, require_compiler
-from .cases import DEVICES, LENGTHS, TARGETS, Case, cases, launch_tiles
+from .cases import BATCH, DEVICES, TARGETS, Case, cases, launch_tiles
 from .report import Report
 from .table import LEGEND, reasons, table
 
@@ -83,7 +83,7 @@ def main(
     losses, not_compared = _compare(shipped, write=write_baseline and not failures)
 
     console.print(table(reports, "What the kernels compile to", shipped if other_tiles else ()))
-    console.print(LEGEND.format(tokens=f"{sum(LENGTHS):,}", devices=", ".join(DEVICES[name] for name in targets)))
+    console.print(LEGEND.format(batch="{} x {}".format(*BATCH), devices=", ".join(DEVICES[name] for name in targets)))
     for line in [*reasons(reports), *(fused.line(r) for r in shipped if fused.is_estimated(r))]:
         console.print(line)
     if run:

@@ -8,7 +8,7 @@ Two assumptions against the fused kernel: it ships where it is faster by `MARGIN
 
 import dataclasses
 
-from .cases import DEVICES, LENGTHS
+from .cases import DEVICES
 from .limits import FEED_FORWARD, PEAKS, cost, floor
 from .report import Report
 
@@ -27,8 +27,8 @@ def times(report: Report) -> tuple[float, float]:
     case, peaks = report.case, PEAKS[DEVICES[report.target]]
     product = dataclasses.replace(case.cost(), exps=0)
     after = cost(
-        "bias_activation_forward", lengths=LENGTHS, width=FEED_FORWARD * case.width, dtype=case.dtype, flags=("BIAS",),
-        activation=case.activation,
+        "bias_activation_forward", lengths=case.lengths, width=FEED_FORWARD * case.width, dtype=case.dtype,
+        flags=("BIAS",), activation=case.activation,
     )  # fmt: skip
     slower = dataclasses.replace(product, flops=product.flops / SPEED)
     fused = floor(slower, peaks, case.dtype).microseconds + report.issue_of(loops=False)

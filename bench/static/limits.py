@@ -83,17 +83,21 @@ class Floor(NamedTuple):
     """"compute", "bandwidth" or "exp"."""
 
 
-def floor(cost: Cost, peaks: Peaks, dtype: str) -> Floor:
+def floor(cost: Cost, peaks: Peaks, dtype: str, precision: str = "ieee") -> Floor:
     """The least time of a call: products, copies and exponentials overlap, so the slowest of the three.
 
     Args:
         cost: of the call.
         peaks: an entry of `PEAKS`, or measured rates.
         dtype: of the operands of the matrix products: a key of `ITEMSIZE`.
+        precision: of float32 products, as of `numerics.dot`. Tensor cores take TF32 at half the rate of two-byte
+            operands, and "tf32x3" makes three products of one.
     """
     _known("dtype", dtype, ITEMSIZE)
+    rates = {"ieee": peaks.float32, "tf32": peaks.tensor / 2, "tf32x3": peaks.tensor / 6}
+    _known("precision", precision, rates)
     seconds = {
-        "compute": cost.flops / (peaks.float32 if dtype == "float32" else peaks.tensor),
+        "compute": cost.flops / (rates[precision] if dtype == "float32" else peaks.tensor),
         "bandwidth": cost.bytes / peaks.copy,
         "exp": cost.exps / peaks.exps,
     }

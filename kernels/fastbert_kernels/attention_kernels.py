@@ -42,6 +42,7 @@ def attention_forward(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products, see `numerics.dot`
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -106,7 +107,7 @@ def attention_forward(
     for col_start in tl.range(0, keys_read, BLOCK_N, num_stages=stages):
         cols = col_start + tl.arange(0, BLOCK_N)
         k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION)
         if HAS_BIAS:
             s = s * scale_log2 + bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
         seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
@@ -120,7 +121,7 @@ def attention_forward(
                 keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             v = load_heads(v_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-            acc = dot(cast(p, v.dtype), v, acc * rescale[:, None])
+            acc = dot(cast(p, v.dtype), v, acc * rescale[:, None], PRECISION)
         row_max = new_max
 
     factor = 1.0
@@ -142,7 +143,7 @@ def attention_forward(
         for col_start in tl.range(0, cols_end, BLOCK_N, num_stages=LOAD_STAGES):
             cols = col_start + tl.arange(0, BLOCK_N)
             k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * scale_log2
             if HAS_BIAS:
                 s += bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
             seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
@@ -162,7 +163,7 @@ def attention_forward(
                 written = (rows[:, None] < probs_seq) & (cols[None, :] < probs_seq)
             tl.store(probs_ptr + offsets, cast(p * row_scale[:, None], probs_ptr.dtype.element_ty), mask=written)
             v = load_heads(v_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-            acc = dot(cast(p, v.dtype), v, acc)
+            acc = dot(cast(p, v.dtype), v, acc, PRECISION)
     out_ptr += start * heads * HEAD_DIM + h * HEAD_DIM
     store_heads(out_ptr, acc * row_scale[:, None], rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
     stats_ptr += h.to(tl.int64) * tokens + start
@@ -204,6 +205,7 @@ def attention_backward_dq(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products, see `numerics.dot`
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -275,7 +277,7 @@ def attention_backward_dq(
         for col_start in range(0, key_end, BLOCK_N):
             cols = col_start + tl.arange(0, BLOCK_N)
             k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * scale_log2
             if HAS_BIAS:
                 s += bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
             seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
@@ -301,7 +303,7 @@ def attention_backward_dq(
     for col_start in range(0, key_end, BLOCK_N):
         cols = col_start + tl.arange(0, BLOCK_N)
         k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * scale_log2
         if HAS_BIAS:
             s += bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
         seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
@@ -310,7 +312,7 @@ def attention_backward_dq(
         dp = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         if not HAS_WHOLE_DPROBS:
             v = load_heads(v_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-            dp = dot(dout, tl.trans(v), dp)
+            dp = dot(dout, tl.trans(v), dp, PRECISION)
         if HAS_DPROBS:
             map_rows, map_cols = rows, cols
             if HAS_COLUMNS:
@@ -326,7 +328,7 @@ def attention_backward_dq(
             dhead_mask += tl.sum(p * dp, axis=1)
             dp *= g
         ds = p * (dp - delta[:, None])
-        dq = dot(cast(ds, k.dtype), k, dq)
+        dq = dot(cast(ds, k.dtype), k, dq, PRECISION)
     dqkv_ptr += start * row_stride + h * HEAD_DIM
     store_heads(dqkv_ptr, dq * scale, rows, row_stride, length, HEAD_DIM, BLOCK_D)
     if HAS_HEAD_MASK:
@@ -365,6 +367,7 @@ def attention_backward_dkv(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products, see `numerics.dot`
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -441,7 +444,7 @@ def attention_backward_dkv(
         q = load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
         dout = load_heads(dout_ptr, rows, third, length, HEAD_DIM, BLOCK_D)
         delta = tl.load(delta_ptr + vector_rows, mask=inside, other=0.0)
-        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)) * scale_log2
+        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32), PRECISION) * scale_log2
         if HAS_BIAS:
             s += tl.trans(bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below))
             # The maximum of a row with no visible key would swallow the logarithm.
@@ -453,7 +456,7 @@ def attention_backward_dkv(
             p = tl.exp2(s - lse[None, :])
         dp = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if not HAS_WHOLE_DPROBS:
-            dp = dot(v, tl.trans(dout), dp)
+            dp = dot(v, tl.trans(dout), dp, PRECISION)
         if HAS_DPROBS:
             map_rows, map_cols = rows, cols
             if HAS_COLUMNS:
@@ -470,9 +473,9 @@ def attention_backward_dkv(
             )
             p_out = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp, 0.0)
-        dv = dot(cast(p_out, dout.dtype), dout, dv)
+        dv = dot(cast(p_out, dout.dtype), dout, dv, PRECISION)
         ds = p * (dp * factor - delta[None, :])
-        dk = dot(cast(ds, q.dtype), q, dk)
+        dk = dot(cast(ds, q.dtype), q, dk, PRECISION)
     if HAS_KEY_SPANS:
         seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
         dk = tl.where(seen[:, None], dk, 0.0)

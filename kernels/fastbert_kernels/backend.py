@@ -218,6 +218,11 @@ def has_values(x: torch.Tensor) -> bool:
     return not (x.is_meta or isinstance(x, FakeTensor) or any(_get_dispatch_mode(mode) is not None for mode in modes))
 
 
+def allows_tf32() -> bool:
+    """Whether torch was told that a GPU may round the operands of float32 products to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def check_mode() -> bool:
     """Whether `FASTBERT_CHECK=1` asks for the checks that cost a device synchronisation (ids in range, lengths)."""
     return os.environ.get("FASTBERT_CHECK", "0") == "1"

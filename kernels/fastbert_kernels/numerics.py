@@ -22,12 +22,17 @@ PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a @ b, accumulated in float32; float32 operands are multiplied in full precision, not TF32."""
+def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+    """acc + a @ b, accumulated in float32.
+
+    PRECISION is of float32 operands: "ieee" multiplies them as they are, "tf32" rounded to TF32, and "tf32x3" as sums
+    of two TF32 parts, but for the product of both small parts: an error of 2**-21 or so of the factors' size. The
+    interpreter multiplies them as they are.
+    """
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -13,9 +13,10 @@ from typing import TypeVar
 import torch
 
 from . import reference
-from .backend import arch
-from .catalogue import Product, Tiles
+from .backend import allows_tf32, arch
+from .catalogue import SHORT, Product, Tiles
 from .language import tl, triton
+from .launch import cdiv, multiprocessors
 from .tuned import tuned_start, tuned_tiles
 
 
@@ -104,7 +105,62 @@ _ATTENTION_HALF: dict[tuple[str, str], _ByHeadDim] = {
     ],
 }
 
-#: float32 has no tensor-core product of full precision, so its tiles are small, and nearly the same everywhere.
+#: (one of `SHORT`, kernel) -> rows for two-byte dtypes on NVIDIA, which have these in common. Two warps on 32 by 32
+#: issue 30% less than four, and hold in registers what narrow heads need; wide ones, and maps, spill. 64 rows are where
+#: the products of sm_90 begin. 1,092 x 30 tokens on H200, with and without these rows: forward 31 us and 113, dQ 32 and
+#: 132, dK/dV 31 and 137.
+_ATTENTION_SHORT: dict[tuple[int, str], _ByHeadDim] = {
+    (32, "forward"): [
+        (64, _attention(32, 32, 2, 2), _attention(32, 32, 4, 2)),
+        (128, _attention(32, 32, 2, 2), _attention(32, 16, 4, 2)),
+    ],
+    (32, "backward_dq"): [
+        (64, _attention(32, 32, 2, 2), _attention(32, 32, 4, 2)),
+        (128, _attention(32, 32, 4, 2), _attention(32, 16, 4, 2)),
+    ],
+    (32, "backward_dkv"): [
+        (64, _attention(32, 32, 2, 2), _attention(32, 32, 4, 2)),
+        # With two stages ptxas spills two registers of sm_100 to fit one more program on a multiprocessor.
+        (128, _attention(32, 32, 4, 3), _attention(16, 32, 4, 2)),
+    ],
+    (64, "forward"): [
+        (64, _attention(64, 32, 4, 2), _attention(32, 32, 4, 2)),
+        (128, _attention(64, 32, 4, 2), _attention(32, 16, 4, 2)),
+    ],
+    (64, "backward_dq"): [
+        (64, _attention(64, 32, 4, 2), _attention(32, 32, 4, 2)),
+        (128, _attention(64, 32, 4, 2), _attention(32, 16, 4, 2)),
+    ],
+    (64, "backward_dkv"): [
+        (64, _attention(32, 64, 4, 2), _attention(32, 32, 4, 2)),
+        (128, _attention(32, 32, 4, 3), _attention(16, 32, 4, 2)),
+    ],
+}
+
+#: Targets and head_dims whose float32 is multiplied by tensor cores, where there are no maps. A product in three parts
+#: holds each of its operands twice: wider heads and maps spill, and so do those in between, whose columns are masked.
+#: GPUs of smaller kinds multiply float32 as fast as TF32.
+_TF32_TARGETS, _TF32_HEAD_DIMS = ("sm_80", "sm_90", "sm_100"), (32, 64)
+
+#: kernel -> tiles for these, three products for one, or one for one where torch allows it: 30 tokens and 512 are nearly
+#: as well off.
+_ATTENTION_TF32: dict[str, Tiles] = {
+    "forward": _attention(32, 32, 4, 2),
+    "backward_dq": _attention(16, 32, 4, 2),
+    "backward_dkv": _attention(32, 16, 4, 2),
+}
+
+#: The same on sm_90 for sequences over `SHORT`, up to a head_dim: parts of operands that lie in shared memory are not
+#: held in registers. 32,768 tokens with dropout, three parts and exact: forward 336 us and 1,216, dQ 426 and 2,178,
+#: dK/dV 741 and 2,613.
+_ATTENTION_TF32_LONG: dict[str, list[tuple[int, Tiles]]] = {
+    "forward": [(64, _attention(128, 32, 8, 2))],
+    "backward_dq": [(64, _attention(128, 32, 8, 2))],
+    # With two stages the wider spill.
+    "backward_dkv": [(32, _attention(32, 128, 8, 2)), (64, _attention(16, 128, 8, 1))],
+}
+
+#: float32 that is multiplied exactly: no tensor core does, so its tiles are small, and nearly the same everywhere.
 #: Two stages everywhere: with one, operands are held in registers whole, 255 of them instead of about 80.
 _ATTENTION_FLOAT: dict[str, _ByHeadDim] = {
     "forward": [
@@ -261,8 +317,16 @@ def block_width(features: int) -> int:
 
 
 @functools.cache
-def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps: bool) -> Tiles:
-    """Tiles of an attention kernel.
+def attention_table(
+    target: str,
+    kernel: str,
+    itemsize: int,
+    head_dim: int,
+    maps: bool,
+    up_to: int | None = None,
+    tf32: bool = False,
+) -> Tiles:
+    """Tiles of an attention kernel, and the PRECISION of its products: see `numerics.dot`.
 
     Args:
         target: what `backend.arch` says.
@@ -271,20 +335,54 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
         head_dim: up to 128.
         maps: whether the launch has a bias, or probabilities to write, or a gradient of them to read. Tiles for a
             launch that does are right, if slower, for one that does not.
+        up_to: what `short_class` says.
+        tf32: what `backend.allows_tf32` says.
     """
     if target == "interpreter":
-        return _ATTENTION_INTERPRETED
+        return _ATTENTION_INTERPRETED | {"PRECISION": "ieee"}
+    if itemsize == 4 and target in _TF32_TARGETS and head_dim in _TF32_HEAD_DIMS and not maps:
+        own = _ATTENTION_TF32_LONG[kernel] if target == "sm_90" and up_to is None else []
+        tiles = next((tiles for widest, tiles in own if head_dim <= widest), _ATTENTION_TF32[kernel])
+        return tiles | {"PRECISION": "tf32" if tf32 else "tf32x3"}
     if itemsize == 4:
         rows = _ATTENTION_FLOAT_OWN.get((target, kernel), _ATTENTION_FLOAT[kernel])
+    elif up_to is not None and target.startswith("sm_"):
+        # The products of sm_100 begin at 128 rows: of two halves of them, small ones issue a quarter less.
+        rows = _ATTENTION_SHORT[32 if target == "sm_100" else up_to, kernel]
     else:
         rows = _ATTENTION_HALF[target, kernel]
-    return next(with_maps if maps else without for widest, without, with_maps in rows if head_dim <= widest)
+    tiles = next(with_maps if maps else without for widest, without, with_maps in rows if head_dim <= widest)
+    return tiles | {"PRECISION": "ieee"}
 
 
-def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool) -> Tiles:
-    """`attention_table` for qkv (tokens, 3, heads, head_dim), on the device it is on."""
-    shipped = attention_table(arch(qkv.device), kernel, qkv.element_size(), qkv.shape[3], maps)
-    return tuned_tiles(f"attention_{kernel}", qkv, qkv.shape[3], shipped, maps)
+def short_class(max_seqlen: int, planes: int = 1, processors: int = 1) -> int | None:
+    """Which of `SHORT` a launch of an attention kernel is up to, None for longer sequences: see `catalogue.Launch`.
+
+    Where long sequences are fewer programs of 128 rows than there are multiprocessors, smaller tiles make more of them.
+
+    Args:
+        max_seqlen: tokens of the longest sequence.
+        planes: heads of all sequences.
+        processors: how many multiprocessors there are; default, never more than programs.
+    """
+    if max_seqlen <= SHORT[-1] or planes * cdiv(max_seqlen, 128) < processors:
+        return next((up_to for up_to in SHORT if max_seqlen <= up_to), SHORT[-1])
+    return None
+
+
+def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool, max_seqlen: int, batch: int) -> Tiles:
+    """`attention_table` for qkv (tokens, 3, heads, head_dim), on the device it is on.
+
+    Args:
+        kernel, maps: as of `attention_table`.
+        max_seqlen, batch: tokens of the longest sequence, and sequences.
+    """
+    device, itemsize = qkv.device, qkv.element_size()
+    head_dim = int(qkv.shape[3])  # of a graph's symbol, the number
+    up_to = short_class(max_seqlen, batch * qkv.shape[2], multiprocessors(device))
+    tf32 = itemsize == 4 and allows_tf32()
+    shipped = attention_table(arch(device), kernel, itemsize, head_dim, maps, up_to, tf32)
+    return shipped | tuned_tiles(f"attention_{kernel}", qkv, head_dim, {}, maps, up_to, tf32)
 
 
 def relation_tiles(kernel: str, student: torch.Tensor, teacher: torch.Tensor) -> Tiles:
