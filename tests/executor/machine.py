@@ -32,6 +32,11 @@ class Code:
             self._blocks[number, whole] = translate(self.kernel, number, whole)
         return self._blocks[number, whole]
 
+    @property
+    def reached(self) -> set[int]:
+        """Numbers of the blocks that some thread has been in."""
+        return {number for number, _ in self._blocks}
+
     def with_block(self, number: int, block: list[Instruction]) -> "Code":
         """The same kernel with another block `number`; all the others are translated already."""
         blocks = [*self.kernel.blocks]
