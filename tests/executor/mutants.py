@@ -36,7 +36,7 @@ def _one(device: torch.device) -> int:
 #: past which nothing may be read.
 SIZES = (
     Sizes(ragged=(200, 70, 1), even=(133, 133), rows=70, vocabulary=97),
-    Sizes(ragged=(1, 70, 200), even=(9, 9), rows=9, vocabulary=97),
+    Sizes(ragged=(1, 70, 200), even=(9, 9), rows=37, vocabulary=97),
 )
 
 #: Programs of the kernels that loop over rows, and multiprocessors for those that loop over tiles: several trips each.
@@ -93,7 +93,7 @@ def _copies(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _poison(arguments: dict[str, Any]) -> None:
     """NaN in some rows, which no other row may read and no column past its end, and in what no id of a table names."""
-    for name in ("x_ptr", "residual_ptr", "dy_ptr", "normed_ptr"):
+    for name in ("x_ptr", "residual_ptr", "dy_ptr", "normed_ptr", "kept_ptr"):
         if isinstance(arguments.get(name), torch.Tensor):
             arguments[name][1::8] = torch.nan
     for ids, table in (("words", "word"), ("positions", "position"), ("token_types", "token_type")):
