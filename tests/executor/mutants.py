@@ -123,7 +123,8 @@ def record() -> dict[Code, list[Call]]:
         stack.enter_context(mock.patch.object(launching, "execute", recorded))
         for sizes in SIZES:
             seen: set[Code] = set()
-            column_sums((torch.randn(2 * sizes.rows, 96), [torch.float32]))
+            for dtype in (torch.float32, torch.bfloat16):
+                column_sums((torch.randn(2 * sizes.rows, 96), (dtype,)))
             for call in CALLS:
                 made = problem(call, sizes)
                 if sizes is SIZES[1] and call[0].kernel in ("attention_forward", "relation_forward"):
@@ -252,13 +253,13 @@ def main() -> None:
     words = sys.argv[1:] or [""]
     lines = []
     for code, calls in record().items():
-        right = [call.again(code) for call in calls]
-        for mutant in mutants(code):
-            if any(word in f"{code.kernel.name}, {mutant.kind}" for word in words):
-                noticed = outcome(calls, mutant, right)
-                reason = "" if noticed else harmless(code, calls, mutant, right)
-                lines.append((code.kernel.name, mutant.kind, mutant.place, noticed, reason))
-                print(json.dumps(lines[-1]), flush=True)
+        chosen = [m for m in mutants(code) if any(word in f"{code.kernel.name}, {m.kind}" for word in words)]
+        right = [call.again(code) for call in calls] if chosen else []
+        for mutant in chosen:
+            noticed = outcome(calls, mutant, right)
+            reason = "" if noticed else harmless(code, calls, mutant, right)
+            lines.append((code.kernel.name, mutant.kind, mutant.place, noticed, reason))
+            print(json.dumps(lines[-1]), flush=True)
     print(table(lines))
 
 
