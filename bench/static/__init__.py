@@ -1,4 +1,4 @@
-"""The static kernel report: what the kernels compile to on four targets, and the least time they can take.
+"""The static kernel report: what the kernels compile to on seven targets, and the least time they can take.
 
 Needs no GPU: `python -m bench.static`, or `make bench-static`.
 """

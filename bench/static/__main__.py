@@ -11,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastbert_kernels.catalogue import Tiles
 
-from . import baseline, execute
+from . import baseline, execute, fused
 from .alternatives import alternatives
 from .assembly import MachineCode, compile_all, require_compiler
-from .cases import DEVICES, LENGTHS, TARGETS, Case, cases, launch_tiles
+from .cases import BATCH, DEVICES, TARGETS, Case, cases, launch_tiles
 from .report import Report
 from .table import LEGEND, reasons, table
 
@@ -83,8 +83,8 @@ def main(
     losses, not_compared = _compare(shipped, write=write_baseline and not failures)
 
     console.print(table(reports, "What the kernels compile to", shipped if other_tiles else ()))
-    console.print(LEGEND.format(tokens=f"{sum(LENGTHS):,}", devices=", ".join(DEVICES[name] for name in targets)))
-    for line in reasons(reports):
+    console.print(LEGEND.format(batch="{} x {}".format(*BATCH), devices=", ".join(DEVICES[name] for name in targets)))
+    for line in [*reasons(reports), *(fused.line(r) for r in shipped if fused.is_estimated(r))]:
         console.print(line)
     if run:
         counted = execute.execute(chosen)
@@ -94,6 +94,8 @@ def main(
             console.print(line, markup=False, highlight=False)
     if not_compared:
         console.print(not_compared, style="yellow")
+    else:
+        console.print(f"compared with {baseline.FILE.name}, of Triton {triton.__version__}")
     for line in failures + losses:
         console.print(line, style="red", markup=False, highlight=False)
     if json_file is not None:

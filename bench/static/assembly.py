@@ -51,7 +51,7 @@ class MachineCode:
     own_dots: int
     """Those of them that run on tensor cores in the way of the target's own generation."""
     tensor_core: int
-    """HMMA (sm_80), HGMMA (sm_90), UTCHMMA (sm_100) or MFMA (gfx942)."""
+    """HGMMA (sm_90), UTCHMMA (sm_100), HMMA (other NVIDIA, and small products of these two) or MFMA (gfx942)."""
     async_copies: int
     """From global to shared memory: LDGSTS, UTMALDG and UBLKCP; on AMD loads straight to LDS."""
     wide_async: int
@@ -228,7 +228,7 @@ def _read_nvidia(compiled: Any) -> dict[str, Any]:
         jump=r"BRA\b.*\((\.L\w+)\)",
         end=r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?EXIT\b",
     )
-    tensor_core = {80: r"HMMA\b", 90: r"HGMMA\b"}.get(compiled.metadata.target.arch, r"UTC\w*MMA\b")
+    tensor_core = r"(?:HMMA|HGMMA|UTC\w*MMA)\b"
     async_copy = r"(?:LDGSTS|UTMALDG|UBLKCP)\b"
     return {
         "registers": resources["REG"],

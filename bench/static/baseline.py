@@ -1,4 +1,7 @@
-"""The committed baseline: what the representative cases compiled to when last accepted, and what may not get worse."""
+"""The committed baselines: what the representative cases compiled to when last accepted, and what may not get worse.
+
+There is one for each Triton that kernels were chosen with, in a file that the version's first two numbers name.
+"""
 
 import json
 from collections.abc import Collection
@@ -10,8 +13,17 @@ import triton
 from .cases import TARGETS, cases
 from .report import Report
 
-FILE = Path(__file__).parent / "baseline.json"
+FOLDER = Path(__file__).parent
 COMMAND = "python -m bench.static --write-baseline"
+
+
+def file_of(version: str) -> Path:
+    """The baseline of a version of Triton, which need not exist."""
+    return FOLDER / f"baseline-{'.'.join(version.split('.')[:2])}.json"
+
+
+#: That of the Triton that runs.
+FILE = file_of(triton.__version__)
 
 #: What may not fall, by its name in the file; of all else, only spills may not rise.
 _KEPT = {
@@ -63,7 +75,8 @@ def losses(reports: Collection[Report], file: Path = FILE) -> list[str]:
         RuntimeError: when there is no baseline, or it was compiled with another version of Triton.
     """
     if not file.exists():
-        raise RuntimeError(f"there is no baseline to compare with: {COMMAND}")
+        there = ", ".join(sorted(other.name for other in file.parent.glob("baseline-*.json")))
+        raise RuntimeError(f"there is no {file.name} to compare with, only {there or 'nothing'}: {COMMAND}")
     version, entries = read(file)
     if version != triton.__version__:
         raise RuntimeError(

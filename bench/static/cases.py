@@ -13,26 +13,38 @@ from fastbert.tuning.neighbours import shipped_tiles
 from fastbert.tuning.problems import COMPILED
 from fastbert_kernels import ACTIVATIONS, column_sums
 from fastbert_kernels.catalogue import KERNELS, Kernel, Launch, Tiles
+from fastbert_kernels.launch import row_multiple
 from fastbert_kernels.sequences import blocked_length
-from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, PARTIAL_SUMS
+from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, PARTIAL_SUMS, short_class
 
-from .limits import FEED_FORWARD, FLAGS, VOCABULARY, Cost, cost
+from .limits import FEED_FORWARD, FLAGS, PEAKS, VOCABULARY, Cost, cost
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
 #: The GPU of each target, a key of `limits.PEAKS`.
-DEVICES = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
+DEVICES = {
+    "sm_80": "A100",
+    "sm_86": "A10",
+    "sm_89": "L4",
+    "sm_90": "H200",
+    "sm_100": "B200",
+    "sm_120": "RTX 5090",
+    "gfx942": "MI300X",
+}
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HEAD_DIMS = (8, 32, 48, 64, 80, 96, 128)
 
-#: The size at which cases are costed: 32,768 tokens of BERT-base.
-LENGTHS = [512] * 64
+#: The size at which a case is costed where it names none: sequences, and tokens of each.
+BATCH = (64, 512)
 HEADS = 12
 
 #: The dtype of each pointer argument; None is the case's own. Absent tensors are never read: any dtype will do.
@@ -100,6 +112,8 @@ class Case:
     """The activation, for the kernels that have one."""
     aligned: bool = False
     """Whether tokens, heads and sequence lengths are multiples of 16."""
+    batch: tuple[int, int] = BATCH
+    """At what size it is costed, and the attention kernels' tiles chosen: sequences, and tokens of each."""
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.words}"
@@ -108,7 +122,8 @@ class Case:
     def words(self) -> str:
         """The configuration in words, the kernel's name left out."""
         words = [self.dtype, str(self.width), self.activation, "+".join(self.flags).lower()]
-        return " ".join([word for word in words if word] + ["aligned"] * self.aligned)
+        words += ["aligned" if self.aligned else None, None if self.batch == BATCH else "{}x{}".format(*self.batch)]
+        return " ".join([word for word in words if word])
 
     def matches(self, text: str) -> bool:
         """Whether each word of `text` is part of the kernel's name or begins one of the configuration's words."""
@@ -124,17 +139,27 @@ class Case:
     def launch(self) -> Launch:
         """What its tiles are chosen by."""
         maps = self.traits.attends and not {"BIAS", "PROBS", "DPROBS"}.isdisjoint(self.flags)
-        return Launch(self.kernel, DTYPES[self.dtype], self.width, maps)
+        up_to = None
+        if self.traits.op == "attention":  # a grid is over or under one wave on every GPU here alike
+            sequences, tokens = self.batch
+            up_to = short_class(tokens, sequences * HEADS, PEAKS["A100"].multiprocessors)
+        return Launch(self.kernel, DTYPES[self.dtype], self.width, maps, up_to)
 
     def order(self) -> tuple[Any, ...]:
         """Sorts cases by kernel, dtype and width."""
         return list(COMPILED).index(self.kernel), self.dtype, self.width, str(self)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence of a call."""
+        sequences, tokens = self.batch
+        return [tokens] * sequences
+
     def cost(self) -> Cost:
-        """What one call at `LENGTHS` must compute and move."""
+        """What one call must compute and move."""
         return cost(
             self.kernel,
-            lengths=LENGTHS,
+            lengths=self.lengths,
             heads=HEADS if self.traits.attends else 1,
             width=self.width,
             dtype=self.dtype,
@@ -147,12 +172,13 @@ class Case:
         return FEED_FORWARD * self.width, 3 * self.width, 3 * self.width
 
     def trips(self, tiles: Tiles) -> tuple[int, int]:
-        """Programs of one call at `LENGTHS`, and how often they go through their loop, all together."""
-        tokens, block_m, block_n = sum(LENGTHS), tiles["BLOCK_M"], tiles["BLOCK_N"]
+        """Programs of one call, and how often they go through their loop, all together."""
+        tokens, block_m, block_n = sum(self.lengths), tiles["BLOCK_M"], tiles["BLOCK_N"]
         if self.traits.attends:
             own, streamed = (block_n, block_m) if self.traits.by_columns else (block_m, block_n)
-            programs = [HEADS * -(-length // own) for length in LENGTHS]
-            return sum(programs), sum(p * -(-length // streamed) for p, length in zip(programs, LENGTHS, strict=True))
+            programs = [HEADS * -(-length // own) for length in self.lengths]
+            trips = zip(programs, self.lengths, strict=True)
+            return sum(programs), sum(p * -(-length // streamed) for p, length in trips)
         if self.traits.work == "product":  # counted by tile, as if each had a program of its own
             tiled = -(-tokens // block_m) * -(-FEED_FORWARD * self.width // block_n)
             return tiled, tiled * -(-self.width // tiles["BLOCK_K"])
@@ -179,11 +205,17 @@ def cases(full: bool) -> list[Case]:
 _PACKED = ("CU_SEQLENS", "ORDER")
 
 
-def _attention_cases(dtype: str, head_dim: int, *switches: str, aligned: bool = False) -> Iterator[Case]:
+#: Short sequences, as of sentences; and a batch that does not fill a GPU.
+_BATCHES = ((1092, 30), (256, 128), (1, 128))
+
+
+def _attention_cases(
+    dtype: str, head_dim: int, *switches: str, aligned: bool = False, batch: tuple[int, int] = BATCH
+) -> Iterator[Case]:
     """The three attention kernels; PROBS stands for probabilities asked for and, in the backward pass, used."""
     for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv"):
         flags = (flag.replace("PROBS", "PROBS" if kernel == "attention_forward" else "DPROBS") for flag in switches)
-        yield Case(kernel, dtype, head_dim, tuple(flags), aligned=aligned)
+        yield Case(kernel, dtype, head_dim, tuple(flags), aligned=aligned, batch=batch)
 
 
 def _relation_cases(dtype: str, dim: int, *flags: str, aligned: bool = False) -> Iterator[Case]:
@@ -195,6 +227,8 @@ def _representative_cases() -> Iterator[Case]:
     for head_dim in (64, 32):
         yield Case("attention_forward", "bfloat16", head_dim, _PACKED)
         yield from _attention_cases("bfloat16", head_dim, *_PACKED, "DROPOUT")
+    for batch in _BATCHES:
+        yield from _attention_cases("bfloat16", 64, *_PACKED, "DROPOUT", batch=batch)
     yield from _attention_cases("bfloat16", 64, *_PACKED, "DROPOUT", "PROBS")
     yield from _attention_cases("bfloat16", 64, "BIAS")
     yield from _attention_cases("bfloat16", 64, "KEY_SPANS", "DROPOUT")
@@ -215,6 +249,13 @@ def _representative_cases() -> Iterator[Case]:
     for hidden in (384, 768, 1024):
         yield from _feed_forward_cases("bfloat16", hidden, "gelu")
     yield Case("column_sums", "bfloat16", 768)
+    # A width of 8 mod 16, as TinyBERT has: its rows are multiples of 16 bytes too.
+    yield Case("add_layer_norm_forward", "bfloat16", 312, ("BIAS", "RESIDUAL", "DROPOUT", "NORMED"))
+    yield Case("add_layer_norm_backward", "bfloat16", 312, ("BIAS", "DROPOUT"))
+    yield Case("embed_forward", "bfloat16", 312, ("WORD_TABLE", "TOKEN_TYPES"))
+    yield Case("bias_activation_forward", "bfloat16", 312, ("BIAS",), activation="gelu")
+    yield Case("feed_forward_forward", "bfloat16", 312, activation="gelu")
+    yield Case("column_sums", "bfloat16", 312)
 
 
 def _feed_forward_cases(dtype: str, hidden: int, activation: str) -> Iterator[Case]:
@@ -236,8 +277,20 @@ _ROW_WIDTHS = (37, 384, 768, 1023, 1024, 4096)
 _TELLING = ((), ("DROPOUT",), ("PROBS",), ("BIAS", "HEAD_MASK", "DROPOUT", "PROBS"))
 
 
+def _short(batches: tuple[tuple[int, int], ...]) -> Iterator[Case]:
+    """The attention kernels' telling configurations of every dtype and head_dim, at other sizes than `BATCH`."""
+    for batch, dtype, head_dim, switches in itertools.product(batches, DTYPES, HEAD_DIMS, _TELLING):
+        packed = () if "BIAS" in switches else _PACKED
+        yield from _attention_cases(dtype, head_dim, *packed, *switches, batch=batch)
+    for batch, dtype, head_dim in itertools.product(batches, DTYPES, HEAD_DIMS):
+        yield from _attention_cases(dtype, head_dim, "KEY_SPANS", "HEAD_MASK", "DROPOUT", batch=batch)
+        flags = ("CU_SEQLENS", "COLUMNS", "BIAS", "HEAD_MASK", "DROPOUT", "PROBS")
+        yield from _attention_cases(dtype, head_dim, *flags, batch=batch)
+
+
 def _all_cases() -> Iterator[Case]:
     yield from _representative_cases()
+    yield from _short(((1092, 30), (546, 60)))
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
         # Every set of switches where registers are scarcest; elsewhere, and for the twin dtype, the telling ones.
         every = dtype == "bfloat16" and head_dim in (64, 128)
@@ -294,6 +347,7 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
     features = FEED_FORWARD * case.width if case.traits.work == "product" else case.width
     known |= dict(zip(("first_columns", "second_columns", "third_columns"), case.summed(), strict=True))
     known |= {"inner": case.width, "features": features, "ACTIVATION": case.activation}
+    known["ROW_MULTIPLE"] = row_multiple(case.width)
     known |= _SCALARS | _SIZES[case.aligned] | tiles
     for name, fixed in _POINTERS.items():
         known[name] = torch.empty(1, dtype=fixed or dtype, device="meta")

@@ -13,7 +13,7 @@ from rich.table import Table
 from fastbert.tuning.problems import Sizes, by_kernels, checked_problem, cotangents_of
 from fastbert_kernels.tuned import Launch
 
-from .cases import DTYPES, Case
+from .cases import BATCH, DTYPES, Case
 from .limits import Cost, cost
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def execute(cases: Collection[Case]) -> dict[Case, "Counters"]:
     counted: dict[Case, Counters] = {}
     known: dict[tuple[Launch, tuple[str, ...], bool], dict[str, Counters]] = {}
     for case in cases:
-        case = dataclasses.replace(case, flags=tuple(flag for flag in case.flags if flag not in _LEFT_OUT))
+        case = dataclasses.replace(case, flags=tuple(flag for flag in case.flags if flag not in _LEFT_OUT), batch=BATCH)
         call = _call(case)
         if call not in known:
             with executed(counted=True) as launches:
@@ -94,7 +94,7 @@ def table(counted: dict[Case, "Counters"]) -> Table:
         least = _least(case)
         moved = 32 * (loads.moved + stores.moved)
         cells = [f"{counters.pipes[pipe] / 1e3:.1f}" for pipe in PIPES]
-        cells.append(f"{counters.tensor_flops / least.flops:.2f}" if counters.products else "")
+        cells.append(f"{counters.tensor_flops / least.flops:.2f}" if counters.tensor_flops else "")
         cells += [f"{traffic.excess:.2f}" for traffic in (loads, stores, counters.total("shared"))]
         out.add_row(str(case), *cells, f"{moved / least.bytes:.2f}")
     return out

@@ -62,11 +62,15 @@ class Peaks:
 
 
 #: H200: matrix product and copy as measured on one. All else are the vendors' peaks, which no program reaches: data
-#: sheets of A100 SXM 80 GB, H200 SXM, HGX B200 (an eighth of its eight GPUs) and MI300X.
+#: sheets of A100 SXM 80 GB, A10, L4, H200 SXM, HGX B200 (an eighth of its eight GPUs) and MI300X, without sparsity, and
+#: the appendix of NVIDIA's RTX Blackwell architecture whitepaper (sums in float32, at half the rate on GeForce).
 PEAKS: dict[str, Peaks] = {
     "A100": Peaks(tensor=312e12, float32=19.5e12, copy=2.04e12, multiprocessors=108, clock=1.41e9),
+    "A10": Peaks(tensor=125e12, float32=31.2e12, copy=0.6e12, multiprocessors=72, clock=1.695e9),
+    "L4": Peaks(tensor=121e12, float32=30.3e12, copy=0.3e12, multiprocessors=58, clock=2.04e9),
     "H200": Peaks(tensor=790e12, float32=67e12, copy=4.3e12, multiprocessors=132, clock=1.98e9),
     "B200": Peaks(tensor=2250e12, float32=75e12, copy=8e12, multiprocessors=148, clock=1.965e9),
+    "RTX 5090": Peaks(tensor=209.5e12, float32=104.8e12, copy=1.792e12, multiprocessors=170, clock=2.407e9),
     "MI300X": Peaks(tensor=1307e12, float32=163e12, copy=5.3e12, multiprocessors=304, clock=2.1e9),
 }
 
@@ -79,17 +83,21 @@ class Floor(NamedTuple):
     """"compute", "bandwidth" or "exp"."""
 
 
-def floor(cost: Cost, peaks: Peaks, dtype: str) -> Floor:
+def floor(cost: Cost, peaks: Peaks, dtype: str, precision: str = "ieee") -> Floor:
     """The least time of a call: products, copies and exponentials overlap, so the slowest of the three.
 
     Args:
         cost: of the call.
         peaks: an entry of `PEAKS`, or measured rates.
         dtype: of the operands of the matrix products: a key of `ITEMSIZE`.
+        precision: of float32 products, as of `numerics.dot`. Tensor cores take TF32 at half the rate of two-byte
+            operands, and "tf32x3" makes three products of one.
     """
     _known("dtype", dtype, ITEMSIZE)
+    rates = {"ieee": peaks.float32, "tf32": peaks.tensor / 2, "tf32x3": peaks.tensor / 6}
+    _known("precision", precision, rates)
     seconds = {
-        "compute": cost.flops / (peaks.float32 if dtype == "float32" else peaks.tensor),
+        "compute": cost.flops / (rates[precision] if dtype == "float32" else peaks.tensor),
         "bandwidth": cost.bytes / peaks.copy,
         "exp": cost.exps / peaks.exps,
     }

@@ -27,10 +27,12 @@ class Multiprocessor:
     """Columns of tensor memory."""
 
 
-def _nvidia(shared: int, program_shared: int, tensor_memory: int = 0) -> Multiprocessor:
+def _nvidia(
+    shared: int, program_shared: int, warps: int = 64, programs: int = 32, tensor_memory: int = 0
+) -> Multiprocessor:
     return Multiprocessor(
-        warps=64,
-        programs=32,
+        warps=warps,
+        programs=programs,
         registers=65536 // 32,
         register_step=8,
         warp_step=4,
@@ -43,11 +45,14 @@ def _nvidia(shared: int, program_shared: int, tensor_memory: int = 0) -> Multipr
 
 
 #: CUDA C++ Programming Guide, technical specifications by compute capability; LLVM's AMDGPU usage guide for gfx942.
-#: Programs on sm_80 keep to the 99 KiB that the smaller GPUs of its family have, of the 163 of the first.
+#: Programs on sm_80 keep to the 99 KiB of those that take its tiles, of the 163 of its own.
 MULTIPROCESSORS: dict[str, Multiprocessor] = {
     "sm_80": _nvidia(164, 99),
+    "sm_86": _nvidia(100, 99, warps=48, programs=16),
+    "sm_89": _nvidia(100, 99, warps=48, programs=24),
     "sm_90": _nvidia(228, 227),
     "sm_100": _nvidia(228, 227, tensor_memory=512),
+    "sm_120": _nvidia(100, 99, warps=48, programs=24),
     "gfx942": Multiprocessor(
         warps=32,
         programs=16,

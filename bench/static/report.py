@@ -21,13 +21,14 @@ class Shortfall(NamedTuple):
 
 #: Why a kernel may fall short, by what the row says.
 REASONS = {
-    "float32": "its products are exact; tensor cores would round the operands to TF32",
+    "float32": "its products are exact, or in three parts by small ones: tensor cores would round the operands to TF32",
     "map's edge": "a map's tile may end at any of its two-byte elements; asynchronous copies take 4, 8 or 16 bytes",
     "gathered map": "elements of a map are found through an index, one by one",
     "gfx942 copies": "loads straight to LDS are 32 bits wide there; tiles come through registers",
     "after the product": "a tile is read when a product is done, while the multiprocessor's other program multiplies",
     "map's gradient": "a product starts from its tile, so that it is loaded to registers",
     "narrow rows": "a tile has fewer bytes for each thread than one access moves: 16, or 4 of an asynchronous copy",
+    "few rows": "tensor cores of the target's own kind take 64 rows and four warps; fewer multiply as on sm_80",
     "odd width": "rows that are no multiple of 16 bytes start anywhere, and so do their tiles",
 }
 
@@ -58,23 +59,29 @@ class Report:
 
     @property
     def floor(self) -> Floor:
-        """The least time at `cases.LENGTHS` on the target's GPU."""
-        return floor(self.case.cost(), PEAKS[DEVICES[self.target]], self.case.dtype)
+        """The least time of a call on the target's GPU."""
+        return self._floor(DEVICES[self.target])
+
+    def _floor(self, device: str) -> Floor:
+        return floor(self.case.cost(), PEAKS[device], self.case.dtype, self.tiles.get("PRECISION", "ieee"))
 
     @property
     def issue(self) -> float | None:
-        """Microseconds in which the target's GPU can issue the instructions of a call at `cases.LENGTHS`.
+        """Microseconds in which the target's GPU can issue the instructions of a call, at least those of a program.
 
-        Loops are counted once for each trip, what stands outside once for each program. NVIDIA multiprocessors issue
-        four instructions a clock; None for AMD, where kinds of instructions are issued side by side.
+        None for AMD, where kinds of instructions are issued side by side.
         """
-        if not self.nvidia:
-            return None
+        return self.issue_of(loops=True) if self.nvidia else None
+
+    def issue_of(self, loops: bool) -> float:
+        """The same with or without loops. What stands outside of them is counted once for each program, loops once for
+        each trip. NVIDIA multiprocessors issue four a clock, one of a warp."""
         programs, trips = self.case.trips(self.tiles)
         looped = sum(loop.code for loop in self.machine.loops)
-        issued = (programs * (self.machine.code - looped) + trips * looped) * self.tiles["num_warps"]
+        of_program = self.machine.code - looped + loops * trips / programs * looped
         peaks = PEAKS[DEVICES[self.target]]
-        return issued / (4 * peaks.multiprocessors * peaks.clock) * 1e6
+        of_one = max(1.0, programs / peaks.multiprocessors)
+        return of_program * max(1.0, of_one * self.tiles["num_warps"] / 4) / peaks.clock * 1e6
 
     def _is_narrow(self, size: int) -> bool:
         """Whether the smaller tile of rows that an attention kernel loads has under `size` bytes for each thread."""
@@ -83,6 +90,12 @@ class Report:
         rows = min(self.tiles["BLOCK_M"], self.tiles["BLOCK_N"])
         threads = TARGETS[self.target].warp_size * self.tiles["num_warps"]
         return rows * max(16, self.case.width) * ITEMSIZE[self.case.dtype] < size * threads
+
+    def _has_few_rows(self) -> bool:
+        """Whether an attention kernel's products are too small for the tensor-core instructions of a group of warps."""
+        rows = self.tiles["BLOCK_N" if self.case.traits.by_columns else "BLOCK_M"]
+        groups = self.target in ("sm_90", "sm_100") and self.case.traits.attends
+        return groups and (rows < 64 or self.tiles["num_warps"] < 4)
 
     def shortfalls(self) -> list[Shortfall]:
         """All in which this kernel falls short of what the report looks for."""
@@ -94,7 +107,10 @@ class Report:
         if self.nvidia and (machine.spills or machine.stack):
             found.append(Shortfall("spills", None))
         if machine.own_dots < machine.dots or (machine.dots and not machine.tensor_core):
-            found.append(Shortfall("products off the tensor cores", "float32" if case.dtype == "float32" else None))
+            why = "float32" if case.dtype == "float32" else "few rows" if self._has_few_rows() else None
+            found.append(
+                Shortfall("products off the tensor cores", why if machine.tensor_core or why == "float32" else None)
+            )
         odd = "odd width" if case.width * itemsize % 16 else None
         edge = None
         if "DPROBS" in flags:
@@ -132,7 +148,7 @@ class Report:
             **dataclasses.asdict(self),
             "occupancy": self.occupancy._asdict(),
             "cost": dataclasses.asdict(cost),
-            "floors": {name: floor(cost, peaks, self.case.dtype)._asdict() for name, peaks in PEAKS.items()},
+            "floors": {name: self._floor(name)._asdict() for name in PEAKS},
             "issue": self.issue,
             "shortfalls": [
                 shortfall._asdict() | {"because": REASONS.get(shortfall.why or "")} for shortfall in self.shortfalls()

@@ -37,7 +37,7 @@ LEGEND = (
     "tensor: tensor-core instructions; dots: products on the target's own tensor cores, of all. "
     "async: copies to shared memory; loops: those with asynchronous copies, of those that read. "
     "ld128, st128: accesses of 128 bits, of all. exp2, mufu: exponentials, all of the special-function units. "
-    "floor: the least time of a call with {tokens} tokens on {devices}, and what sets it; "
+    "floor: the least time of a call with {batch} tokens, or what the case names, on {devices}, and what sets it; "
     "issue: the time in which its instructions can be issued there."
 )
 

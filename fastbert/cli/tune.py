@@ -30,7 +30,7 @@ def tune(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    lengths: Annotated[str, typer.Option(help="Tokens of a sequence in the timed calls, with commas.")] = "128,512",
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence in the timed calls, with commas.")] = "30,128,512",
     tokens: Annotated[
         int,
         typer.Option(min=1, help="Tokens of a timed call; of feed-forward products the most, halved up to five times."),
@@ -41,6 +41,9 @@ def tune(
     ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Also launches with attention maps, and the kernels of distillation.")
+    ] = False,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="float32 as it runs where torch is told to allow TF32 in matrix products.")
     ] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Time for each timing, once seven rounds are done.")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cuda or cuda:N. Default: the first GPU.")] = None,
@@ -65,6 +68,7 @@ def tune(
         return
     chosen = _parse_lengths(lengths, tokens)
 
+    import torch
     from rich.console import Console
 
     from fastbert.inputs import InputError, load_config, parse_dtype
@@ -78,7 +82,9 @@ def tune(
             models = COMMON if model is None else (Widths.of(load_config(model)),)
     except InputError as error:
         fail(str(error))
-    todo = _choose(models, working, tuple(kernel or ()), full, dtype)
+    if tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    todo = _choose(models, working, tuple(kernel or ()), full, dtype, chosen)
     check_writable("FASTBERT_CACHE", path_of(kind(gpu)))
     console = Console(highlight=False)
     outcomes: list[Outcome | Choice] = []
@@ -94,12 +100,17 @@ def tune(
 
 
 def _choose(
-    models: "tuple[Widths, ...]", working: "torch.dtype", named: tuple[str, ...], full: bool, dtype: str
+    models: "tuple[Widths, ...]",
+    working: "torch.dtype",
+    named: tuple[str, ...],
+    full: bool,
+    dtype: str,
+    lengths: tuple[int, ...],
 ) -> "tuple[list[Launch], list[Product]]":
     """What to measure: launches and products of these models, whose names contain one of those named if there are."""
     from fastbert.tuning.launches import launches, products
 
-    todo = launches(models, working, full, named), products(models, working, named)
+    todo = launches(models, working, full, named, lengths), products(models, working, named)
     if not any(todo):
         there = [x.kernel for x in launches(models, working, full)] + [x.kernel for x in products(models, working)]
         more = "" if full else ", more with --full"
@@ -112,7 +123,7 @@ def _parse_lengths(text: str, tokens: int) -> tuple[int, ...]:
     try:
         lengths = tuple(int(part) for part in text.split(","))
     except ValueError:
-        fail(f"--lengths {text!r} are not whole numbers with commas between: write such as 128,512")
+        fail(f"--lengths {text!r} are not whole numbers with commas between: write such as 30,128,512")
     for length in lengths:
         if not 1 <= length <= tokens:
             fail(f"--lengths {text!r}: {length} is out of range: a call has {tokens} tokens (--tokens)")

@@ -13,7 +13,8 @@ from torch import nn
 
 from fastbert.batch.attend import Attend
 from fastbert.batch.batch import Batch, Inputs
-from fastbert.modules.model import EncoderModel, Outputs, Plan
+from fastbert.modules.call import Outputs, Plan
+from fastbert.modules.model import EncoderModel
 
 from .buckets import TOKENS, Bucket, choose_bucket
 from .recording import CudaRecorder, Recorder, Replayed, Watch, why_not_here, why_unrecordable

@@ -16,7 +16,7 @@ from fastbert.modules.look import forget
 from fastbert.modules.model import EncoderModel
 from fastbert.modules.swap import is_decoder
 from fastbert.notices import warn_once
-from fastbert_kernels.backend import check_mode, get_backend, why_no_kernels
+from fastbert_kernels.backend import allows_tf32, check_mode, get_backend, why_no_kernels
 
 from .buckets import Arrays, make_buckets
 
@@ -110,6 +110,7 @@ class Watch:
         """What a recording is made of besides."""
         return [
             self._bert.packing,
+            allows_tf32(),  # float32 attention's products, and cuBLAS's
             [a.watcher for a in self._attentions],
             [(m.__class__, m.training, *m._modules.values()) for m in self._modules],
             [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__) for m in self._called],
@@ -120,7 +121,7 @@ class Watch:
         return self.addresses() != self._then[0]
 
     def changed(self) -> bool:
-        """Whether a module was replaced, hooked, watched or put into another mode."""
+        """Whether a module was replaced, hooked, watched or put into another mode, or torch told of TF32."""
         return self.parts() != self._then[1]
 
 

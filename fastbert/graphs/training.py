@@ -15,7 +15,8 @@ from torch import nn
 from fastbert.batch.batch import UNLABELLED, Inputs, Padding
 from fastbert.batch.layout import Layout
 from fastbert.families import HEADS
-from fastbert.modules.model import EncoderModel, Plan
+from fastbert.modules.call import Plan
+from fastbert.modules.model import EncoderModel
 from fastbert_kernels.backend import check_same_device
 
 from .buckets import TOKENS, Bucket, choose_bucket

@@ -13,7 +13,8 @@ from torch import nn
 from fastbert.batch.batch import UNLABELLED
 from fastbert.notices import say_once, warn_once
 
-from .model import EncoderModel, Plan
+from .call import Plan
+from .model import EncoderModel
 from .strangers import why_mixes
 from .swap import FUSED, eager_semantics, fuse_modules, hugging_face_class, is_patched, own_config
 

@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,65 +17,15 @@ from fastbert_kernels import uses_triton
 from fastbert_kernels.backend import has_values
 
 from .attention import attends_fused
+from .call import Outputs, Plan, asked_for
 from .dropout import draw_seed
 from .explaining import Explanation, explain_encoder
 from .layer import FusedLayer
 from .look import strangers_in
 from .packing import Strangers, check_packing, find_strangers, is_captured, named_layers, why_kept, why_read
 from .readable import PATCHED, as_if_gathered, foreign_hooks, is_plain_embedding
-from .strangers import takes_ours, why_mixes, why_strange
+from .strangers import hooked_wrapper, takes_ours, unwrapped, why_mixes, why_strange
 from .swap import eager_semantics, fuse_modules, is_decoder, is_patched, own_config
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a call asks for besides the last hidden state.
-
-    Attributes:
-        maps, states: which layers' attentions, and which hidden states, 0 being the embeddings.
-        wants_maps, wants_states: whether the output has those tuples, which may be empty.
-        as_dict: not as a tuple.
-    """
-
-    maps: set[int]
-    states: set[int]
-    wants_maps: bool
-    wants_states: bool
-    as_dict: bool
-
-
-class Replay(Protocol):
-    """What may take the place of embeddings and layers: `graphs.inference.Graphed`."""
-
-    def takes(self, model: Any, inputs: Inputs, outputs: Outputs) -> bool:
-        """Whether a call may be replayed, as far as one sees before its batch is checked."""
-
-    def refuse(self, reason: str) -> None:
-        """Count a call that takes Hugging Face's own path."""
-
-    def replay(self, batch: Batch) -> torch.Tensor | None:
-        """`last_hidden_state` (batch, seq, hidden) of a packed batch, or None: it has to be computed."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a caller inside this package wants of a call.
-
-    Attributes:
-        replay: takes the place of embeddings and layers where it can.
-        labelled: bool (batch, seq), the rows of `last_hidden_state` that are handed out, as (rows, hidden).
-        pools_each: the pooler reads each sequence of a batch that its caller packed; a head that reads nothing else is
-            given their first rows, (sequences, 1, hidden), for some families' heads have the pooler in themselves.
-        reads: what of the output is read, one of `packing.READS`; None: what the model says of itself.
-        labels: int (batch, seq), of a caller that reads rows whose label is not -100.
-    """
-
-    replay: Replay | None = None
-    labelled: torch.Tensor | None = None
-    pools_each: bool = False
-    reads: str | None = None
-    labels: torch.Tensor | None = None
-
 
 #: What some families have not, and Hugging Face's models of those ignore.
 NOT_EVERYWHERE = ("token_type_ids", "encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values")
@@ -196,7 +145,7 @@ class EncoderModel(nn.Module):
         inputs = Inputs(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, head_mask, cache, packed
         )
-        outputs = self._outputs(output_attentions, output_hidden_states, return_dict)
+        outputs = asked_for(self.config, len(self.layers), output_attentions, output_hidden_states, return_dict)
         reason = self._leaves_fast_path(encoder_hidden_states, cache)
         if reason is not None:
             self._refuse_elsewhere(reason, plan, inputs)
@@ -305,19 +254,6 @@ class EncoderModel(nn.Module):
         """A family's output as Hugging Face gives it where no class is asked for."""
         return output.to_tuple()
 
-    def _outputs(self, attentions: Any, hidden_states: Any, return_dict: bool | None) -> Outputs:
-        """What a call asks for; what it does not say is the configuration's."""
-        attentions = self.config.output_attentions if attentions is None else attentions
-        hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
-        layers = len(self.layers)
-        return Outputs(
-            _selected(attentions, layers),
-            _selected(hidden_states, layers + 1),
-            bool(attentions),
-            bool(hidden_states),
-            getattr(self.config, "return_dict", True) if return_dict is None else return_dict,
-        )
-
     def _refuse_elsewhere(self, reason: str, plan: Plan, inputs: Inputs) -> None:
         """Say that a call takes Hugging Face's own path, unless something was asked for that only ours has."""
         if plan.labelled is not None:
@@ -373,7 +309,7 @@ class EncoderModel(nn.Module):
         """Why the last layer cannot compute first rows only."""
         if len(self.layers) == 0:
             return "there is none"
-        layer: Any = self.layers[-1]
+        layer: Any = unwrapped(self.layers[-1])
         if not (isinstance(layer, FusedLayer) and attends_fused(layer)):
             return f"it is not fused ({type(layer).__name__})"
         pooler = self._why_pooler_mixes()
@@ -383,6 +319,7 @@ class EncoderModel(nn.Module):
             return "distill.capture looks at it"
         where = f"{self.encoder_name}.layer.{len(self.layers) - 1}"
         found = [(f"{where}{name}", what) for name, what in strangers_in(layer)]
+        found += [(where, what) for what in [hooked_wrapper(self.layers[-1])] if what is not None]
         found += [(self.encoder_name, what) for what in [why_strange(self.encoder)] if what is not None]
         for name, what in found:
             return f"forward hooks on {name}" if "hooks" in what else f"{name} ({what}) may look at it"
@@ -424,7 +361,7 @@ class EncoderModel(nn.Module):
             return None
         if prefix_length(cache, len(self.layers)) is None:
             return "it was given a cache that is not one prefix a layer"
-        unfused = [i for i, layer in enumerate(self.layers) if not attends_fused(layer)]
+        unfused = [i for i, (_, layer) in enumerate(named_layers(self)) if not attends_fused(layer)]
         return f"it was given a cache, and attention is not fused in layers {unfused}" if unfused else None
 
     def _check_reentrant(self, outputs: Outputs, batch: Batch) -> None:
@@ -445,14 +382,6 @@ class EncoderModel(nn.Module):
                 "fastbert: reentrant gradient checkpointing detaches attentions, so no gradient will reach the model "
                 "through them: use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-
-
-def _selected(wanted: bool | int | Iterable[int] | None, count: int) -> set[int]:
-    """The indices an `output_*` argument selects among `count`; those out of range select nothing."""
-    if wanted is None or wanted is False or wanted is True:
-        return set(range(count)) if wanted else set()
-    indices = ([wanted] if wanted else []) if isinstance(wanted, int) else wanted
-    return {i % count for i in indices if -count <= i < count}
 
 
 def _first_rows(last: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .attention import self_attention
 from .look import strangers_in
-from .strangers import unwrapped, why_strange
+from .strangers import hooked_wrapper, unwrapped, why_strange
 
 #: What `packing` may be.
 PACKING = ("auto", True, False)
@@ -94,6 +94,10 @@ def find_strangers(model: Any) -> Iterator[tuple[str, str]]:
     for name, module in (*model.named_before_layers(), *named_layers(model)):
         for inner, what in strangers_in(module):
             yield f"{name}{inner}", what
+    for i, layer in enumerate(model.layers):
+        hooked = hooked_wrapper(layer)
+        if hooked is not None:
+            yield f"{model.encoder_name}.layer.{i}", hooked
     why = why_strange(model.encoder)
     if why is not None:
         yield model.encoder_name, why

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules import activation
 
 from .readable import all_are_watched, foreign_hooks, is_infrastructure
-from .swap import is_known_part, is_patched, ours_of
+from .swap import is_known_part, is_patched, ours_of, unsharded
 
 #: Where torch.compile, torch's checkpoint_wrapper and FSDP keep the layer that they stand in front of.
 _LAYER_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -35,11 +35,27 @@ _MIXING = (
 )  # fmt: skip
 
 
+def wrappers(layer: Any) -> Iterator[Any]:
+    """torch's wrappers before a layer, from the outside, and the layer itself."""
+    yield layer
+    if unsharded(type(layer)).__module__.startswith("torch."):
+        for name in _LAYER_WRAPPERS:
+            if hasattr(layer, name):
+                yield from wrappers(getattr(layer, name))
+                return
+
+
 def unwrapped(layer: Any) -> Any:
     """A layer without torch's wrappers before it."""
-    for wrapper in _LAYER_WRAPPERS:
-        layer = getattr(layer, wrapper, layer) if type(layer).__module__.startswith("torch.") else layer
-    return layer
+    *_, inner = wrappers(layer)
+    return inner
+
+
+def hooked_wrapper(layer: Any) -> str | None:
+    """What a wrapper before a layer is that someone has hooked, who then sees what goes into the layer and comes out of
+    it."""
+    *before, _ = wrappers(layer)
+    return next((f"{type(wrapper).__name__} with hooks" for wrapper in before if foreign_hooks(wrapper)), None)
 
 
 def takes_ours(module: nn.Module) -> bool:
@@ -103,6 +119,7 @@ def _is_replaced(module: nn.Module) -> bool:
 
 
 def _is_row_by_row(kind: type[nn.Module]) -> bool:
+    kind = unsharded(kind)
     if kind in _ROW_BY_ROW or kind.__module__.startswith(_LIBRARIES):
         return True
     return kind.__module__ == activation.__name__ and kind.__name__ not in _MIXING

@@ -62,11 +62,20 @@ def is_known_part(kind: type[nn.Module]) -> bool:
     return _PARTS.get(kind) is kind.forward
 
 
+def unsharded(kind: Any) -> Any:
+    """The class that torch derived a module's class from to shard or to replicate it, or that class itself.
+
+    By its bases: the module that torch's names is `abc` where the class is abstract, as that of a wrapper.
+    """
+    torchs, *theirs = kind.__bases__
+    derived = len(theirs) == 1 and torchs.__module__.startswith("torch.distributed.")
+    return theirs[0] if derived and kind.__name__.endswith(theirs[0].__name__) else kind
+
+
 def ours_of(kind: type) -> type[nn.Module] | None:
     """The family's class that a class is, or that FSDP2 derives it from; what a user derives from one is not ours."""
-    if kind in _OURS or not kind.__module__.startswith("torch.distributed."):
-        return kind if kind in _OURS else None
-    return next((base for base in kind.__bases__ if base in _OURS), None)
+    kind = unsharded(kind)
+    return kind if kind in _OURS else None
 
 
 def model_class(encoder: nn.Module) -> type[Any]:

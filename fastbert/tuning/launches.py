@@ -1,5 +1,6 @@
 """Which launches a model makes."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,11 @@ from transformers.activations import ACT2FN
 
 from fastbert.families import activation_name, intermediate_size
 from fastbert.modules.feed_forward import KERNEL_ACTIVATIONS
+from fastbert_kernels.backend import allows_tf32
 from fastbert_kernels.catalogue import FUSED, KERNELS, TUNABLE, Launch, Product
-from fastbert_kernels.tiles import feed_forward_fusible
+from fastbert_kernels.tiles import feed_forward_fusible, short_class
+
+from .problems import Sizes
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,19 @@ class Widths:
 COMMON = (Widths(768, 3072, 64), Widths(1024, 4096, 64), Widths(384, 1536, 32))
 
 
-def launches(models: tuple[Widths, ...], dtype: torch.dtype, full: bool, named: tuple[str, ...] = ()) -> list[Launch]:
-    """The launches of models, each once, kernel by kernel.
+def launches(
+    models: tuple[Widths, ...],
+    dtype: torch.dtype,
+    full: bool,
+    named: tuple[str, ...] = (),
+    lengths: tuple[int, ...] = Sizes.lengths,
+) -> list[Launch]:
+    """The launches of models, each once, kernel by kernel: float32 attention's with TF32 where torch allows it.
 
     Args:
         full: also those that read or write attention maps, and the relation kernels of distillation.
         named: only kernels whose names have one of these words in them; default all.
+        lengths: tokens of the sequences: attention kernels have a launch for each class of them.
     """
     found = []
     for name in TUNABLE:
@@ -57,9 +68,12 @@ def launches(models: tuple[Widths, ...], dtype: torch.dtype, full: bool, named: 
             if kernel.op == "feed_forward" and not model.fusible(dtype):
                 continue
             width = getattr(model, kernel.width)
-            found.append(Launch(name, dtype, width))
-            if full and kernel.op == "attention":
-                found.append(Launch(name, dtype, width, maps=True))
+            if kernel.op != "attention":
+                found.append(Launch(name, dtype, width))
+                continue
+            tf32 = dtype == torch.float32 and allows_tf32()
+            for maps, length in itertools.product((False, True) if full else (False,), sorted(lengths)):
+                found.append(Launch(name, dtype, width, maps, short_class(length), tf32))
     return list(dict.fromkeys(found))
 
 

@@ -19,7 +19,7 @@ def shipped_tiles(launch: Launch, target: str) -> Tiles:
     """What the package's own tables say for a launch on a target that `backend.arch` names."""
     kernel, itemsize = launch.traits, launch.dtype.itemsize
     if kernel.op == "attention":
-        return attention_table(target, kernel.step, itemsize, launch.width, launch.maps)
+        return attention_table(target, kernel.step, itemsize, launch.width, launch.maps, launch.up_to, launch.tf32)
     if kernel.op == "relation":
         return relation_table(target, kernel.step, itemsize, launch.width)
     if kernel.op == "feed_forward":
@@ -45,6 +45,7 @@ def _all(launch: Launch, target: str, shipped: Tiles) -> Iterator[Tiles]:
     shapes = itertools.product(*sides, _around(shipped["num_warps"], 1, 16), [shipped["num_stages"]])
     stages = [shipped["num_stages"] - 1, shipped["num_stages"] + 1] if kernel.multiplies else []
     by_groups = kernel.multiplies and launch.dtype.itemsize == 2 and target in ("sm_90", "sm_100")
+    by_groups = by_groups and launch.up_to is None  # short sequences do not fill the rows of such a product
     kept = [shipped["BLOCK_M"], shipped["BLOCK_N"], shipped["num_warps"]]
     for block_m, block_n, num_warps, num_stages in [*shapes, *((*kept, stage) for stage in stages if stage > 0)]:
         rows = block_n if kernel.by_columns else block_m  # scores are transposed where a program keeps columns

@@ -38,7 +38,7 @@ from fastbert_kernels.feed_forward_kernels import feed_forward_backward, feed_fo
 from fastbert_kernels.layer_norm import _add_layer_norm_backward, _add_layer_norm_forward
 from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
 from fastbert_kernels.sequences import key_spans
-from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS
+from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, short_class
 
 Switches = tuple[str, ...]
 Op = Callable[..., tuple[Tensor, ...]]
@@ -82,7 +82,7 @@ class Sizes:
         vocabulary: rows of the word table.
     """
 
-    lengths: tuple[int, ...] = (128, 512)
+    lengths: tuple[int, ...] = (30, 128, 512)
     tokens: int = 32768
     heads: int = 12
     ragged: tuple[int, ...] = (1, 63, 64, 65, 257)
@@ -119,6 +119,15 @@ class _ProblemParts:
     rows: int
     vocabulary: int
     device: torch.device
+
+
+def lengths_of(launch: Launch, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the lengths that a launch is timed at."""
+    if not launch.traits.attends:
+        return lengths[:1]
+    if launch.traits.op != "attention":
+        return lengths
+    return tuple(length for length in lengths if short_class(length) == launch.up_to)
 
 
 def timed_switches(launch: Launch) -> list[Switches]:

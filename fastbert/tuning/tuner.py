@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastbert.benchmark.timing import Run, Times, interleaved
 from fastbert_kernels.backend import arch
-from fastbert_kernels.catalogue import Launch, Tiles, dtype_name
+from fastbert_kernels.catalogue import SHORT, Launch, Tiles, dtype_name
 from fastbert_kernels.tuned import Table, in_force
 
 from .neighbours import neighbours, shipped_tiles
@@ -25,6 +25,7 @@ from .problems import (
     by_kernels,
     checked_problem,
     cotangents_of,
+    lengths_of,
     timed_problem,
     timed_switches,
 )
@@ -40,6 +41,9 @@ FLOOR = 1e-5
 
 #: In units of the dtype's rounding: an error of the shipped tiles that is no rounding any more.
 _ROUNDINGS = 16
+
+#: The rounding of TF32.
+_TF32_EPS = 2.0**-10
 
 #: How many of those that led the first round are tried in the second.
 _LEADERS = 3
@@ -107,6 +111,8 @@ class Outcome:
             "dtype": dtype_name(self.launch.dtype),
             "width": self.launch.width,
             "maps": self.launch.maps,
+            "up_to": self.launch.up_to,
+            "tf32": self.launch.tf32,
             "tiles": self.best,
             "shipped": self.shipped,
             "date": now(),
@@ -236,7 +242,9 @@ class _Subject:
 
     def _under(self, tiles: Tiles) -> Any:
         """A block in which this launch has these tiles, the others what the table says, or else the shipped."""
-        return in_force(self.device, self.table | {self.launch: tiles})
+        # A checked call is small: whatever class of lengths its grid is in, it has these tiles.
+        classes = [self.launch._replace(up_to=up_to) for up_to in (*SHORT, None)]
+        return in_force(self.device, self.table | dict.fromkeys(classes, tiles))
 
     def _problem(self, tiles: Tiles, calls: list[Switches]) -> str | None:
         """Why tiles cannot be used, None when they can."""
@@ -274,7 +282,8 @@ class _Subject:
             truth = results_of(problem, truth=True)
             with self._under(self.shipped):
                 errors = errors_of(results_of(problem, truth=False), truth)
-            limit = max(_ROUNDINGS * torch.finfo(self.launch.dtype).eps, 1e-4)
+            rounding = _TF32_EPS if self.launch.tf32 else torch.finfo(self.launch.dtype).eps
+            limit = max(_ROUNDINGS * rounding, 1e-4)
             if not all(error <= limit for error in errors):
                 raise ValueError(f"wrong with {_named(on)}: the error of the shipped tiles is {max(errors):.1e}")
             self._truths[on] = truth, [2 * error + FLOOR for error in errors]
@@ -283,7 +292,7 @@ class _Subject:
     def _times(self, others: list[Tiles], outcome: Outcome) -> dict[str, list[Shape]]:
         """Times of each of these tiles in every shape. One that fails is left out, and told in the outcome."""
         found: dict[str, list[Shape]] = {words(tiles): [] for tiles in others}
-        lengths = self.sizes.lengths if self.launch.traits.attends else self.sizes.lengths[:1]
+        lengths = lengths_of(self.launch, self.sizes.lengths)
         for on in timed_switches(self.launch):
             for length in lengths:
                 problem = timed_problem(self.launch, on, length, self.sizes, self.device)

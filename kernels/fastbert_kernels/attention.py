@@ -57,8 +57,8 @@ def _common_arguments(
         "bias_row_stride": strides[2],
         "masked_below": 0.0 if bias is None else reference.masked_below(bias.dtype),
         "scale": scale,
-        "HEAD_DIM": qkv.shape[3],
-        "BLOCK_D": block_width(qkv.shape[3]),
+        "HEAD_DIM": int(qkv.shape[3]),  # of a graph's symbol, the number
+        "BLOCK_D": block_width(int(qkv.shape[3])),
         "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_COLUMNS": columns is not None,
         "HAS_ORDER": order is not None,
@@ -130,8 +130,9 @@ def _forward(
         qkv, cu_seqlens, columns, order, bias, key_spans, head_mask, seed, dropout_p, stream, max_seqlen, probs_seq,
         scale,
     )  # fmt: skip
-    tiles = attention_tiles("forward", qkv, _moves_maps(bias, key_spans, probs_seq))
-    grid = (cdiv(max(max_seqlen, probs_seq), tiles["BLOCK_M"]) * heads * batch,)
+    longest = max(max_seqlen, probs_seq)
+    tiles = attention_tiles("forward", qkv, _moves_maps(bias, key_spans, probs_seq), longest, batch)
+    grid = (cdiv(longest, tiles["BLOCK_M"]) * heads * batch,)
     if grid[0] > 0:
         wrap_triton(attention_forward)[grid](
             qkv_ptr=qkv, out_ptr=out, stats_ptr=stats, probs_ptr=probs, HAS_PROBS=probs_seq > 0, **arguments, **tiles
@@ -215,9 +216,9 @@ def _backward(
         "HAS_WHOLE_DPROBS": whole,
     }
     maps = _moves_maps(bias, key_spans, probs_seq)
-    tiles = attention_tiles("backward_dq", qkv, maps)
+    tiles = attention_tiles("backward_dq", qkv, maps, max_seqlen, batch)
     blocks = cdiv(max_seqlen, tiles["BLOCK_M"])
-    delta = torch.empty_like(stats[0])
+    delta = torch.empty_like(stats)
     dqkv = torch.empty_like(qkv)
     if head_mask is None:
         dhead_mask = partials = qkv.new_empty(0)
@@ -233,7 +234,7 @@ def _backward(
             **arguments,
             **tiles,
         )
-        tiles = attention_tiles("backward_dkv", qkv, maps)
+        tiles = attention_tiles("backward_dkv", qkv, maps, max_seqlen, batch)
         blocks = cdiv(max_seqlen, tiles["BLOCK_N"])
         wrap_triton(attention_backward_dkv)[(blocks * heads * batch,)](
             delta_ptr=delta, dqkv_ptr=dqkv, **arguments, **tiles

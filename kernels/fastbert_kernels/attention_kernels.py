@@ -9,7 +9,7 @@ that was given to it would be taken for written and cloned.
 
 from .language import tl, triton
 from .numerics import LOG2E, MASKED, cast, dot, dropout_keep_map
-from .score_tiles import bias_tile, load_heads, probs_offsets, seen_keys, softmax_tile, store_heads
+from .score_tiles import bias_tile, load_heads, probs_offsets, row_lanes, seen_keys, softmax_tile, store_heads
 from .tiles import LOAD_STAGES
 
 
@@ -42,6 +42,7 @@ def attention_forward(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products, see `numerics.dot`
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -106,7 +107,7 @@ def attention_forward(
     for col_start in tl.range(0, keys_read, BLOCK_N, num_stages=stages):
         cols = col_start + tl.arange(0, BLOCK_N)
         k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION)
         if HAS_BIAS:
             s = s * scale_log2 + bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
         seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
@@ -120,7 +121,7 @@ def attention_forward(
                 keep = dropout_keep_map(seed_ptr, site, plane, row_start, col_start, keep_threshold, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             v = load_heads(v_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-            acc = dot(cast(p, v.dtype), v, acc * rescale[:, None])
+            acc = dot(cast(p, v.dtype), v, acc * rescale[:, None], PRECISION)
         row_max = new_max
 
     factor = 1.0
@@ -142,7 +143,7 @@ def attention_forward(
         for col_start in tl.range(0, cols_end, BLOCK_N, num_stages=LOAD_STAGES):
             cols = col_start + tl.arange(0, BLOCK_N)
             k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * scale_log2
             if HAS_BIAS:
                 s += bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
             seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
@@ -162,7 +163,7 @@ def attention_forward(
                 written = (rows[:, None] < probs_seq) & (cols[None, :] < probs_seq)
             tl.store(probs_ptr + offsets, cast(p * row_scale[:, None], probs_ptr.dtype.element_ty), mask=written)
             v = load_heads(v_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-            acc = dot(cast(p, v.dtype), v, acc)
+            acc = dot(cast(p, v.dtype), v, acc, PRECISION)
     out_ptr += start * heads * HEAD_DIM + h * HEAD_DIM
     store_heads(out_ptr, acc * row_scale[:, None], rows, heads * HEAD_DIM, length, HEAD_DIM, BLOCK_D)
     stats_ptr += h.to(tl.int64) * tokens + start
@@ -177,7 +178,7 @@ def attention_backward_dq(
     qkv_ptr,  # (tokens, 3, heads, HEAD_DIM)
     out_ptr,  # (tokens, heads, HEAD_DIM)
     stats_ptr,  # (2, heads, tokens) float32, from the forward pass
-    delta_ptr,  # (heads, tokens) float32, written here and read by attention_backward_dkv
+    delta_ptr,  # (2, heads, tokens) float32, and without HAS_BIAS the log-sum-exps: for attention_backward_dkv
     dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the query third is written
     dhead_mask_ptr,  # (heads, batch, blocks) float32 partial sums; unused without HAS_HEAD_MASK
     cu_seqlens_ptr,  # as in attention_forward, and so on
@@ -204,6 +205,7 @@ def attention_backward_dq(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products, see `numerics.dot`
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -275,7 +277,7 @@ def attention_backward_dq(
         for col_start in range(0, key_end, BLOCK_N):
             cols = col_start + tl.arange(0, BLOCK_N)
             k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+            s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * scale_log2
             if HAS_BIAS:
                 s += bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
             seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
@@ -292,13 +294,16 @@ def attention_backward_dq(
             dprobs = tl.load(dprobs_ptr + offsets, mask=valid, other=0.0)
             delta += tl.sum(p * dprobs.to(tl.float32), axis=1)
     tl.store(delta_ptr + row_offset, delta, mask=rows < length)
+    if not HAS_BIAS:
+        lse_offset = tl.cast(heads, tl.int64) * tokens + row_offset
+        tl.store(delta_ptr + lse_offset, row_max + log_sum, mask=rows < length)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     dhead_mask = tl.zeros([BLOCK_M], dtype=tl.float32)
     for col_start in range(0, key_end, BLOCK_N):
         cols = col_start + tl.arange(0, BLOCK_N)
         k = load_heads(k_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)) * scale_log2
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION) * scale_log2
         if HAS_BIAS:
             s += bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below)
         seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
@@ -307,7 +312,7 @@ def attention_backward_dq(
         dp = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         if not HAS_WHOLE_DPROBS:
             v = load_heads(v_ptr, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
-            dp = dot(dout, tl.trans(v), dp)
+            dp = dot(dout, tl.trans(v), dp, PRECISION)
         if HAS_DPROBS:
             map_rows, map_cols = rows, cols
             if HAS_COLUMNS:
@@ -323,7 +328,7 @@ def attention_backward_dq(
             dhead_mask += tl.sum(p * dp, axis=1)
             dp *= g
         ds = p * (dp - delta[:, None])
-        dq = dot(cast(ds, k.dtype), k, dq)
+        dq = dot(cast(ds, k.dtype), k, dq, PRECISION)
     dqkv_ptr += start * row_stride + h * HEAD_DIM
     store_heads(dqkv_ptr, dq * scale, rows, row_stride, length, HEAD_DIM, BLOCK_D)
     if HAS_HEAD_MASK:
@@ -362,6 +367,7 @@ def attention_backward_dkv(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products, see `numerics.dot`
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -419,6 +425,7 @@ def attention_backward_dkv(
     max_ptr = stats_ptr + h.to(tl.int64) * tokens + start
     sum_ptr = max_ptr + tl.cast(heads, tl.int64) * tokens
     delta_ptr += h.to(tl.int64) * tokens + start
+    lse_ptr = delta_ptr + tl.cast(heads, tl.int64) * tokens
     factor = 1.0
     if HAS_DROPOUT:
         factor = keep_scale
@@ -429,23 +436,27 @@ def attention_backward_dkv(
     v = load_heads(qkv_ptr + 2 * third, cols, row_stride, key_end, HEAD_DIM, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    lanes = row_lanes(BLOCK_M)
     for row_start in range(0, rows_read, BLOCK_M):
         rows = row_start + tl.arange(0, BLOCK_M)
+        vector_rows = row_start + lanes
+        inside = vector_rows < length
         q = load_heads(qkv_ptr, rows, row_stride, length, HEAD_DIM, BLOCK_D)
         dout = load_heads(dout_ptr, rows, third, length, HEAD_DIM, BLOCK_D)
-        row_max = tl.load(max_ptr + rows, mask=rows < length, other=0.0)
-        log_sum = tl.load(sum_ptr + rows, mask=rows < length, other=0.0)
-        delta = tl.load(delta_ptr + rows, mask=rows < length, other=0.0)
-        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)) * scale_log2
+        delta = tl.load(delta_ptr + vector_rows, mask=inside, other=0.0)
+        s = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32), PRECISION) * scale_log2
         if HAS_BIAS:
             s += tl.trans(bias_tile(bias_ptr, rows, cols, bias_row_stride, length, masked_below))
             # The maximum of a row with no visible key would swallow the logarithm.
+            row_max = tl.load(max_ptr + vector_rows, mask=inside, other=0.0)
+            log_sum = tl.load(sum_ptr + vector_rows, mask=inside, other=0.0)
             p = tl.exp2(s - row_max[None, :] - log_sum[None, :])
         else:
-            p = tl.exp2(s - (row_max + log_sum)[None, :])
+            lse = tl.load(lse_ptr + vector_rows, mask=inside, other=0.0)
+            p = tl.exp2(s - lse[None, :])
         dp = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if not HAS_WHOLE_DPROBS:
-            dp = dot(v, tl.trans(dout), dp)
+            dp = dot(v, tl.trans(dout), dp, PRECISION)
         if HAS_DPROBS:
             map_rows, map_cols = rows, cols
             if HAS_COLUMNS:
@@ -462,9 +473,9 @@ def attention_backward_dkv(
             )
             p_out = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp, 0.0)
-        dv = dot(cast(p_out, dout.dtype), dout, dv)
+        dv = dot(cast(p_out, dout.dtype), dout, dv, PRECISION)
         ds = p * (dp * factor - delta[None, :])
-        dk = dot(cast(ds, q.dtype), q, dk)
+        dk = dot(cast(ds, q.dtype), q, dk, PRECISION)
     if HAS_KEY_SPANS:
         seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
         dk = tl.where(seen[:, None], dk, 0.0)

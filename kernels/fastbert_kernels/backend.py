@@ -218,6 +218,11 @@ def has_values(x: torch.Tensor) -> bool:
     return not (x.is_meta or isinstance(x, FakeTensor) or any(_get_dispatch_mode(mode) is not None for mode in modes))
 
 
+def allows_tf32() -> bool:
+    """Whether torch was told that a GPU may round the operands of float32 products to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def check_mode() -> bool:
     """Whether `FASTBERT_CHECK=1` asks for the checks that cost a device synchronisation (ids in range, lengths)."""
     return os.environ.get("FASTBERT_CHECK", "0") == "1"
@@ -239,17 +244,22 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     raise ValueError(f"{op} needs every tensor on one device, got {listing}: move them with .to(device)")
 
 
+#: What CUDA GPUs have a row for, by compute capability; others take that of the nearest smaller one.
+_CUDA_ARCHES = {
+    (8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90", (10, 0): "sm_100", (12, 0): "sm_120",
+}  # fmt: skip
+
+
 @functools.cache
 def arch(device: torch.device) -> str:
-    """The row of the tile tables for a device: `"sm_80"`, `"sm_90"`, `"sm_100"`, `"gfx942"` or `"interpreter"`.
+    """The target of the tile tables for a device: one of `"sm_80"`, `"sm_86"`, `"sm_89"`, `"sm_90"`, `"sm_100"`,
+    `"sm_120"`, `"gfx942"`, or `"interpreter"`.
 
-    GPUs without a row of their own take that of the nearest smaller one: tiles that fit there fit here.
+    GPUs that are none of these are taken for the nearest smaller one: tiles that fit there fit here.
     """
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    if major in (10, 11):
-        return "sm_100"
-    return "sm_90" if major == 9 else "sm_80"
+    capability = torch.cuda.get_device_capability(device)
+    return _CUDA_ARCHES[max(known for known in _CUDA_ARCHES if known <= capability)]

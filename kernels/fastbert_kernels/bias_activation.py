@@ -13,9 +13,9 @@ from .backend import check_same_device, uses_triton
 from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
 from .language import tl, triton
-from .launch import cdiv, forbid_double_backward, is_watched, register_op, wrap_triton
+from .launch import cdiv, forbid_double_backward, is_watched, register_op, row_multiple, wrap_triton
 from .numerics import activation as apply_activation
-from .numerics import activation_grad, load_rows, load_vector, store_rows, store_vector
+from .numerics import activation_grad, known_multiple, load_rows, load_vector, store_rows, store_vector
 from .tiles import LOAD_STAGES, column_tiles
 from .tuned import tuned_tiles
 
@@ -34,10 +34,12 @@ def _bias_activation_forward(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_MULTIPLE: tl.constexpr,  # see launch.row_multiple
     HAS_BIAS: tl.constexpr,
     HAS_THEN: tl.constexpr,
 ):
     """One program: one tile."""
+    features = known_multiple(features, ROW_MULTIPLE)
     col_blocks = tl.cdiv(features, BLOCK_N)
     rows = (tl.program_id(0) // col_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = (tl.program_id(0) % col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -64,10 +66,12 @@ def _bias_activation_backward(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_MULTIPLE: tl.constexpr,  # see launch.row_multiple
     HAS_BIAS: tl.constexpr,
     HAS_Y: tl.constexpr,
 ):
     """One program: BLOCK_N columns of every num_programs(1)-th block of BLOCK_M rows."""
+    features = known_multiple(features, ROW_MULTIPLE)
     program = tl.program_id(1)
     programs = tl.num_programs(1)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -117,6 +121,7 @@ def _forward(
             then_bias_ptr=then_bias,
             count=count,
             features=features,
+            ROW_MULTIPLE=row_multiple(features),
             ACTIVATION=activation,
             HAS_BIAS=bias is not None,
             HAS_THEN=keep and bias is not None,
@@ -155,6 +160,7 @@ def _launch_backward(
         partials_ptr=partials,
         count=count,
         features=features,
+        ROW_MULTIPLE=row_multiple(features),
         ACTIVATION=activation,
         HAS_BIAS=then_bias is not None,
         HAS_Y=again,

@@ -77,6 +77,10 @@ TUNABLE = tuple(kernel.name for kernel in _ALL if kernel.work != "sums")
 FUSED = "feed_forward_fused"
 
 
+#: Sequences up to so long have tiles of their own in the attention kernels: a tile made for long ones is mostly empty.
+SHORT = (32, 64)
+
+
 class Launch(NamedTuple):
     """What tiles are chosen by.
 
@@ -85,12 +89,17 @@ class Launch(NamedTuple):
         dtype: of the activations, or of a backward pass's incoming gradient.
         width: what `Kernel.width` says.
         maps: whether an attention kernel reads or writes (seq, seq) planes.
+        up_to: one of `SHORT`: an attention kernel's sequences are at most so long, or its grid so small that it takes
+            tiles as if they were. None: they are longer, or the kernel has none.
+        tf32: whether torch lets an attention kernel round the operands of its float32 products to TF32.
     """
 
     kernel: str
     dtype: torch.dtype
     width: int
     maps: bool = False
+    up_to: int | None = None
+    tf32: bool = False
 
     @property
     def traits(self) -> Kernel:
@@ -98,7 +107,10 @@ class Launch(NamedTuple):
         return KERNELS[self.kernel]
 
     def __str__(self) -> str:
-        return f"{self.kernel} {dtype_name(self.dtype)} {self.width}{' with maps' if self.maps else ''}"
+        maps = " with maps" if self.maps else ""
+        short = "" if self.up_to is None else f" up to {self.up_to} tokens"
+        tf32 = " in TF32" if self.tf32 else ""
+        return f"{self.kernel} {dtype_name(self.dtype)}{tf32} {self.width}{maps}{short}"
 
 
 class Product(NamedTuple):

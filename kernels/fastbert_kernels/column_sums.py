@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 import torch
 
 from .language import tl, triton
-from .launch import cdiv, forbid_double_backward, register_op, wrap_triton
-from .numerics import cast
+from .launch import cdiv, forbid_double_backward, register_op, row_multiple, wrap_triton
+from .numerics import cast, known_multiple
 from .tiles import LOAD_STAGES, PARTIAL_SUMS
 
 #: Of one kernel: its partial sums (rows, columns), float32, and the dtypes of the vectors that lie beside each other in
@@ -48,6 +48,7 @@ def _column_sums(
     third_columns,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_MULTIPLE: tl.constexpr,  # see launch.row_multiple
 ):
     """One program: BLOCK_N columns of one of the three."""
     block = tl.program_id(0)
@@ -61,6 +62,7 @@ def _column_sums(
         block -= first_blocks
         partials_ptr, rows, columns = second_ptr, second_rows, second_columns
         out_ptr += first_columns
+    columns = known_multiple(columns, ROW_MULTIPLE)
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for row_start in tl.range(0, rows, BLOCK_M, num_stages=LOAD_STAGES):
@@ -103,6 +105,7 @@ def _sums(
         first_columns=columns1,
         second_columns=columns2,
         third_columns=columns3,
+        ROW_MULTIPLE=row_multiple(columns1, columns2, columns3),
         **TILES,
     )
     return out

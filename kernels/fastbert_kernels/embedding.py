@@ -14,9 +14,9 @@ from .backend import check_mode, check_same_device, has_values, uses_triton
 from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
 from .language import tl, triton
-from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, wrap_triton
+from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, row_multiple, wrap_triton
 from .layer_norm import MAX_FEATURES, normalize, normalize_backward
-from .numerics import dropout_keep, load_rows, load_vector, store_rows
+from .numerics import dropout_keep, known_multiple, load_rows, load_vector, store_rows
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
 
@@ -72,12 +72,14 @@ def _embed_forward(
     keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_MULTIPLE: tl.constexpr,  # see launch.row_multiple
     HAS_WORD_TABLE: tl.constexpr,
     HAS_TOKEN_TYPES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_NORMED: tl.constexpr,
 ):
     """One program: BLOCK_M tokens."""
+    features = known_multiple(features, ROW_MULTIPLE)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     z = _embedding_sum(
@@ -112,9 +114,11 @@ def _embed_backward(
     keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_MULTIPLE: tl.constexpr,  # see launch.row_multiple
     HAS_DROPOUT: tl.constexpr,
 ):
     """One program: every num_programs-th block of BLOCK_M tokens, and the column sums over them."""
+    features = known_multiple(features, ROW_MULTIPLE)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
@@ -211,6 +215,7 @@ def _forward(
             position_rows=position_table.shape[0],
             token_type_rows=0 if token_type_table is None else token_type_table.shape[0],
             features=features,
+            ROW_MULTIPLE=row_multiple(features),
             eps=eps,
             HAS_WORD_TABLE=word_table is not None,
             HAS_TOKEN_TYPES=token_type_table is not None,
@@ -264,6 +269,7 @@ def _backward(
         partials_ptr=partials,
         count=dy.shape[0],
         features=dy.shape[1],
+        ROW_MULTIPLE=row_multiple(dy.shape[1]),
         **dropout_arguments(dy, dropout_p, seed, stream),
         **tiles,
     )

@@ -21,7 +21,7 @@ from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums
 from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
 from .language import triton
-from .launch import cdiv, forbid_double_backward, multiprocessors, register_op, wrap_triton
+from .launch import cdiv, forbid_double_backward, multiprocessors, register_op, row_multiple, wrap_triton
 from .tiles import PRODUCT_PROGRAMS, feed_forward_fits, feed_forward_tiles
 
 
@@ -72,6 +72,7 @@ def _forward(
             y_ptr=y,
             pre_ptr=pre if keep else y,
             inner=inner,
+            ROW_MULTIPLE=row_multiple(inner, features),
             ACTIVATION=activation,
             HAS_PRE=keep,
         )
@@ -111,6 +112,7 @@ def _backward(
             y_ptr=y,
             partials_ptr=partials,
             inner=inner,
+            ROW_MULTIPLE=row_multiple(inner, features),
             ACTIVATION=activation,
         )
     return dpre, y, partials

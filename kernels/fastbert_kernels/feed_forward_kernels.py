@@ -5,7 +5,7 @@ programs share a multiprocessor, so that one multiplies while the other is at it
 """
 
 from .language import tl, triton
-from .numerics import activation, activation_grad, dot, load_rows, load_vector, store_rows
+from .numerics import activation, activation_grad, dot, known_multiple, load_rows, load_vector, store_rows
 
 
 @triton.jit
@@ -71,12 +71,14 @@ def feed_forward_forward(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_MULTIPLE: tl.constexpr,  # see launch.row_multiple
     BLOCK_K: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
     HAS_PRE: tl.constexpr,
 ):
     """y = f(pre), pre = x @ weight^T + bias. One program: every num_programs(0)-th tile of y."""
+    inner, features = known_multiple(inner, ROW_MULTIPLE), known_multiple(features, ROW_MULTIPLE)
     x = _operand(x_ptr, count, inner, BLOCK_M, BLOCK_K, HAS_DESCRIPTORS)
     weight = _operand(weight_ptr, features, inner, BLOCK_N, BLOCK_K, HAS_DESCRIPTORS)
     row_blocks, col_blocks = tl.cdiv(count, BLOCK_M), tl.cdiv(features, BLOCK_N)
@@ -112,6 +114,7 @@ def feed_forward_backward(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_MULTIPLE: tl.constexpr,  # see launch.row_multiple
     BLOCK_K: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
@@ -120,6 +123,7 @@ def feed_forward_backward(
 
     One program: every num_programs(0)-th tile of dpre.
     """
+    inner, features = known_multiple(inner, ROW_MULTIPLE), known_multiple(features, ROW_MULTIPLE)
     dout = _operand(dout_ptr, count, inner, BLOCK_M, BLOCK_K, HAS_DESCRIPTORS)
     weight = _operand(weight_ptr, inner, features, BLOCK_K, BLOCK_N, HAS_DESCRIPTORS)
     row_blocks, col_blocks = tl.cdiv(count, BLOCK_M), tl.cdiv(features, BLOCK_N)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,11 @@ def cdiv(a: int, b: int) -> int:
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a device has, for grids that fill it once; the interpreter has two."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def row_multiple(*widths: int) -> int:
+    """What a kernel is told that all of its rows' widths are multiples of: a power of two up to 16."""
+    return math.gcd(16, *widths)
 
 
 def dropout_arguments(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None, stream: int) -> dict[str, Any]:

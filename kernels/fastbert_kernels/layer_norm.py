@@ -13,8 +13,8 @@ from .backend import check_same_device, uses_triton
 from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums, empty_partials
 from .language import tl, triton
-from .launch import cdiv, dropout_arguments, forbid_double_backward, is_watched, register_op, wrap_triton
-from .numerics import dropout_keep, load_rows, load_vector, store_rows, store_vector
+from .launch import cdiv, dropout_arguments, forbid_double_backward, is_watched, register_op, row_multiple, wrap_triton
+from .numerics import dropout_keep, known_multiple, load_rows, load_vector, store_rows, store_vector
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
 
@@ -63,12 +63,14 @@ def _add_layer_norm_forward(
     keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_MULTIPLE: tl.constexpr,  # see launch.row_multiple
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_NORMED: tl.constexpr,
 ):
     """One program: BLOCK_M whole rows."""
+    features = known_multiple(features, ROW_MULTIPLE)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     z = load_rows(x_ptr, rows, cols, count, features)
@@ -108,11 +110,13 @@ def _add_layer_norm_backward(
     keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROW_MULTIPLE: tl.constexpr,  # see launch.row_multiple
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_Y: tl.constexpr,
 ):
     """One program: every num_programs-th block of BLOCK_M rows, and the column sums over them."""
+    features = known_multiple(features, ROW_MULTIPLE)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)
@@ -202,6 +206,7 @@ def _launch_forward(
             stats_ptr=stats,
             count=count,
             features=features,
+            ROW_MULTIPLE=row_multiple(features),
             eps=eps,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
@@ -299,6 +304,7 @@ def _backward(
         partials_ptr=partials,
         count=count,
         features=features,
+        ROW_MULTIPLE=row_multiple(features),
         HAS_BIAS=has_bias,
         HAS_Y=again,
         **dropout_arguments(normed, dropout_p, seed, stream),

@@ -22,12 +22,17 @@ PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a @ b, accumulated in float32; float32 operands are multiplied in full precision, not TF32."""
+def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+    """acc + a @ b, accumulated in float32.
+
+    PRECISION is of float32 operands: "ieee" multiplies them as they are, "tf32" rounded to TF32, and "tf32x3" as sums
+    of two TF32 parts, but for the product of both small parts: an error of 2**-21 or so of the factors' size. The
+    interpreter multiplies them as they are.
+    """
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -38,6 +43,18 @@ def cast(x, dtype: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, rounded.to(tl.uint32).to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def known_multiple(x, ROW_MULTIPLE: tl.constexpr):
+    """The integer x, which ROW_MULTIPLE divides, so that the compiler knows it.
+
+    A launch tells it of multiples of 16 alone, but rows of 312 half-precision elements start at multiples of 16 bytes
+    too. Said of an argument, `tl.multiple_of` is lost.
+    """
+    if ROW_MULTIPLE < 16:
+        x = x // ROW_MULTIPLE * ROW_MULTIPLE
+    return x
 
 
 @triton.jit

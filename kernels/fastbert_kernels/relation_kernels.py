@@ -5,7 +5,7 @@ The derivation stands in `relation.py`. Softmax scores are in base 2, statistics
 
 from .language import tl, triton
 from .numerics import LOG2E, cast, dot
-from .score_tiles import load_heads, store_heads
+from .score_tiles import load_heads, row_lanes, store_heads
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -250,14 +250,17 @@ def relation_backward_b(
     teacher_lse = tl.zeros([BLOCK_M], dtype=tl.float32)
     zeros = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     db = tl.zeros([BLOCK_N, BLOCK_STUDENT], dtype=tl.float32)
+    lanes = row_lanes(BLOCK_M)
     for row_start in range(0, length, BLOCK_M):
         rows = row_start + tl.arange(0, BLOCK_M)
+        vector_rows = row_start + lanes
+        inside = vector_rows < length
         student_a = load_heads(student_a_ptr, rows, student_a_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
         teacher_a = load_heads(teacher_a_ptr, rows, teacher_a_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
-        dloss = tl.load(dloss_ptr + rows, mask=rows < length, other=0.0)
+        dloss = tl.load(dloss_ptr + vector_rows, mask=inside, other=0.0)
         if HAS_SOFTMAX:
-            student_lse = tl.load(student_lse_ptr + rows, mask=rows < length, other=0.0)
-            teacher_lse = tl.load(teacher_lse_ptr + rows, mask=rows < length, other=0.0)
+            student_lse = tl.load(student_lse_ptr + vector_rows, mask=inside, other=0.0)
+            teacher_lse = tl.load(teacher_lse_ptr + vector_rows, mask=inside, other=0.0)
         s = dot(student_b, tl.trans(student_a), zeros)
         t = dot(teacher_b, tl.trans(teacher_a), zeros)
         # Rows past the sequence have dloss = 0; columns past it are not stored.

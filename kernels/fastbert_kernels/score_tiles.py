@@ -1,7 +1,29 @@
 """Device functions on tiles of heads and of scores, which the attention and the relation kernels share."""
 
-from .language import tl, triton
+from packaging.version import Version
+
+from .backend import INTERPRETED
+from .language import MISSING, tl, triton
 from .numerics import LOG2E, MASKED, cast
+
+#: Whether a short vector is loaded by every thread that uses a part of it, as compilers before Triton 3.7 have it.
+_LOADED_BY_EVERY_USER: tl.constexpr = tl.constexpr(
+    MISSING is None and not INTERPRETED and Version(triton.__version__) < Version("3.7")
+)
+
+
+@triton.jit
+def row_lanes(BLOCK_M: tl.constexpr):
+    """`tl.arange(0, BLOCK_M)`, for the addresses of vectors along the columns of a tile.
+
+    Where each thread would copy every element that it uses, 16 and not one, the addresses come from a scan: that the
+    compiler does not compute again in the layout of the tile, and so does not load in it.
+    """
+    if _LOADED_BY_EVERY_USER:
+        lanes = tl.cumsum(tl.full([BLOCK_M], 1, dtype=tl.int32), 0) - 1
+    else:
+        lanes = tl.arange(0, BLOCK_M)
+    return lanes
 
 
 @triton.jit

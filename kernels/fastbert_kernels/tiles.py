@@ -1,19 +1,22 @@
 """Tile shapes by kernel, architecture, dtype and width: data, not timing at the first call.
 
-The same call gets the same kernel in every process and on every rank. Chosen so that no kernel spills on any NVIDIA
-target: `python -m bench.static` shows what each compiles to, and with `--alternatives` what its neighbours would. Tiles
-that a user measured on a GPU of their own, see `tuned.py`, go before these at a launch, and nowhere else; so does the
-number of tokens from which on the feed-forward block's products are fused.
+The same call gets the same kernel in every process and on every rank. Chosen for Triton 3.9, and looked at with 3.6,
+the oldest that is allowed, so that no kernel spills on any NVIDIA target: `python -m bench.static` shows what each
+compiles to, and with `--alternatives` what its neighbours would. Tiles that a user measured on a GPU of their own, see
+`tuned.py`, go before these at a launch, and nowhere else; so does the number of tokens from which on the feed-forward
+block's products are fused.
 """
 
 import functools
+from typing import TypeVar
 
 import torch
 
 from . import reference
-from .backend import arch
-from .catalogue import Product, Tiles
+from .backend import allows_tf32, arch
+from .catalogue import SHORT, Product, Tiles
 from .language import tl, triton
+from .launch import cdiv, multiprocessors
 from .tuned import tuned_start, tuned_tiles
 
 
@@ -47,6 +50,12 @@ _ATTENTION_HALF: dict[tuple[str, str], _ByHeadDim] = {
         # All larger tiles are over 255 registers.
         (64, _attention(32, 128, 8, 2), _attention(16, 128, 8, 2)),
         (128, _attention(32, 64, 8, 2), _attention(16, 32, 4, 2)),
+    ],
+    ("sm_120", "forward"): [
+        # Three stages leave room for two programs in 100 KiB. On sm_86 two spill with dropout.
+        (32, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
+        (64, _attention(64, 64, 4, 2), _attention(64, 32, 4, 2)),
+        (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
     ],
     ("sm_90", "forward"): [
         # Two warp groups of 64 rows: as many warps resident as with one, half the traffic from L2. Maps: 64 keys issue
@@ -96,7 +105,62 @@ _ATTENTION_HALF: dict[tuple[str, str], _ByHeadDim] = {
     ],
 }
 
-#: float32 has no tensor-core product of full precision, so its tiles are small, and nearly the same everywhere.
+#: (one of `SHORT`, kernel) -> rows for two-byte dtypes on NVIDIA, which have these in common. Two warps on 32 by 32
+#: issue 30% less than four, and hold in registers what narrow heads need; wide ones, and maps, spill. 64 rows are where
+#: the products of sm_90 begin. 1,092 x 30 tokens on H200, with and without these rows: forward 31 us and 113, dQ 32 and
+#: 132, dK/dV 31 and 137.
+_ATTENTION_SHORT: dict[tuple[int, str], _ByHeadDim] = {
+    (32, "forward"): [
+        (64, _attention(32, 32, 2, 2), _attention(32, 32, 4, 2)),
+        (128, _attention(32, 32, 2, 2), _attention(32, 16, 4, 2)),
+    ],
+    (32, "backward_dq"): [
+        (64, _attention(32, 32, 2, 2), _attention(32, 32, 4, 2)),
+        (128, _attention(32, 32, 4, 2), _attention(32, 16, 4, 2)),
+    ],
+    (32, "backward_dkv"): [
+        (64, _attention(32, 32, 2, 2), _attention(32, 32, 4, 2)),
+        # With two stages ptxas spills two registers of sm_100 to fit one more program on a multiprocessor.
+        (128, _attention(32, 32, 4, 3), _attention(16, 32, 4, 2)),
+    ],
+    (64, "forward"): [
+        (64, _attention(64, 32, 4, 2), _attention(32, 32, 4, 2)),
+        (128, _attention(64, 32, 4, 2), _attention(32, 16, 4, 2)),
+    ],
+    (64, "backward_dq"): [
+        (64, _attention(64, 32, 4, 2), _attention(32, 32, 4, 2)),
+        (128, _attention(64, 32, 4, 2), _attention(32, 16, 4, 2)),
+    ],
+    (64, "backward_dkv"): [
+        (64, _attention(32, 64, 4, 2), _attention(32, 32, 4, 2)),
+        (128, _attention(32, 32, 4, 3), _attention(16, 32, 4, 2)),
+    ],
+}
+
+#: Targets and head_dims whose float32 is multiplied by tensor cores, where there are no maps. A product in three parts
+#: holds each of its operands twice: wider heads and maps spill, and so do those in between, whose columns are masked.
+#: GPUs of smaller kinds multiply float32 as fast as TF32.
+_TF32_TARGETS, _TF32_HEAD_DIMS = ("sm_80", "sm_90", "sm_100"), (32, 64)
+
+#: kernel -> tiles for these, three products for one, or one for one where torch allows it: 30 tokens and 512 are nearly
+#: as well off.
+_ATTENTION_TF32: dict[str, Tiles] = {
+    "forward": _attention(32, 32, 4, 2),
+    "backward_dq": _attention(16, 32, 4, 2),
+    "backward_dkv": _attention(32, 16, 4, 2),
+}
+
+#: The same on sm_90 for sequences over `SHORT`, up to a head_dim: parts of operands that lie in shared memory are not
+#: held in registers. 32,768 tokens with dropout, three parts and exact: forward 336 us and 1,216, dQ 426 and 2,178,
+#: dK/dV 741 and 2,613.
+_ATTENTION_TF32_LONG: dict[str, list[tuple[int, Tiles]]] = {
+    "forward": [(64, _attention(128, 32, 8, 2))],
+    "backward_dq": [(64, _attention(128, 32, 8, 2))],
+    # With two stages the wider spill.
+    "backward_dkv": [(32, _attention(32, 128, 8, 2)), (64, _attention(16, 128, 8, 1))],
+}
+
+#: float32 that is multiplied exactly: no tensor core does, so its tiles are small, and nearly the same everywhere.
 #: Two stages everywhere: with one, operands are held in registers whole, 255 of them instead of about 80.
 _ATTENTION_FLOAT: dict[str, _ByHeadDim] = {
     "forward": [
@@ -158,6 +222,9 @@ _RELATION_HALF: dict[tuple[str, str], Tiles] = {
     # With two stages ptxas spills a few registers of 80 and 96 to fit one more program on a multiprocessor.
     ("sm_80", "backward_a"): _attention(64, 32, 4, 3),
     ("sm_80", "backward_b"): _attention(32, 64, 4, 3),
+    # Two stages spill nothing here, issue 6% less, and leave room for another program. On sm_120 three spill.
+    ("sm_86", "backward_a"): _attention(64, 32, 4, 2),
+    ("sm_86", "backward_b"): _attention(32, 64, 4, 2),
     ("sm_90", "forward"): _attention(128, 64, 8, 2),
     ("sm_90", "backward_a"): _attention(128, 64, 8, 2),
     ("sm_90", "backward_b"): _attention(64, 128, 8, 2),
@@ -197,20 +264,40 @@ _FEED_FORWARD_HALF: dict[str, Tiles] = {
     "gfx942": _product(128, 128, 32, 4, 2, descriptors=False),
 }
 
+#: Targets with tensor cores of another's kind, which take its row where they have none of their own: its tiles fit in
+#: the 99 KiB of shared memory that their programs may have.
+_ROWS_OF = {"sm_86": "sm_80", "sm_89": "sm_86", "sm_120": "sm_86"}
+
+_Row = TypeVar("_Row")
+
+
+def _give_rows(table: dict[tuple[str, str], _Row]) -> None:
+    """Complete a table by architecture and kernel with the rows that targets take of others."""
+    for target, nearest in _ROWS_OF.items():
+        table.update({(target, k): row for (a, k), row in table.items() if a == nearest and (target, k) not in table})
+
+
+_give_rows(_ATTENTION_HALF)
+_give_rows(_ATTENTION_FLOAT_OWN)
+_give_rows(_RELATION_HALF)
+_FEED_FORWARD_HALF |= dict.fromkeys(_ROWS_OF, _FEED_FORWARD_HALF["sm_80"])
+
 #: float32 is right but never chosen: no tensor core has its full precision.
 _FEED_FORWARD_FLOAT = _product(64, 64, 32, 8, 2, descriptors=False)
 
 _FEED_FORWARD_INTERPRETED = _product(64, 64, 32, 4, 1, descriptors=True)
 
 #: architecture -> hidden size up to which the feed-forward block's products have the activation inside; elsewhere
-#: cuBLAS, and the activation in a kernel of its own. Not measured: estimated so that it cannot lose. On one side a
-#: product at 85% of cuBLAS's speed (86% is what a Triton product had on H100 before it was persistent) and the report's
-#: issue time of what follows it, none of it hidden; on the other cuBLAS at the limit and `bias_activation`'s bytes over
-#: copy. 32,768 tokens forward on H200: 384 take 87 us, not 96; 768 take 288, not 289; 1024 take 487, not 473. A100: 384
-#: take 197, not 223; 768 about as long either way. B200: 768 take 138, not 119, for products are too fast. gfx942 has
-#: no estimate. Training has the same limits; its backward pass, where cuBLAS's way moves four matrices (tokens,
-#: intermediate), would allow larger ones.
-_FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 512, "sm_90": 768}
+#: cuBLAS, and the activation in a kernel of its own. Not measured: fused where it is faster by 5% or more in an
+#: estimate that takes two assumptions against it, a product at 80% of cuBLAS's speed (86% is what a Triton product had
+#: on H100 before it was persistent) and nothing of what follows the product hidden by it. `bench.static.fused` computes
+#: it, `python -m bench.static --kernel feed_forward_forward` prints it. 32,768 tokens forward, fused and apart: H200:
+#: 384 take 90 and 96 us, 448 take 117 and 121, 768 take 303 and 289. A100: 384 take 203 and 223, 512 take 340 and 352.
+#: B200: 384 take 50 and 42, for products are too fast. Of the smaller targets the GPU with the fewest FLOP/s for a
+#: byte/s decides: about 70 on GeForce 30, 110 on 40, 86 on 50 (A10 has 208, L4 403). gfx942 has no estimate. Training
+#: has the same limits; its backward pass, where cuBLAS's way moves four matrices (tokens, intermediate), would allow
+#: larger ones.
+_FEED_FORWARD_FUSED: dict[str, int] = {"sm_80": 384, "sm_86": 312, "sm_89": 512, "sm_90": 384, "sm_120": 384}
 
 #: With these activations: gelu_tanh's derivative spills in the backward pass on sm_90.
 FEED_FORWARD_ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name != "gelu_tanh")
@@ -230,8 +317,16 @@ def block_width(features: int) -> int:
 
 
 @functools.cache
-def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps: bool) -> Tiles:
-    """Tiles of an attention kernel.
+def attention_table(
+    target: str,
+    kernel: str,
+    itemsize: int,
+    head_dim: int,
+    maps: bool,
+    up_to: int | None = None,
+    tf32: bool = False,
+) -> Tiles:
+    """Tiles of an attention kernel, and the PRECISION of its products: see `numerics.dot`.
 
     Args:
         target: what `backend.arch` says.
@@ -240,20 +335,54 @@ def attention_table(target: str, kernel: str, itemsize: int, head_dim: int, maps
         head_dim: up to 128.
         maps: whether the launch has a bias, or probabilities to write, or a gradient of them to read. Tiles for a
             launch that does are right, if slower, for one that does not.
+        up_to: what `short_class` says.
+        tf32: what `backend.allows_tf32` says.
     """
     if target == "interpreter":
-        return _ATTENTION_INTERPRETED
+        return _ATTENTION_INTERPRETED | {"PRECISION": "ieee"}
+    if itemsize == 4 and target in _TF32_TARGETS and head_dim in _TF32_HEAD_DIMS and not maps:
+        own = _ATTENTION_TF32_LONG[kernel] if target == "sm_90" and up_to is None else []
+        tiles = next((tiles for widest, tiles in own if head_dim <= widest), _ATTENTION_TF32[kernel])
+        return tiles | {"PRECISION": "tf32" if tf32 else "tf32x3"}
     if itemsize == 4:
         rows = _ATTENTION_FLOAT_OWN.get((target, kernel), _ATTENTION_FLOAT[kernel])
+    elif up_to is not None and target.startswith("sm_"):
+        # The products of sm_100 begin at 128 rows: of two halves of them, small ones issue a quarter less.
+        rows = _ATTENTION_SHORT[32 if target == "sm_100" else up_to, kernel]
     else:
         rows = _ATTENTION_HALF[target, kernel]
-    return next(with_maps if maps else without for widest, without, with_maps in rows if head_dim <= widest)
+    tiles = next(with_maps if maps else without for widest, without, with_maps in rows if head_dim <= widest)
+    return tiles | {"PRECISION": "ieee"}
 
 
-def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool) -> Tiles:
-    """`attention_table` for qkv (tokens, 3, heads, head_dim), on the device it is on."""
-    shipped = attention_table(arch(qkv.device), kernel, qkv.element_size(), qkv.shape[3], maps)
-    return tuned_tiles(f"attention_{kernel}", qkv, qkv.shape[3], shipped, maps)
+def short_class(max_seqlen: int, planes: int = 1, processors: int = 1) -> int | None:
+    """Which of `SHORT` a launch of an attention kernel is up to, None for longer sequences: see `catalogue.Launch`.
+
+    Where long sequences are fewer programs of 128 rows than there are multiprocessors, smaller tiles make more of them.
+
+    Args:
+        max_seqlen: tokens of the longest sequence.
+        planes: heads of all sequences.
+        processors: how many multiprocessors there are; default, never more than programs.
+    """
+    if max_seqlen <= SHORT[-1] or planes * cdiv(max_seqlen, 128) < processors:
+        return next((up_to for up_to in SHORT if max_seqlen <= up_to), SHORT[-1])
+    return None
+
+
+def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool, max_seqlen: int, batch: int) -> Tiles:
+    """`attention_table` for qkv (tokens, 3, heads, head_dim), on the device it is on.
+
+    Args:
+        kernel, maps: as of `attention_table`.
+        max_seqlen, batch: tokens of the longest sequence, and sequences.
+    """
+    device, itemsize = qkv.device, qkv.element_size()
+    head_dim = int(qkv.shape[3])  # of a graph's symbol, the number
+    up_to = short_class(max_seqlen, batch * qkv.shape[2], multiprocessors(device))
+    tf32 = itemsize == 4 and allows_tf32()
+    shipped = attention_table(arch(device), kernel, itemsize, head_dim, maps, up_to, tf32)
+    return shipped | tuned_tiles(f"attention_{kernel}", qkv, head_dim, {}, maps, up_to, tf32)
 
 
 def relation_tiles(kernel: str, student: torch.Tensor, teacher: torch.Tensor) -> Tiles:
@@ -345,6 +474,8 @@ def row_tiles(features: int, itemsize: int, program_bytes: int) -> Tiles:
     """
     wide = features * itemsize % 16 == 0
     block_n = block_width(features)
+    # An odd number of 16 bytes in a row: at twice this tile ptxas spills on sm_100, to fit one more program.
+    program_bytes //= 2 if wide and features * itemsize % 32 else 1
     block_m = max(1, min(16, (program_bytes if wide else program_bytes // 4) // (block_n * itemsize)))
     # Over 8 warps, ptxas spills in the widest rows, float32 of 4096, to fit two programs on a multiprocessor.
     num_warps = min(8 if wide else 16, max(1, block_m * block_n * itemsize // (1024 if wide else 256)))

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from .backend import KERNEL_DTYPES
-from .catalogue import FUSED, TUNABLE, Launch, Product, Tiles, dtype_name
+from .catalogue import FUSED, SHORT, TUNABLE, Launch, Product, Tiles, dtype_name
 from .language import triton
 
 logger = logging.getLogger("fastbert")
 
 #: Of the file: raised when what it says is read differently.
-FORMAT = 2
+FORMAT = 3
 
 _TILE_KEYS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 #: Far above what is shipped, or tried by `fastbert tune`. More would not compile, or not fit on any GPU.
@@ -123,13 +123,17 @@ def _read_product(entry: dict[str, Any]) -> tuple[Product, int | None]:
 
 
 def _read_launch(entry: dict[str, Any]) -> tuple[Launch, Tiles]:
-    launch = Launch(entry["kernel"], _DTYPES[entry["dtype"]], entry["width"], entry["maps"])
+    launch = Launch(
+        entry["kernel"], _DTYPES[entry["dtype"]], entry["width"], entry["maps"], entry["up_to"], entry["tf32"]
+    )
     tiles = {name: entry["tiles"][name] for name in _TILE_KEYS}
     sizes = [tiles[name] for name in _TILE_KEYS[:3]]
     sound = (
         launch.kernel in TUNABLE
         and type(launch.width) is int
         and type(launch.maps) is bool
+        and (launch.up_to is None or (launch.up_to in SHORT and launch.traits.op == "attention"))
+        and type(launch.tf32) is bool
         and all(type(value) is int and value > 0 for value in tiles.values())
         and all(size & (size - 1) == 0 for size in sizes)
         and tiles["BLOCK_N"] >= (launch.width if launch.traits.whole_rows else 16)
@@ -140,7 +144,9 @@ def _read_launch(entry: dict[str, Any]) -> tuple[Launch, Tiles]:
         and tiles["num_stages"] <= _MOST_STAGES
     )
     if not sound:
-        raise ValueError(f"it is damaged: {launch.kernel!r} of width {launch.width!r} cannot have {tiles}")
+        raise ValueError(
+            f"it is damaged: {launch.kernel!r} of width {launch.width!r}, up_to {launch.up_to!r}, cannot have {tiles}"
+        )
     return launch, tiles
 
 
@@ -208,9 +214,17 @@ def in_force(device: torch.device, table: Table) -> Iterator[None]:
             _tables[device] = before
 
 
-def tuned_tiles(kernel: str, x: torch.Tensor, width: int, shipped: Tiles, maps: bool = False) -> Tiles:
+def tuned_tiles(
+    kernel: str,
+    x: torch.Tensor,
+    width: int,
+    shipped: Tiles,
+    maps: bool = False,
+    up_to: int | None = None,
+    tf32: bool = False,
+) -> Tiles:
     """The tiles of a launch on the device of `x`: measured there, or else the shipped ones. See `catalogue.Launch`."""
-    return measured(x.device).get((kernel, x.dtype, width, maps), shipped)  # type: ignore[call-overload]
+    return measured(x.device).get((kernel, x.dtype, width, maps, up_to, tf32), shipped)  # type: ignore[call-overload]
 
 
 def tuned_start(device: torch.device, product: Product, shipped: int | None) -> int | None:

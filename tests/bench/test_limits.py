@@ -107,6 +107,9 @@ def test_words_that_come_again_are_in_the_cache() -> None:
 def test_float32_has_peaks_of_its_own() -> None:
     call = cost("attention_forward", **BASE | {"dtype": "float32"})
     assert floor(call, PEAKS["H200"], "float32").microseconds == pytest.approx(call.flops / 67e12 * 1e6)
+    in_three = floor(call, PEAKS["H200"], "float32", "tf32x3").microseconds
+    assert in_three == pytest.approx(6 * call.flops / 790e12 * 1e6)
+    assert floor(call, PEAKS["H200"], "float32", "tf32").microseconds == pytest.approx(in_three / 3)
 
 
 def test_measured_rates_take_the_place_of_peaks() -> None:

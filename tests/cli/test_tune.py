@@ -158,11 +158,11 @@ def test_an_interrupted_run_keeps_what_is_done(tiny: Path, here: Callable[..., N
 
 def test_a_file_that_is_ignored_says_why(tuned_folder: Path, device: torch.device) -> None:
     path = tuned.write(tuned.kind(device), [], {})
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    path.write_text(path.read_text().replace('"format": 3', '"format": 1'))
     (tuned_folder / "tiles-other.json").write_text("{}")
     result = run("--show")
     assert result.exit_code == 0
-    assert f"{path}: ignored, its format is 1, here it is 2" in result.stdout
+    assert f"{path}: ignored, its format is 1, here it is 3" in result.stdout
     assert f"{tuned_folder / 'tiles-other.json'}: of another device" in result.stdout
 
 

@@ -61,6 +61,12 @@ def to_bf16(x: Array) -> Array:
     return np.where(np.isnan(x), U32(0x7FFF), rounded).astype(U16)
 
 
+def to_tf32(x: Array) -> Array:
+    """float32 to uint32 bits of a TF32 number, to nearest, ties away from zero; every NaN is 0x7FFFFFFF."""
+    rounded = (x.view(U32) + U32(0x1000)) & U32(0xFFFFE000)
+    return np.where(np.isnan(x), _NAN, np.where(np.isinf(x), x.view(U32), rounded))
+
+
 def from_f16(bits: Array) -> Array:
     return bits.view(F16).astype(F32)
 

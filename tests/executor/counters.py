@@ -11,7 +11,7 @@ import numpy as np
 
 from .instructions import PRODUCTS, pipe
 from .ptx import Instruction, Kernel
-from .tensor_cores import FLOPS, WARP
+from .tensor_cores import INNER, WARP
 
 Array = np.ndarray[Any, Any]
 
@@ -52,15 +52,11 @@ class Counters:
     def __init__(self) -> None:
         self.pipes: collections.Counter[str] = collections.Counter()
         """Instructions of a warp, by pipe."""
-        self.products = 0
-        """`mma` instructions of a warp."""
+        self.tensor_flops = 0
+        """Floating-point operations of `mma` instructions."""
         self.traffic: dict[tuple[str, str, str], Traffic] = {}
         """By space, place in the source, and opcode."""
         self._of_block: dict[tuple[int, int], tuple[collections.Counter[str], int]] = {}
-
-    @property
-    def tensor_flops(self) -> int:
-        return self.products * FLOPS
 
     def total(self, space: str, opcode: str = "") -> Traffic:
         """Of all instructions on `"global"` or `"shared"` memory whose opcode begins with `opcode`."""
@@ -82,12 +78,13 @@ class Counters:
         if key not in self._of_block:
             opcodes = [instruction.opcode for instruction in kernel.blocks[number]]
             pipes = collections.Counter(map(pipe, opcodes))
-            self._of_block[key] = pipes, sum(opcode in PRODUCTS for opcode in opcodes)
-        pipes, products = self._of_block[key]
+            flops = sum(2 * 16 * 8 * INNER[PRODUCTS[opcode]] for opcode in opcodes if opcode in PRODUCTS)
+            self._of_block[key] = pipes, flops
+        pipes, flops = self._of_block[key]
         warps = int(active.reshape(-1, WARP).any(1).sum())
         for name, count in pipes.items():
             self.pipes[name] += count * warps
-        self.products += products * warps
+        self.tensor_flops += flops * warps
 
     def global_(self, instruction: Instruction, at: Array, sizes: Array, warps: Array) -> None:
         """Threads access `sizes` bytes, at most 16 and aligned, at addresses `at`; `warps` says whose they are."""

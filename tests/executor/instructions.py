@@ -133,6 +133,7 @@ def _conversions() -> dict[str, Arithmetic]:
         forms[f"cvt.rn.{kind}.f32"] = Arithmetic("b16", ("f32",), f"to_{kind}({{0}})", _CONVERT)
         both = f"pack(to_{kind}({{0}}), to_{kind}({{1}}))"
         forms[f"cvt.rn.{kind}x2.f32"] = Arithmetic("b32", ("f32", "f32"), both, _CONVERT)
+    forms["cvt.rna.tf32.f32"] = Arithmetic("b32", ("f32",), "to_tf32({0})", _CONVERT)
     for kind in ("s32", "u32"):
         forms[f"cvt.rn.f32.{kind}"] = Arithmetic("f32", (kind,), "{0}.astype(F32)", _CONVERT)
     for pair in ("s64 s32", "u64 u32", "u32 u64", "u32 u16", "u16 u32"):
@@ -173,7 +174,10 @@ MATRIX_LOADS = {
 }
 
 #: Form -> the operands' dtype.
-PRODUCTS = {f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32": kind for kind in ("bf16", "f16")}
+PRODUCTS = {
+    f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32": kind
+    for shape, kind in (("m16n8k16", "bf16"), ("m16n8k16", "f16"), ("m16n8k8", "tf32"))
+}
 
 SHUFFLES = {f"shfl.sync.{mode}.b32": mode for mode in ("bfly", "idx", "up", "down")}
 

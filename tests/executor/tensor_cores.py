@@ -1,7 +1,8 @@
 """The tensor-core instructions: how the elements of a matrix lie in the registers of a warp.
 
-Layouts are those of the PTX manual, "Matrix Fragments for mma.m16n8k16" and "ldmatrix". A register of 32 bits holds two
-halves, the one with the lower column (of A and the result) or row (of B) in its lower bits.
+Layouts are those of the PTX manual, "Matrix Fragments for mma.m16n8k16", those for m16n8k8, and "ldmatrix". A register
+of 32 bits holds two halves, the one with the lower column (of A and the result) or row (of B) in its lower bits; or one
+TF32 number, a float32 of whose mantissa the last 13 bits are ignored.
 """
 
 from typing import Any
@@ -14,6 +15,8 @@ Array = np.ndarray[Any, Any]
 
 WARP = 32
 
+_TF32_BITS = np.uint32(0xFFFFE000)
+
 _GROUP, _IN_GROUP = np.arange(WARP) // 4, np.arange(WARP) % 4
 
 #: Row and first column of each register's elements.
@@ -21,8 +24,12 @@ _A = [(_GROUP + 8 * (i % 2), 2 * _IN_GROUP + 8 * (i // 2)) for i in range(4)]
 _B = [(2 * _IN_GROUP + 8 * i, _GROUP) for i in range(2)]
 _C = [(_GROUP + 8 * (i // 2), 2 * _IN_GROUP + i % 2) for i in range(4)]
 
-#: Floating-point operations of one `mma` of a warp.
-FLOPS = 2 * 16 * 8 * 16
+#: The same of TF32, one element a register.
+_TF32_A = [(_GROUP + 8 * (i % 2), _IN_GROUP + 4 * (i // 2)) for i in range(4)]
+_TF32_B = [(_IN_GROUP + 4 * i, _GROUP) for i in range(2)]
+
+#: Columns of A and rows of B, by what they hold.
+INNER = {"bf16": 16, "f16": 16, "tf32": 8}
 
 
 def _halves(register: Array, kind: str) -> tuple[Array, Array]:
@@ -32,25 +39,35 @@ def _halves(register: Array, kind: str) -> tuple[Array, Array]:
     return both[:, :, 0], both[:, :, 1]
 
 
+def _lay(
+    kind: str, registers: list[Array], places: list[tuple[Array, Array]], out: Array, step: tuple[int, int]
+) -> None:
+    """Lay the elements of registers into a matrix (warps, rows, columns), the second of two halves a `step` further."""
+    for register, (row, column) in zip(registers, places, strict=True):
+        if kind == "tf32":
+            out[:, row, column] = (register & _TF32_BITS).view(F32).reshape(-1, WARP)
+        else:
+            first, second = _halves(register, kind)
+            out[:, row, column], out[:, row + step[0], column + step[1]] = first, second
+
+
 def multiply(kind: str, a: list[Array], b: list[Array], c: list[Array]) -> list[Array]:
-    """`mma.m16n8k16`: A times B plus C in every warp.
+    """`mma.m16n8k16`, of TF32 `mma.m16n8k8`: A times B plus C in every warp.
 
     Products are exact and sums in float32. The manual leaves their order open.
 
     Args:
-        kind: `"bf16"` or `"f16"`.
+        kind: `"bf16"`, `"f16"` or `"tf32"`.
         a, b: four and two registers of uint32 (lanes,).
         c: four registers of float32 (lanes,).
 
     Returns:
         Four registers of float32 (lanes,).
     """
-    warps = len(c[0]) // WARP
-    left, right, out = (np.empty((warps, m, n), F32) for m, n in ((16, 16), (16, 8), (16, 8)))
-    for register, (row, column) in zip(a, _A, strict=True):
-        left[:, row, column], left[:, row, column + 1] = _halves(register, kind)
-    for register, (row, column) in zip(b, _B, strict=True):
-        right[:, row, column], right[:, row + 1, column] = _halves(register, kind)
+    warps, inner = len(c[0]) // WARP, INNER[kind]
+    left, right, out = (np.empty((warps, m, n), F32) for m, n in ((16, inner), (inner, 8), (16, 8)))
+    _lay(kind, a, _TF32_A if kind == "tf32" else _A, left, (0, 1))
+    _lay(kind, b, _TF32_B if kind == "tf32" else _B, right, (1, 0))
     for register, (row, column) in zip(c, _C, strict=True):
         out[:, row, column] = register.reshape(warps, WARP)
     out += left @ right

@@ -222,6 +222,10 @@ def definition(opcode: str, x: list[int]) -> int:
         return ordered(parts[1], *(to_int(v, kind) for v in x))
     if parts[0] == "cvt":
         to = parts[-1]
+        if to == "tf32":  # ten bits of mantissa, ties away from zero, which is up in what stands for the size
+            if math.isnan(float_of("f32", x[0])):
+                return 0x7FFFFFFF
+            return x[0] if math.isinf(float_of("f32", x[0])) else x[0] + (1 << 12) >> 13 << 13
         if to in ("f16x2", "bf16x2"):
             high, low = (bits_of(to[:-2], round_to(to[:-2], float_of("f32", v))) for v in x)
             return high << 16 | low

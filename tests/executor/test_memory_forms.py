@@ -215,7 +215,7 @@ st.global.b32 [%d3+128], {{%r5}};
     assert out[1].tolist() == [first + i % 4 for i in range(32)]
 
 
-@pytest.mark.parametrize("opcode", sorted(PRODUCTS))
+@pytest.mark.parametrize("opcode", sorted(x for x in PRODUCTS if PRODUCTS[x] != "tf32"))
 def test_a_product(opcode: str) -> None:
     """Fragments by the formulas of the manual, "Matrix Fragments for mma.m16n8k16 with floating point type"."""
     dtype = torch.bfloat16 if PRODUCTS[opcode] == "bf16" else torch.float16
@@ -259,6 +259,44 @@ st.global.v4.b32 [%d7], {{%r20, %r21, %r22, %r23}};
         for i in range(4):
             row, column = places[4 * t + i]
             assert (out[:, t, i] - exact[:, row, column]).abs().max() < 1e-5
+
+
+def test_a_product_of_tf32() -> None:
+    """Fragments by the formulas of the manual, "Matrix Fragments for mma.m16n8k8", of .tf32."""
+    a, b, c = torch.randn(2, 16, 8), torch.randn(2, 8, 8), torch.randn(2, 16, 8)
+    left, right, third, out = (torch.zeros(2, 32, count) for count in (4, 2, 4, 4))
+    places = []
+    for t in range(32):
+        group, within = t >> 2, t % 4
+        for i in range(4):
+            left[:, t, i] = a[:, group if i in (0, 2) else group + 8, within if i in (0, 1) else within + 4]
+        for i in range(2):
+            right[:, t, i] = b[:, within if i == 0 else within + 4, group]
+        for i in range(4):
+            places.append((group if i < 2 else group + 8, within * 2 + (i & 1)))
+            third[:, t, i] = c[:, *places[-1]]
+    run(
+        """
+mad.wide.u32 %d4, %r0, 16, %d0;
+mad.wide.u32 %d5, %r0, 8, %d1;
+mad.wide.u32 %d6, %r0, 16, %d2;
+mad.wide.u32 %d7, %r0, 16, %d3;
+ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%d4];
+ld.global.v2.b32 {%r14, %r15}, [%d5];
+ld.global.v4.b32 {%r16, %r17, %r18, %r19}, [%d6];
+mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r20, %r21, %r22, %r23}, {%r10, %r11, %r12, %r13}, {%r14, %r15}, """
+        "{%r16, %r17, %r18, %r19};\nst.global.v4.b32 [%d7], {%r20, %r21, %r22, %r23};",
+        left,
+        right,
+        third,
+        out,
+    )
+    # What is below TF32's ten bits of mantissa is not multiplied.
+    cut_a, cut_b = ((x.view(torch.int32) & -(1 << 13)).view(torch.float32).double() for x in (a, b))
+    exact = cut_a @ cut_b + c.double()
+    for t in range(32):
+        for i in range(4):
+            torch.testing.assert_close(out[:, t, i].double(), exact[:, *places[4 * t + i]], rtol=1e-5, atol=1e-5)
 
 
 # Counters

@@ -530,6 +530,19 @@ def test_parameters_that_change_in_place_are_seen() -> None:
     assert graphed.captures == 1
 
 
+def test_where_torch_is_told_of_tf32_is_recorded_again() -> None:
+    _, fused = pair()
+    graphed, matmul = rerun(fused), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision, captures in (("ieee", 1), ("ieee", 1), ("tf32", 2), ("tf32", 2)):
+            matmul.fp32_precision = precision
+            graphed(ids(1, 5))
+            assert graphed.captures == captures
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_training_between_two_calls_costs_no_recording() -> None:
     _, fused = pair()
     graphed, x = rerun(fused), ids(2, 6)

@@ -8,7 +8,7 @@ import collections
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 import fastbert
 import fastbert.families.bert
-from fastbert_kernels import relation_loss
+from fastbert_kernels import attention, relation_loss
 
 
 class TracedError(Exception):
@@ -51,7 +51,31 @@ def main() -> None:
             "packed by the caller": graphs(model, torch.randint(1, 50, (1, 14)), output_attentions=True, **packed),
             "relations": graphs(relation_loss, operand, operand, operand, operand, offsets, 7),
         }
-    print(json.dumps({name: [_launches(graph) for graph in found] for name, found in traced.items()}))
+        launched: dict[str, Any] = {name: [_launches(graph) for graph in found] for name, found in traced.items()}
+        launched["graphs of lengths"] = graphs_of_lengths((20, 25, 30, 41, 50, 60, 70, 80, 120, 300))
+    print(json.dumps(launched))
+
+
+def graphs_of_lengths(lengths: Sequence[int]) -> int:
+    """How many graphs attention is compiled to for batches of packed sequences whose sizes are symbols."""
+    torch._dynamo.reset()
+    count = 0
+
+    def compiled(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal count
+        count += 1
+        count_of_outputs = len(graph.graph.output_node().args[0])
+        return lambda *args: [torch.empty(1)] * count_of_outputs
+
+    def step(qkv: torch.Tensor, ends: torch.Tensor, length: int) -> torch.Tensor:
+        return attention(qkv, ends, length)[0]
+
+    of_lengths = torch.compile(step, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=compiled))
+    with torch.no_grad():
+        for number, length in enumerate(lengths):
+            ends = torch.arange(5 + number, dtype=torch.int32) * length
+            of_lengths(torch.randn(int(ends[-1]), 3, 4, 16), ends, length)
+    return count
 
 
 @contextlib.contextmanager

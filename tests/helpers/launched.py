@@ -45,7 +45,7 @@ def keys() -> list[tuple[str, str]]:
         "num_warps": [1, 2],
     }
     fixed = {name: memory for name in kernel.arg_names if name.endswith("_ptr")}
-    fixed |= {"keep_threshold": 5, "keep_scale": 2.0, "BLOCK_N": 64, "num_stages": 1}
+    fixed |= {"keep_threshold": 5, "keep_scale": 2.0, "BLOCK_N": 64, "ROW_MULTIPLE": 1, "num_stages": 1}
     fixed |= {name: True for name in kernel.arg_names if name.startswith("HAS_")}
     *_, binder = kernel.device_caches[driver.active.get_current_device()]
     found = []
@@ -77,17 +77,18 @@ def compiled() -> int:
     return sum(len(kernel.device_caches[device][0]) for kernel in COMPILED.values())
 
 
-def batches() -> tuple[int, int]:
-    """How many kernels are compiled for the first of several ragged batches, and for all."""
+def batches() -> tuple[int, int, int, int]:
+    """How many kernels are compiled for the first of several ragged batches of one class of lengths, and for all; and
+    for the first batch of another class and another of it besides."""
     models = model(), model()
     before = compiled()
     found = []
-    for lengths in ([24, 9], [17, 5, 1], [32, 16], [2, 1], [48, 3, 7, 11, 11], [16, 15, 1]):
+    for lengths in ([24, 9], [17, 5, 1], [32, 16], [2, 1], [31, 3, 7, 11, 11], [16, 15, 1], [48, 3, 7], [64, 40]):
         for fused in (False, True):
             with mock.patch("fastbert.modules.layer.feed_forward_is_fused", return_value=fused):
                 distill(*models, lengths)
         found.append(compiled() - before)
-    return found[0], found[-1]
+    return found[0], found[-3], found[-2] - found[-3], found[-1] - found[-3]
 
 
 def main() -> None:

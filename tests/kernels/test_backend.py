@@ -122,6 +122,20 @@ def test_arch_of_a_cpu_is_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize(
+    ("capability", "target"),
+    [
+        ((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_86"), ((8, 9), "sm_89"), ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((11, 0), "sm_100"), ((12, 0), "sm_120"), ((12, 1), "sm_120"),
+    ],
+)  # fmt: skip
+def test_arch_of_a_gpu_is_the_nearest_smaller_one(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], target: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert arch.__wrapped__(torch.device("cuda", 0)) == target
+
+
+@pytest.mark.parametrize(
     ("triton_version", "numpy_version"), [("3.6.0", "2.3.5"), ("3.7.0", "2.4.0"), ("3.9.0", "2.5.2")]
 )
 def test_an_interpreter_that_works(triton_version: str, numpy_version: str) -> None:

@@ -36,8 +36,12 @@ def test_every_kernel_is_visible_in_the_compiled_graphs(traced: Any) -> None:
         assert found == [{name: count for name, (count, _) in graph.items()} for graph in (FORWARD, BACKWARD)]
 
 
+def test_lengths_that_are_symbols_are_compiled_once_for_each_class_of_them(traced: Any) -> None:
+    assert traced["graphs of lengths"] == 3
+
+
 def test_a_compiled_graph_clones_nothing_that_kernels_only_read(traced: Any) -> None:
-    assert traced == {
+    assert {name: graphs for name, graphs in traced.items() if name != "graphs of lengths"} == {
         "padded": [FORWARD, BACKWARD],
         "packed by the caller": [FORWARD, BACKWARD],
         "relations": [

@@ -196,7 +196,7 @@ def test_where_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
         target: str = "sm_90",
         dtype: torch.dtype = torch.bfloat16,
         tokens: int = 8192,
-        inner: int = 768,
+        inner: int = 384,
         activation: str = "gelu",
     ) -> bool:
         monkeypatch.setattr(tiles, "arch", lambda device: target)
@@ -206,11 +206,15 @@ def test_where_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fused(tokens=8191)
     assert not fused(dtype=torch.float32)
     assert not fused(activation="gelu_tanh")
-    assert not fused(inner=1024)
-    assert not fused(inner=700)
-    assert fused("sm_80", inner=384)
-    assert not fused("sm_80")
-    assert not any(fused(target, inner=384) for target in ("sm_100", "gfx942", "interpreter"))
+    assert not fused(inner=768)
+    assert not fused(inner=300)
+    assert fused("sm_80")
+    assert not fused("sm_80", inner=512)
+    assert fused("sm_86", inner=312)
+    assert not fused("sm_86")
+    assert fused("sm_89", inner=512)
+    assert fused("sm_120")
+    assert not any(fused(target) for target in ("sm_100", "gfx942", "interpreter"))
 
 
 def test_the_tables_choice_is_taken(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

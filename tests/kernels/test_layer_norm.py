@@ -79,7 +79,7 @@ def without(inputs: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", [1, 37, 100, 768, 1023])
+@pytest.mark.parametrize("features", [1, 37, 40, 100, 768, 1023])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_widths(device: torch.device, dtype: torch.dtype, features: int, dropout_p: float) -> None:
     compare(random_inputs((9,), features, dtype, device), dropout_p)

@@ -21,6 +21,7 @@ PRODUCT = Product(torch.bfloat16, 768, "gelu")
 
 def entry(launch: Launch = LAUNCH, **tiles: Any) -> dict[str, Any]:
     names = {"kernel": launch.kernel, "dtype": "bfloat16", "width": launch.width, "maps": launch.maps}
+    names |= {"up_to": launch.up_to, "tf32": launch.tf32}
     return names | {"tiles": TILES | tiles}
 
 
@@ -47,13 +48,14 @@ def test_what_is_written_is_in_force_for_its_launch_alone(
     shipped = {"BLOCK_M": 16}
     x = torch.zeros(1, dtype=torch.bfloat16, device=device)
     assert tuned.tuned_tiles("attention_forward", x, 64, shipped) == TILES
-    for kernel, like, width, maps in (
-        ("attention_backward_dq", x, 64, False),
-        ("attention_forward", x.half(), 64, False),
-        ("attention_forward", x, 32, False),
-        ("attention_forward", x, 64, True),
+    for kernel, like, width, maps, up_to in (
+        ("attention_backward_dq", x, 64, False, None),
+        ("attention_forward", x.half(), 64, False, None),
+        ("attention_forward", x, 32, False, None),
+        ("attention_forward", x, 64, True, None),
+        ("attention_forward", x, 64, False, 32),
     ):
-        assert tuned.tuned_tiles(kernel, like, width, shipped, maps) is shipped
+        assert tuned.tuned_tiles(kernel, like, width, shipped, maps, up_to) is shipped
     assert caplog.records == []
 
 
@@ -120,15 +122,20 @@ def _entries(*entries: Any) -> Callable[[Any], Any]:
     [
         (_but(device="NVIDIA A100"), "its device is 'NVIDIA A100', here it is"),
         (_but(triton="3.0.0"), "its triton is '3.0.0', here it is"),
-        (_but(format=1), "its format is 1, here it is 2"),
+        (_but(format=1), "its format is 1, here it is 3"),
         (_but(kernels="0123"), "measured with other kernels than this version of fastbert has"),
         (_but(entries=None), "damaged: TypeError"),
         (lambda content: [content], "damaged: no JSON object"),
         (_entries({"kernel": "attention_forward"}), "damaged: KeyError: 'dtype'"),
         (_entries(7), "damaged: TypeError"),
         (_entries(entry() | {"dtype": "int8"}), "damaged: KeyError: 'int8'"),
-        (_entries(entry() | {"width": "64"}), "of width '64' cannot have"),
-        (_entries(entry() | {"kernel": "attention_sideways"}), "'attention_sideways' of width 64 cannot have"),
+        (_entries(entry() | {"width": "64"}), "of width '64', up_to None, cannot have"),
+        (
+            _entries(entry() | {"kernel": "attention_sideways"}),
+            "'attention_sideways' of width 64, up_to None, cannot have",
+        ),
+        (_entries(entry() | {"up_to": 48}), "up_to 48, cannot have"),
+        (_entries(entry(Launch("embed_forward", torch.bfloat16, 64, up_to=32))), "up_to 32, cannot have"),
         (_entries(entry(BLOCK_M=48)), "cannot have {'BLOCK_M': 48"),
         (_entries(entry(BLOCK_M=8)), "cannot have {'BLOCK_M': 8"),
         (_entries(entry(num_warps=64)), "'num_warps': 64"),
@@ -146,7 +153,10 @@ def _entries(*entries: Any) -> Callable[[Any], Any]:
         (_entries(product_entry(width="768")), "products of '768' features"),
         (_entries(product_entry(activation=["gelu"])), "with ['gelu'] cannot be"),
         # Half a row would be normalized as if it were the whole.
-        (_entries(entry(Launch("embed_forward", torch.bfloat16, 100))), "'embed_forward' of width 100 cannot have"),
+        (
+            _entries(entry(Launch("embed_forward", torch.bfloat16, 100))),
+            "'embed_forward' of width 100, up_to None, cannot have",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_ignored_with_one_warning(

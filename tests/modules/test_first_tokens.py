@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_close, ids
+from models import assert_close, ids, onednn_enabled
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule
 from unread import MASKS, POOLED, SEQ, Rows, assert_same_gradients, inputs_of, two
 
 import fastbert
@@ -50,6 +52,21 @@ def test_the_last_layer_sees_first_rows_only(
     rows.seen.clear()
     fastbert.skip_unread(less, skip=False)(**inputs_of("BertForSequenceClassification", "ragged", device))
     assert rows.of(48) == [21, 21]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_layer_behind_torchs_checkpoint_wrapper_sees_first_rows_only(
+    monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    whole, less = two("BertForSequenceClassification", torch.device("cpu"))
+    inputs = inputs_of("BertForSequenceClassification", "ragged", torch.device("cpu"))
+    wrapper = less.bert.encoder.layer[-1] = checkpoint_wrapper(less.bert.encoder.layer[-1])
+    if sharded:  # as fully_shard does, which needs processes
+        wrapper.__class__ = type(f"FSDP{type(wrapper).__name__}", (FSDPModule, type(wrapper)), {})
+    wanted, rows = whole(**inputs).logits, Rows(monkeypatch)
+    with onednn_enabled(False):
+        assert_close(less(**inputs).logits, wanted)
+    assert rows.of(48) == [21, 3]
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from models import assert_close, ids, mask_of, pair, randomize, tiny_config
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.models.bert import modeling_bert
 
 import fastbert
@@ -365,6 +366,17 @@ def test_who_watches_a_classifiers_encoder_sees_every_row(where: str) -> None:
         of_pooler = where != "bert"
         note = lambda module, given, output, of_pooler=of_pooler: seen.append(given[0] if of_pooler else output[0])  # noqa: E731
         model.get_submodule(where).register_forward_hook(note)
+        model(**batch("BertForSequenceClassification"))
+    assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_who_watches_torchs_wrapper_of_a_layer_sees_every_row(layer: int) -> None:
+    seen = []
+    for model in heads("BertForSequenceClassification"):
+        layers = model.bert.encoder.layer
+        layers[layer] = checkpoint_wrapper(layers[layer])
+        layers[layer].register_forward_hook(lambda module, given, output: seen.append(given[0]))
         model(**batch("BertForSequenceClassification"))
     assert_close(seen[1], seen[0])
 

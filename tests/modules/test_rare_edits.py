@@ -9,6 +9,7 @@ import torch
 import transformers
 from models import assert_close, mask_of, pair, tiny_config
 from torch import nn
+from transformers.pytorch_utils import prune_linear_layer
 
 import fastbert
 from fastbert_kernels import backend
@@ -88,7 +89,24 @@ def rows_without_a_gradient(model: Any) -> Any:
     return torch.cat([embeddings.position_embeddings.weight.grad, embeddings.token_type_embeddings.weight.grad])
 
 
+def pruned_heads(model: Any) -> Any:
+    """One head of a layer's taken out, by what transformers has for it, and a step of training."""
+    attention = model.encoder.layer[0].attention
+    rows = torch.arange(attention.self.attention_head_size)
+    for name in ("query", "key", "value"):
+        setattr(attention.self, name, prune_linear_layer(getattr(attention.self, name), rows))
+    attention.output.dense = prune_linear_layer(attention.output.dense, rows, dim=1)
+    attention.self.num_attention_heads = 1
+    attention.self.all_head_size = len(rows)
+    out = model(x, mask, output_attentions=True)
+    assert out.attentions[0].shape == (2, 1, 9, 9)
+    out.last_hidden_state.pow(3).mean().backward()
+    parts = out.last_hidden_state, out.attentions[0], *[p.grad for p in attention.parameters()]
+    return torch.cat([part.detach().flatten() for part in parts])
+
+
 EDITS = [
+    pruned_heads,
     norm_over_the_sequence,
     another_function_in_an_activation,
     rows_without_a_gradient,
@@ -103,7 +121,7 @@ EDITS = [
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize(
     ("edit", "backend_name"),
-    [*[(edit, "auto") for edit in EDITS], (hooked_probabilities, "triton")],
+    [*[(edit, "auto") for edit in EDITS], (hooked_probabilities, "triton"), (pruned_heads, "triton")],
 )
 def test_an_edited_model_is_eagers(edit: Callable[[Any], torch.Tensor], backend_name: str) -> None:
     plain, fused = pair(packing="auto", num_hidden_layers=1)

@@ -55,6 +55,11 @@ def on_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
     return install
 
 
+def short(launch: Launch) -> Launch:
+    """The launch at `SMALL` sizes."""
+    return launch._replace(up_to=32) if launch.traits.op == "attention" else launch
+
+
 def tiles_like(shipped: Tiles, *rows: int) -> list[Tiles]:
     return [shipped | {"BLOCK_M": row} for row in rows]
 
@@ -86,7 +91,7 @@ def measure(launch: Launch, device: torch.device, rows: tuple[int, ...], timer: 
 def test_measured_tiles_reach_their_launch_and_no_other(
     tuned_folder: Any, cuda_index: torch.device, on_launch: Callable[[Change], None], kernel: str
 ) -> None:
-    launch = Launch(kernel, torch.float32, 16)
+    launch = short(Launch(kernel, torch.float32, 16))
     seen: dict[str, list[Tiles]] = {}
 
     def record(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +105,8 @@ def test_measured_tiles_reach_their_launch_and_no_other(
     assert seen[kernel] == [{key: table[key] for key in TILE_KEYS}]
     others, before = {name: tiles for name, tiles in seen.items() if name != kernel}, seen[kernel][0]
     tiles = before | {"BLOCK_M": before["BLOCK_M"] // 2 if launch.traits.attends else before["BLOCK_M"] * 2}
-    entry = {"kernel": kernel, "dtype": "float32", "width": 16, "maps": False, "tiles": tiles}
+    entry = {"kernel": kernel, "dtype": "float32", "width": 16, "maps": False, "up_to": launch.up_to, "tf32": False}
+    entry["tiles"] = tiles
     tuned.write(tuned.kind(cuda_index), [entry], {})
     tuned._tables.clear()
     tuned._read.cache_clear()
@@ -120,9 +126,11 @@ def test_a_models_launches() -> None:
     full = launches(COMMON, torch.bfloat16, full=True)
     assert len(full) == len(set(full))
     assert {x.kernel for x in full} == set(TUNABLE)
-    assert {(x.width, x.maps) for x in full if x.kernel == "attention_forward"} == {
-        (width, maps) for width in (32, 64) for maps in (False, True)
+    assert {(x.width, x.maps, x.up_to) for x in full if x.kernel == "attention_forward"} == {
+        (width, maps, up_to) for width in (32, 64) for maps in (False, True) for up_to in (32, None)
     }
+    by_length = launches(COMMON, torch.bfloat16, full=False, named=("attention_forward",), lengths=(128, 40, 64))
+    assert {x.up_to for x in by_length} == {64, None}
     assert {x.kernel for x in launches(COMMON, torch.bfloat16, full=True, named=("relation", "embed_f"))} == {
         *(kernel for kernel in TUNABLE if kernel.startswith("relation_")),
         "embed_forward",
@@ -131,10 +139,11 @@ def test_a_models_launches() -> None:
 
 def test_all_neighbours_are_tiles_that_a_file_may_hold() -> None:
     for launch in launches(COMMON, torch.bfloat16, full=True):
-        for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
             shipped = shipped_tiles(launch, target)
             for tiles in neighbours(launch, target, shipped):
-                assert tiles["num_warps"] >= 4 or not launch.traits.multiplies or target not in ("sm_90", "sm_100")
+                groups = launch.traits.multiplies and launch.up_to is None and target in ("sm_90", "sm_100")
+                assert tiles["num_warps"] >= 4 or not groups
                 entry = Outcome(launch, shipped, tiles, kept=True).entry()
                 assert tuned.read_entry(entry) == (launch, {key: tiles[key] for key in TILE_KEYS})
 
@@ -375,7 +384,7 @@ def test_wrong_shipped_tiles_end_the_launch_and_not_the_run(
 @pytest.mark.parametrize("kernel", TUNABLE)
 def test_every_call_has_its_definition(cuda_index: torch.device, kernel: str) -> None:
     for maps in (False, True) if kernel.startswith("attention_") else (False,):
-        launch = Launch(kernel, torch.bfloat16, 16, maps)
+        launch = short(Launch(kernel, torch.bfloat16, 16, maps))
         shipped = shipped_tiles(launch, arch(cuda_index))
         rows = shipped["BLOCK_M"] // 2 if launch.traits.attends else shipped["BLOCK_M"] * 2
         outcome = measure(launch, cuda_index, (rows,), timer_of({rows: 0.5}))
