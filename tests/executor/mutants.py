@@ -91,11 +91,21 @@ def _copies(arguments: dict[str, Any]) -> dict[str, Any]:
     return copies
 
 
+def _packed(arguments: dict[str, Any]) -> bool:
+    """Whether sequences have lengths of their own; without cu_seqlens another tensor stands in its place."""
+    return "cu_seqlens_ptr" in arguments and not arguments["cu_seqlens_ptr"].is_floating_point()
+
+
 def _poison(arguments: dict[str, Any]) -> None:
-    """NaN in some rows, which no other row may read and no column past its end, and in what no id of a table names."""
+    """NaN in some rows, or a whole sequence, that no other may read, no column past its end, and what no id names."""
     for name in ("x_ptr", "residual_ptr", "dy_ptr", "normed_ptr", "kept_ptr"):
         if isinstance(arguments.get(name), torch.Tensor):
             arguments[name][1::8] = torch.nan
+    if "qkv_ptr" in arguments:  # of the second sequence, whose rows come after the first one's end
+        bounds = arguments["cu_seqlens_ptr"][1:3].tolist() if _packed(arguments) else (9, 18)
+        for name in ("stats_ptr", "delta_ptr"):
+            if name in arguments:
+                arguments[name][..., slice(*bounds)] = torch.nan
     for ids, table in (("words", "word"), ("positions", "position"), ("token_types", "token_type")):
         if f"{table}_table_ptr" in arguments:
             arguments[f"{ids}_ptr"].clamp_(min=1)
@@ -231,7 +241,7 @@ def harmless(code: Code, calls: list[Call], mutant: Mutant, right: list[list[tor
     if mutant.kind == "predicate lost":
         # Others that wrote another value, or where nobody else writes, would be noticed.
         return "the other threads write the same values to the same addresses"
-    if mutant.block not in code.reached and all("cu_seqlens_ptr" not in call.arguments for call in calls):
+    if mutant.block not in code.reached and not any(_packed(call.arguments) for call in calls):
         return "no thread gets there: without cu_seqlens no sequence is shorter than the longest"
     return ""
 
