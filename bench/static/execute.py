@@ -36,7 +36,8 @@ LEGEND = (
     "flops: of the tensor cores, and of those the case needs. "
     "load, store: sectors of global memory moved, of the fewest that hold what is asked for; "
     "banks: cycles of shared memory, of the fewest without bank conflicts; "
-    "bytes: moved between the multiprocessors and the L2 cache, of those that the case must move once."
+    "bytes: of all requests, as if no cache kept them, of those that the case must move once; under 1 where "
+    "few rows leave fewer partial sums than a whole grid."
 )
 
 

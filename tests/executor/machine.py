@@ -1,5 +1,6 @@
 """Runs some programs of a launch together, all their threads in lockstep, and checks that they synchronise."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,19 @@ class Code:
         if (number, whole) not in self._blocks:
             self._blocks[number, whole] = translate(self.kernel, number, whole)
         return self._blocks[number, whole]
+
+    @property
+    def reached(self) -> set[int]:
+        """Numbers of the blocks that some thread has been in."""
+        return {number for number, _ in self._blocks}
+
+    def with_block(self, number: int, block: list[Instruction]) -> "Code":
+        """The same kernel with another block `number`; all the others are translated already."""
+        blocks = [*self.kernel.blocks]
+        blocks[number] = block
+        changed = Code(dataclasses.replace(self.kernel, blocks=blocks))
+        changed._blocks = {key: known for key, known in self._blocks.items() if key[0] != number}
+        return changed
 
 
 class _Copies(NamedTuple):

@@ -31,7 +31,7 @@ Block = Callable[[list[np.ndarray[Any, Any]], Any, np.ndarray[Any, Any] | None],
 EXIT = -1
 
 _SPECIAL = re.compile(r"%(?:(?:tid|ntid|ctaid|nctaid)\.[xyz]|laneid)$")
-_ADDRESS = re.compile(r"\[\s*(%?\w+)\s*(?:\+\s*(-?\w+)\s*)?\]$")
+ADDRESS = re.compile(r"\[\s*(%?\w+)\s*(?:\+\s*(-?\w+)\s*)?\]$")
 
 
 def widen(x: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
@@ -144,7 +144,7 @@ class _Writer:
         return "[" + ", ".join(self._value(part, kind) for part in _parts(operand)) + "]"
 
     def _address(self, operand: str, kind: str) -> str:
-        found = _ADDRESS.match(operand)
+        found = ADDRESS.match(operand)
         if found is None:
             raise self._unsupported(f"cannot read the address {operand}")
         base = self._value(found[1], kind)
