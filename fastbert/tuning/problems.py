@@ -27,11 +27,12 @@ from fastbert_kernels import (
     reference,
     relation_loss,
 )
-from fastbert_kernels.attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
+from fastbert_kernels.attention_backward_kernels import attention_backward_dkv, attention_backward_dq
+from fastbert_kernels.attention_kernels import attention_forward
 from fastbert_kernels.bias_activation import _bias_activation_backward, _bias_activation_forward
 from fastbert_kernels.catalogue import Launch, Product
 from fastbert_kernels.column_sums import _column_sums, column_sums
-from fastbert_kernels.embedding import _embed_backward, _embed_forward
+from fastbert_kernels.embedding_kernels import embed_backward, embed_forward
 from fastbert_kernels.feed_forward import _backward as feed_forward_backward_op
 from fastbert_kernels.feed_forward import _forward as feed_forward_forward_op
 from fastbert_kernels.feed_forward_kernels import feed_forward_backward, feed_forward_forward
@@ -55,8 +56,8 @@ COMPILED: dict[str, Any] = {
     "bias_activation_backward": _bias_activation_backward,
     "add_layer_norm_forward": _add_layer_norm_forward,
     "add_layer_norm_backward": _add_layer_norm_backward,
-    "embed_forward": _embed_forward,
-    "embed_backward": _embed_backward,
+    "embed_forward": embed_forward,
+    "embed_backward": embed_backward,
     "feed_forward_forward": feed_forward_forward,
     "feed_forward_backward": feed_forward_backward,
     "column_sums": _column_sums,

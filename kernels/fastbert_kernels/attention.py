@@ -16,7 +16,8 @@ import torch
 
 from . import reference
 from .attention_arguments import check, op_arguments
-from .attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
+from .attention_backward_kernels import attention_backward_dkv, attention_backward_dq
+from .attention_kernels import attention_forward
 from .attention_map import AttentionContext, HandOut, handed_out, in_graph, watch
 from .backend import uses_triton
 from .catalogue import Tiles

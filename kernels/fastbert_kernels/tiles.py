@@ -8,247 +8,30 @@ block's products are fused.
 """
 
 import functools
-from typing import TypeVar
 
 import torch
 
 from . import reference
+from .attention_tables import (
+    ATTENTION_FLOAT,
+    ATTENTION_FLOAT_OWN,
+    ATTENTION_HALF,
+    ATTENTION_SHORT,
+    ATTENTION_TF32,
+    ATTENTION_TF32_LONG,
+    ATTENTION_TF32_OWN,
+    RELATION_FLOAT,
+    RELATION_HALF,
+    ROWS_OF,
+    TF32_HEAD_DIMS,
+    TF32_TARGETS,
+    attention_tile,
+)
 from .backend import allows_tf32, arch
 from .catalogue import SHORT, Product, Tiles
 from .language import tl, triton
 from .launch import cdiv, multiprocessors
 from .tuned import tuned_start, tuned_tiles
-
-
-def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Tiles:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
-
-
-#: Rows of a table: head_dim up to which, tiles, and tiles where maps are read or written. Maps are the tensors of
-#: (seq, seq) planes: the bias, the probabilities and their gradient. Their pointers cost registers, and moving them
-#: costs so much that smaller products are not what is waited for.
-_ByHeadDim = list[tuple[int, Tiles, Tiles]]
-
-#: (architecture, kernel) -> rows, for two-byte dtypes. The rule: of the tiles that spill in no configuration, the one
-#: whose instructions take the least time to issue, with dropout on; of nearly equal ones, the one with more warps
-#: resident. Times in the reasons are the static report's, of head_dim 64 unless said otherwise.
-_ATTENTION_HALF: dict[tuple[str, str], _ByHeadDim] = {
-    ("sm_80", "forward"): [
-        # 32: rows of half the bytes, so twice of them. 64: 12 warps resident, 8 with 128 rows and 4% less to issue.
-        (32, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
-        (64, _attention(64, 64, 4, 3), _attention(64, 32, 4, 2)),
-        # Maps: 32 keys spill with a bias.
-        (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
-    ],
-    ("sm_80", "backward_dq"): [
-        # Maps: 32 keys spill with a bias; 8 warps on 64 rows leave the products half their size and issue 46% more, but
-        # are all that holds wider heads.
-        (64, _attention(128, 32, 8, 2), _attention(64, 16, 4, 2)),
-        (128, _attention(64, 32, 8, 2), _attention(64, 16, 8, 2)),
-    ],
-    ("sm_80", "backward_dkv"): [
-        # All larger tiles are over 255 registers.
-        (64, _attention(32, 128, 8, 2), _attention(16, 128, 8, 2)),
-        (128, _attention(32, 64, 8, 2), _attention(16, 32, 4, 2)),
-    ],
-    ("sm_120", "forward"): [
-        # Three stages leave room for two programs in 100 KiB. On sm_86 two spill with dropout.
-        (32, _attention(128, 64, 8, 2), _attention(64, 32, 4, 2)),
-        (64, _attention(64, 64, 4, 2), _attention(64, 32, 4, 2)),
-        (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
-    ],
-    ("sm_90", "forward"): [
-        # Two warp groups of 64 rows: as many warps resident as with one, half the traffic from L2. Maps: 64 keys issue
-        # 10% less, but spill where maps are gathered.
-        (64, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
-        (128, _attention(128, 64, 8, 2), _attention(128, 32, 8, 2)),
-    ],
-    ("sm_90", "backward_dq"): [
-        # A warp group for every 64 rows: half of one makes products of half the size, and issues twice as much.
-        # Maps: 64 keys issue half as much where head_dim is 64, and spill where it is 32; 32 keys spill with a bias.
-        (64, _attention(128, 64, 8, 2), _attention(64, 16, 4, 2)),
-        (128, _attention(128, 32, 8, 2), _attention(128, 16, 8, 2)),
-    ],
-    ("sm_90", "backward_dkv"): [
-        # The same for keys. Maps: 64 rows issue 8% less, and spill.
-        (64, _attention(64, 128, 8, 2), _attention(32, 64, 4, 2)),
-        (128, _attention(32, 64, 8, 2), _attention(16, 128, 8, 2)),
-    ],
-    ("sm_100", "forward"): [
-        # 128 rows fill the lanes of tensor memory. Maps: 64 keys issue 5% less, and spill; so do 32 of head_dim 128, or
-        # two stages.
-        (64, _attention(128, 64, 8, 2), _attention(64, 32, 4, 3)),
-        (128, _attention(128, 64, 8, 2), _attention(64, 16, 4, 3)),
-    ],
-    ("sm_100", "backward_dq"): [
-        # 128 rows for the same reason: 64 issue 25% more. Maps: 32 keys spill in some head_dim, two stages in 64.
-        (64, _attention(128, 64, 8, 2), _attention(128, 16, 8, 3)),
-        (128, _attention(64, 32, 8, 2), _attention(128, 16, 8, 2)),
-    ],
-    ("sm_100", "backward_dkv"): [
-        # 128 keys: 64 issue 17% more with as many warps resident.
-        (64, _attention(32, 128, 8, 2), _attention(32, 64, 4, 2)),
-        # With two stages ptxas spills a register or two to fit one more program on a multiprocessor.
-        (128, _attention(32, 64, 8, 3), _attention(16, 64, 8, 3)),
-    ],
-    ("gfx942", "forward"): [
-        (64, _attention(64, 64, 4, 1), _attention(64, 64, 4, 1)),
-        (128, _attention(64, 32, 4, 1), _attention(64, 32, 4, 1)),
-    ],
-    ("gfx942", "backward_dq"): [
-        (64, _attention(64, 32, 4, 1), _attention(64, 32, 4, 1)),
-        (128, _attention(64, 32, 8, 1), _attention(64, 32, 8, 1)),
-    ],
-    ("gfx942", "backward_dkv"): [
-        (64, _attention(32, 64, 4, 1), _attention(32, 64, 4, 1)),
-        (128, _attention(32, 64, 8, 1), _attention(32, 64, 8, 1)),
-    ],
-}
-
-#: (one of `SHORT`, kernel) -> rows for two-byte dtypes on NVIDIA, which have these in common. Two warps on 32 by 32
-#: issue 30% less than four, and hold in registers what narrow heads need; wide ones, and maps, spill. 64 rows are where
-#: the products of sm_90 begin. 1,092 x 30 tokens on H200, with and without these rows: forward 31 us and 113, dQ 32 and
-#: 132, dK/dV 31 and 137.
-_ATTENTION_SHORT: dict[tuple[int, str], _ByHeadDim] = {
-    (32, "forward"): [
-        (64, _attention(32, 32, 2, 2), _attention(32, 32, 4, 2)),
-        (128, _attention(32, 32, 2, 2), _attention(32, 16, 4, 2)),
-    ],
-    (32, "backward_dq"): [
-        (64, _attention(32, 32, 2, 2), _attention(32, 32, 4, 2)),
-        (128, _attention(32, 32, 4, 2), _attention(32, 16, 4, 2)),
-    ],
-    (32, "backward_dkv"): [
-        (64, _attention(32, 32, 2, 2), _attention(16, 32, 4, 2)),
-        # With two stages ptxas spills two registers of sm_100 to fit one more program on a multiprocessor.
-        (128, _attention(32, 32, 4, 3), _attention(16, 32, 4, 2)),
-    ],
-    (64, "forward"): [
-        (64, _attention(64, 32, 4, 2), _attention(32, 32, 4, 2)),
-        (128, _attention(64, 32, 4, 2), _attention(32, 16, 4, 2)),
-    ],
-    (64, "backward_dq"): [
-        (64, _attention(64, 32, 4, 2), _attention(32, 32, 4, 2)),
-        (128, _attention(32, 32, 4, 2), _attention(32, 16, 4, 2)),  # 64 rows spill on sm_86
-    ],
-    (64, "backward_dkv"): [
-        (64, _attention(32, 64, 4, 2), _attention(16, 32, 4, 2)),
-        (128, _attention(32, 32, 4, 3), _attention(16, 32, 4, 2)),
-    ],
-}
-
-#: Targets and head_dims whose float32 is multiplied by tensor cores, where there are no maps. A product in three parts
-#: holds each of its operands twice: wider heads and maps spill, and so do those in between, whose columns are masked.
-#: GPUs of smaller kinds multiply float32 as fast as TF32.
-_TF32_TARGETS, _TF32_HEAD_DIMS = ("sm_80", "sm_90", "sm_100"), (32, 64)
-
-#: kernel -> tiles for these, three products for one, or one for one where torch allows it: 30 tokens and 512 are nearly
-#: as well off.
-_ATTENTION_TF32: dict[str, Tiles] = {
-    "forward": _attention(32, 32, 4, 2),
-    "backward_dq": _attention(16, 32, 4, 2),
-    "backward_dkv": _attention(32, 16, 4, 2),
-}
-
-#: (architecture, kernel, head_dim) -> tiles instead of those, which spill.
-_ATTENTION_TF32_OWN: dict[tuple[str, str, int], Tiles] = {("sm_100", "backward_dkv", 32): _attention(16, 32, 4, 3)}
-
-#: (kernel, head_dim) -> the same on sm_90 for sequences over `SHORT`: parts of operands that lie in shared memory are
-#: not held in registers. 32,768 tokens with dropout, three parts and exact: forward 336 us and 1,216, dQ 426 and 2,178,
-#: dK/dV 715 and 2,613.
-_ATTENTION_TF32_LONG: dict[tuple[str, int], Tiles] = {
-    ("forward", 32): _attention(128, 32, 8, 2),
-    ("forward", 64): _attention(128, 32, 8, 2),
-    ("backward_dq", 32): _attention(128, 32, 8, 2),
-    ("backward_dq", 64): _attention(128, 32, 8, 2),
-    ("backward_dkv", 32): _attention(32, 128, 8, 2),
-    ("backward_dkv", 64): _attention(16, 128, 8, 1),  # two stages spill
-}
-
-#: float32 that is multiplied exactly: no tensor core does, so its tiles are small, and nearly the same everywhere.
-#: Two stages everywhere: with one, operands are held in registers whole, 255 of them instead of about 80.
-_ATTENTION_FLOAT: dict[str, _ByHeadDim] = {
-    "forward": [
-        (64, _attention(32, 32, 4, 2), _attention(16, 32, 4, 2)),
-        (128, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
-    ],
-    "backward_dq": [
-        (64, _attention(16, 16, 4, 2), _attention(16, 32, 4, 2)),
-        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
-    ],
-    "backward_dkv": [
-        (64, _attention(16, 32, 8, 2), _attention(16, 16, 4, 2)),
-        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 2)),
-    ],
-}
-
-#: Where what spills is another few registers: (architecture, kernel) -> rows instead of those.
-_ATTENTION_FLOAT_OWN: dict[tuple[str, str], _ByHeadDim] = {
-    ("sm_80", "forward"): [
-        (64, _attention(32, 16, 4, 2), _attention(16, 32, 4, 2)),
-        (128, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
-    ],
-    ("sm_90", "forward"): [
-        (64, _attention(32, 32, 4, 2), _attention(16, 32, 4, 2)),
-        (96, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
-        (128, _attention(32, 16, 8, 2), _attention(16, 32, 8, 2)),
-    ],
-    ("sm_90", "backward_dq"): [
-        # Maps: 32 keys spill where keys are taken by length.
-        (64, _attention(16, 16, 4, 2), _attention(16, 16, 4, 2)),
-        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
-    ],
-    ("sm_80", "backward_dq"): [
-        (64, _attention(16, 16, 4, 2), _attention(16, 16, 8, 2)),
-        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
-    ],
-    ("sm_80", "backward_dkv"): [
-        (64, _attention(16, 32, 8, 2), _attention(16, 16, 8, 3)),
-        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
-    ],
-    ("sm_100", "forward"): [
-        (64, _attention(32, 32, 4, 2), _attention(16, 32, 8, 2)),
-        (128, _attention(32, 16, 8, 2), _attention(16, 32, 4, 2)),
-    ],
-    ("sm_100", "backward_dq"): [
-        (64, _attention(16, 16, 4, 2), _attention(32, 32, 4, 2)),
-        (128, _attention(16, 16, 8, 2), _attention(16, 16, 4, 2)),
-    ],
-    ("sm_100", "backward_dkv"): [
-        (64, _attention(16, 32, 8, 3), _attention(16, 16, 4, 2)),
-        (128, _attention(16, 16, 8, 2), _attention(16, 16, 8, 3)),
-    ],
-}
-
-#: (architecture, kernel) -> tiles of the relation kernels for two-byte dtypes. Every dim up to 128 has the same: two
-#: products of scores are what fills the registers, whatever they sum over.
-_RELATION_HALF: dict[tuple[str, str], Tiles] = {
-    ("sm_80", "forward"): _attention(64, 32, 4, 2),
-    # With two stages ptxas spills a few registers of 80 and 96 to fit one more program on a multiprocessor.
-    ("sm_80", "backward_a"): _attention(64, 32, 4, 3),
-    ("sm_80", "backward_b"): _attention(32, 64, 4, 3),
-    # Two stages spill nothing here, issue 6% less, and leave room for another program. On sm_120 three spill.
-    ("sm_86", "backward_a"): _attention(64, 32, 4, 2),
-    ("sm_86", "backward_b"): _attention(32, 64, 4, 2),
-    ("sm_90", "forward"): _attention(128, 64, 8, 2),
-    ("sm_90", "backward_a"): _attention(128, 64, 8, 2),
-    ("sm_90", "backward_b"): _attention(64, 128, 8, 2),
-    ("sm_100", "forward"): _attention(128, 64, 8, 2),
-    ("sm_100", "backward_a"): _attention(64, 64, 4, 2),
-    ("sm_100", "backward_b"): _attention(64, 64, 4, 2),
-    ("gfx942", "forward"): _attention(64, 32, 4, 1),
-    ("gfx942", "backward_a"): _attention(64, 32, 4, 1),
-    ("gfx942", "backward_b"): _attention(32, 64, 4, 1),
-}
-
-#: The same for float32, by the dim up to which: see `_ATTENTION_FLOAT`.
-_RELATION_FLOAT: dict[str, list[tuple[int, Tiles]]] = {
-    # With four warps up to 64, and with two stages over it, ptxas spills two registers on sm_80 to fit one more program
-    # on a multiprocessor.
-    "forward": [(64, _attention(32, 32, 8, 2)), (128, _attention(32, 16, 8, 3))],
-    "backward_a": [(64, _attention(32, 32, 8, 2)), (128, _attention(16, 16, 8, 2))],
-    "backward_b": [(64, _attention(16, 16, 4, 2)), (128, _attention(16, 16, 8, 2))],
-}
 
 
 def _product(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, descriptors: bool) -> Tiles:
@@ -269,23 +52,7 @@ _FEED_FORWARD_HALF: dict[str, Tiles] = {
     "gfx942": _product(128, 128, 32, 4, 2, descriptors=False),
 }
 
-#: Targets with tensor cores of another's kind, which take its row where they have none of their own: its tiles fit in
-#: the 99 KiB of shared memory that their programs may have.
-_ROWS_OF = {"sm_86": "sm_80", "sm_89": "sm_86", "sm_120": "sm_86"}
-
-_Row = TypeVar("_Row")
-
-
-def _give_rows(table: dict[tuple[str, str], _Row]) -> None:
-    """Complete a table by architecture and kernel with the rows that targets take of others."""
-    for target, nearest in _ROWS_OF.items():
-        table.update({(target, k): row for (a, k), row in table.items() if a == nearest and (target, k) not in table})
-
-
-_give_rows(_ATTENTION_HALF)
-_give_rows(_ATTENTION_FLOAT_OWN)
-_give_rows(_RELATION_HALF)
-_FEED_FORWARD_HALF |= dict.fromkeys(_ROWS_OF, _FEED_FORWARD_HALF["sm_80"])
+_FEED_FORWARD_HALF |= dict.fromkeys(ROWS_OF, _FEED_FORWARD_HALF["sm_80"])
 
 #: float32 is right but never chosen: no tensor core has its full precision.
 _FEED_FORWARD_FLOAT = _product(64, 64, 32, 8, 2, descriptors=False)
@@ -312,7 +79,7 @@ FEED_FORWARD_ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name 
 _FEED_FORWARD_TOKENS = 8192
 
 #: The interpreter pays by the program, not by the register.
-_ATTENTION_INTERPRETED = _attention(64, 64, 4, 1)
+_ATTENTION_INTERPRETED = attention_tile(64, 64, 4, 1)
 
 
 @functools.cache
@@ -345,18 +112,18 @@ def attention_table(
     """
     if target == "interpreter":
         return _ATTENTION_INTERPRETED | {"PRECISION": "ieee"}
-    if itemsize == 4 and target in _TF32_TARGETS and head_dim in _TF32_HEAD_DIMS and not maps:
-        tiles = _ATTENTION_TF32_OWN.get((target, kernel, head_dim), _ATTENTION_TF32[kernel])
+    if itemsize == 4 and target in TF32_TARGETS and head_dim in TF32_HEAD_DIMS and not maps:
+        tiles = ATTENTION_TF32_OWN.get((target, kernel, head_dim), ATTENTION_TF32[kernel])
         if target == "sm_90" and up_to is None:
-            tiles = _ATTENTION_TF32_LONG[kernel, head_dim]
+            tiles = ATTENTION_TF32_LONG[kernel, head_dim]
         return tiles | {"PRECISION": "tf32" if tf32 else "tf32x3"}
     if itemsize == 4:
-        rows = _ATTENTION_FLOAT_OWN.get((target, kernel), _ATTENTION_FLOAT[kernel])
+        rows = ATTENTION_FLOAT_OWN.get((target, kernel), ATTENTION_FLOAT[kernel])
     elif up_to is not None and target.startswith("sm_"):
         # The products of sm_100 begin at 128 rows: of two halves of them, small ones issue a quarter less.
-        rows = _ATTENTION_SHORT[32 if target == "sm_100" else up_to, kernel]
+        rows = ATTENTION_SHORT[32 if target == "sm_100" else up_to, kernel]
     else:
-        rows = _ATTENTION_HALF[target, kernel]
+        rows = ATTENTION_HALF[target, kernel]
     tiles = next(with_maps if maps else without for widest, without, with_maps in rows if head_dim <= widest)
     return tiles | {"PRECISION": "ieee"}
 
@@ -412,8 +179,8 @@ def relation_table(target: str, kernel: str, itemsize: int, dim: int) -> Tiles:
     if target == "interpreter":
         return _ATTENTION_INTERPRETED
     if itemsize == 4:
-        return next(tiles for widest, tiles in _RELATION_FLOAT[kernel] if dim <= widest)
-    return _RELATION_HALF[target, kernel]
+        return next(tiles for widest, tiles in RELATION_FLOAT[kernel] if dim <= widest)
+    return RELATION_HALF[target, kernel]
 
 
 @functools.cache

@@ -36,7 +36,7 @@ def attention_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, i
     """Set the attention tile of the interpreter: `attention_tile(BLOCK_M, BLOCK_N)`. Compiled kernels keep theirs."""
 
     def choose(block_m: int, block_n: int) -> None:
-        monkeypatch.setattr(tiles, "_ATTENTION_INTERPRETED", tiles._attention(block_m, block_n, 4, 1))
+        monkeypatch.setattr(tiles, "_ATTENTION_INTERPRETED", tiles.attention_tile(block_m, block_n, 4, 1))
         tiles.attention_table.cache_clear()
 
     yield choose
