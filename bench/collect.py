@@ -1,7 +1,7 @@
 """The committed results: a folder for each device, with what the runs wrote into it.
 
-`cpu.json` (of `bench.cpu`) or `models.json` (of `bench.gpu`) holds the models, `kernels.json` the kernels. Other files
-are left alone.
+`cpu.json` (of `bench.cpu`) or `models.json` (of `bench.gpu`) holds the models, `kernels.json` the kernels, and
+`compiled.json` those of them again that were timed beside compiled peers, too. Other files are left alone.
 """
 
 import json
@@ -15,7 +15,7 @@ from fastbert.benchmark.contenders import named
 from fastbert.benchmark.results import Results
 from fastbert.benchmark.timing import Times
 
-MODELS_FILES, KERNELS_FILE = ("cpu.json", "models.json"), "kernels.json"
+MODELS_FILES, KERNELS_FILE, COMPILED_FILE = ("cpu.json", "models.json"), "kernels.json", "compiled.json"
 Content = TypeVar("Content")
 
 
@@ -132,5 +132,9 @@ def _load_models(path: Path) -> Results:
 
 def _load_kernels(path: Path) -> Kernels:
     content = json.loads(path.read_text(encoding="utf-8"))
-    rows = [KernelRow(**row | {"times": row["times"] and Times(**row["times"])}) for row in content["rows"]]
-    return Kernels(content["facts"], rows, content["finished"])
+    later = path.with_name(COMPILED_FILE)
+    again = json.loads(later.read_text(encoding="utf-8"))["rows"] if later.is_file() else []
+    done = {(row["kernel"], row["case"]) for row in again}
+    rows = [row for row in content["rows"] if (row["kernel"], row["case"]) not in done] + again
+    known = [KernelRow(**row | {"times": row["times"] and Times(**row["times"])}) for row in rows]
+    return Kernels(content["facts"], known, content["finished"])

@@ -22,6 +22,8 @@ from fastbert_kernels.onednn import product
 
 #: Bytes of the buffer that is copied to measure the copy.
 COPY_BYTES = 512 * 1024 * 1024
+#: Of the product that measures the rate of products.
+SIDES = {"cuda": 8192, "cpu": 2048}
 #: Bytes that AdamW in float32 moves for a parameter: it reads weight, gradient and two moments and writes three.
 ADAMW_BYTES = 28
 
@@ -65,7 +67,7 @@ class Machine:
 
     def rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of a large square product: the ceiling of everything made of products."""
-        side = 8192 if self.device.type == "cuda" else 2048
+        side = SIDES[self.device.type]
         return 2 * side**3 / self.product(side, side, side, dtype)
 
     def seconds(self, work: Cost, dtype: torch.dtype) -> float:

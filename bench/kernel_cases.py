@@ -21,6 +21,8 @@ TOKENS = 32768
 
 #: The contenders whose float32 result is the truth, and whose error bounds the others'.
 REFERENCES = ("torch eager", "cuBLAS")
+#: The contenders that are compiled anew for every case, which takes far longer than to time them.
+SLOW_PEERS = ("torch.compile", "FlexAttention")
 
 
 def draw(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -175,6 +177,34 @@ def _attention_case(lengths: tuple[int, ...], about: str, maps: bool = False, he
 # Rows
 
 
+def _norm_alone_calls(
+    dtype: torch.dtype, device: torch.device, dropout_p: float, *, features: int, tokens: int
+) -> dict[str, Call | str]:
+    torch.manual_seed(0)
+    x = draw(tokens, features, dtype=dtype, device=device).requires_grad_()
+    weight, norm_bias = (draw(features, dtype=dtype, device=device).requires_grad_() for _ in range(2))
+    inputs = (x, weight, norm_bias)
+
+    def eager() -> tuple[Tensor]:
+        return (F.layer_norm(x, (features,), weight, norm_bias, 1e-12),)
+
+    return {
+        "fastbert": Call(lambda: (add_layer_norm(x, None, None, weight, norm_bias, 1e-12),), inputs),
+        "torch eager": Call(eager, inputs),
+        "torch.compile": Call(compiled(eager), inputs),
+        "Liger": _liger(lambda norm: Call(lambda: (norm(x, weight, norm_bias, 1e-12),), inputs)),
+    }
+
+
+def _liger(call: Callable[[Callable[..., Tensor]], Call]) -> Call | str:
+    """A call of Liger's LayerNorm, or why there is none."""
+    try:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    except ImportError:
+        return "liger-kernel is not installed"
+    return call(LigerLayerNormFunction.apply)
+
+
 def _norm_calls(
     dtype: torch.dtype, device: torch.device, dropout_p: float, *, features: int, tokens: int
 ) -> dict[str, Call | str]:
@@ -192,24 +222,16 @@ def _norm_calls(
         bias, weight, norm_bias = vectors
         return (F.layer_norm(F.dropout(x + bias, dropout_p) + residual, (features,), weight, norm_bias, 1e-12),)
 
-    calls: dict[str, Call | str] = {
+    def liger(norm: Callable[..., Tensor]) -> tuple[Tensor]:
+        bias, weight, norm_bias = vectors
+        return (norm(F.dropout(x + bias, dropout_p) + residual, weight, norm_bias, 1e-12),)
+
+    return {
         "fastbert": Call(ours, inputs),
         "torch eager": Call(eager, inputs),
         "torch.compile": Call(compiled(eager), inputs),
+        "Liger": _liger(lambda norm: Call(lambda: liger(norm), inputs)),
     }
-    try:
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-    except ImportError:
-        calls["Liger"] = "liger-kernel is not installed"
-        return calls
-
-    def liger() -> tuple[Tensor]:
-        bias, weight, norm_bias = vectors
-        total = F.dropout(x + bias, dropout_p) + residual
-        return (LigerLayerNormFunction.apply(total, weight, norm_bias, 1e-12),)
-
-    calls["Liger"] = Call(liger, inputs)
-    return calls
 
 
 def _norm_case(features: int, dropout_p: float = 0.0, tokens: int = TOKENS) -> OpCase:
@@ -222,6 +244,17 @@ def _norm_case(features: int, dropout_p: float = 0.0, tokens: int = TOKENS) -> O
         work("add_layer_norm_backward"),
         functools.partial(_norm_calls, features=features, tokens=tokens),
         dropout_p,
+    )
+
+
+def _norm_alone_case(features: int, tokens: int = TOKENS) -> OpCase:
+    work = functools.partial(cost, lengths=[tokens], width=features, dtype="bfloat16")
+    return OpCase(
+        "LayerNorm alone",
+        f"{tokens} x {features}",
+        work("add_layer_norm_forward"),
+        work("add_layer_norm_backward"),
+        functools.partial(_norm_alone_calls, features=features, tokens=tokens),
     )
 
 
@@ -362,6 +395,7 @@ CASES: dict[str, OpCase] = {
     "attention-maps": _attention_case(full(16, 512), "16 x 512", maps=True),
     "norm-768": _norm_case(768),
     "norm-768-dropout": _norm_case(768, dropout_p=0.1),
+    "norm-768-alone": _norm_alone_case(768),
     "norm-1024": _norm_case(1024),
     "gelu-3072": _gelu_case(3072),
     "feed-forward-384": _feed_forward_case(384),

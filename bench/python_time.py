@@ -1,17 +1,21 @@
 """Python's time for each layer, without a GPU: what decides small batches.
 
 A launched kernel costs nothing here and the tensors are so small that ATen's work is its calls' own cost; what one more
-layer adds is the host's time. `python -m bench.python_time` shows ours beside Hugging Face's sdpa, interleaved.
+layer adds is the host's time. `python -m bench.python_time` shows ours beside Hugging Face's sdpa, interleaved, and
+beside ours by Triton's own lookup of each kernel. What `graphed` replays is not looked up: nothing is saved there.
 
 Left out: CUDA's own launch, for every kernel on both sides. Dropout is off, because of it a CPU makes several calls
 where a GPU makes one.
 """
 
+import functools
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import transformers
@@ -20,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastbert
+from fastbert.tuning.problems import COMPILED
 
 from .stand_in import as_on_a_gpu
 
@@ -61,38 +66,70 @@ def steps(library: Any, layers: int) -> dict[str, Callable[[], Any]]:
     return {"inference": inference, "training, forward": forward, "training, forward and backward": training}
 
 
-def seconds_per_layer(rounds: int) -> dict[tuple[str, str], float]:
-    """Median seconds one more layer takes, by (step, "fastbert" or "sdpa")."""
-    contenders = {}
-    for (name, library), layers in itertools.product({"fastbert": fastbert, "sdpa": transformers}.items(), LAYERS):
+class _TritonsLaunch:
+    """A kernel launched by Triton itself each time."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return functools.partial(self.kernel.run, grid=grid, warmup=False, enable_fp_fusion=True)
+
+
+#: Contender -> the library, and what each kernel's id stands for in place of our launches.
+CONTENDERS: dict[str, tuple[Any, dict[int, _TritonsLaunch]]] = {
+    "fastbert": (fastbert, {}),
+    "Triton's launch": (fastbert, {id(kernel): _TritonsLaunch(kernel) for kernel in COMPILED.values()}),
+    "sdpa": (transformers, {}),
+}
+
+
+def times_per_layer(rounds: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """Seconds, and launches, that one more layer takes, by (step, contender). Of times the lower decile is taken."""
+    runs = {}
+    for (name, (library, _)), layers in itertools.product(CONTENDERS.items(), LAYERS):
         for step, run in steps(library, layers).items():
-            contenders[step, name, layers] = run
-    times: dict[tuple[str, str, int], list[float]] = {key: [] for key in contenders}
-    with as_on_a_gpu():
+            runs[step, name, layers] = run
+    times: dict[tuple[str, str, int], list[float]] = {key: [] for key in runs}
+    launches = dict.fromkeys(runs, 0)
+    with as_on_a_gpu() as launched:
+        ours = {name: dict(theirs) for name, (_, theirs) in CONTENDERS.items()}
         for _ in range(rounds):
-            for key, run in contenders.items():
-                run()  # not timed: another model has been in the caches
-                start = time.process_time()  # not what other processes take
-                run()
-                times[key].append(time.process_time() - start)
+            for key, run in runs.items():
+                with mock.patch("fastbert_kernels.launch._launchers", ours[key[1]]):
+                    run()  # not timed: another model has been in the caches
+                    before = launched.total()
+                    start = time.process_time()  # not what other processes take
+                    run()
+                    times[key].append(time.process_time() - start)
+                    launches[key] = launched.total() - before
     few, many = LAYERS
-    median = {key: statistics.median(values) for key, values in times.items()}
+    low = {key: statistics.quantiles(values, n=10, method="inclusive")[0] for key, values in times.items()}
     return {
-        (step, name): (median[step, name, many] - median[step, name, few]) / (many - few)
-        for step, name, layers in contenders
+        (step, name): (
+            (low[step, name, many] - low[step, name, few]) / (many - few),
+            (launches[step, name, many] - launches[step, name, few]) / (many - few),
+        )
+        for step, name, layers in runs
         if layers == few
     }
 
 
 def main(rounds: Annotated[int, typer.Option(min=3, help="Measurements of each.")] = 150) -> None:
-    """Time Python's part of one layer, ours beside Hugging Face's sdpa."""
+    """Time Python's part of one layer, ours beside Hugging Face's sdpa, and beside ours by Triton's own launch."""
     torch.set_num_threads(1)
-    found = seconds_per_layer(rounds)
-    table = Table("step", "fastbert", "HF sdpa", "ratio", title="host time of one layer, microseconds")
+    found = times_per_layer(rounds)
+    table = Table(
+        title="host time of one layer, microseconds", caption="graphed replays launches: nothing is saved there"
+    )
+    for name in ("step", "fastbert", "HF sdpa", "ratio", "launches", "by Triton's launch", "saved a launch"):
+        table.add_column(name, justify="left" if name == "step" else "right", no_wrap=name == "step")
     for step in dict.fromkeys(step for step, _ in found):
-        ours, theirs = found[step, "fastbert"] * 1e6, found[step, "sdpa"] * 1e6
-        table.add_row(step, f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}")
-    Console().print(table)
+        (ours, launches), (tritons, _), (theirs, _) = (found[step, name] for name in CONTENDERS)
+        us = (f"{1e6 * x:.0f}" for x in (ours, theirs))
+        saved = f"{1e6 * (tritons - ours) / launches:.1f}" if launches else "-"
+        table.add_row(step, *us, f"{ours / theirs:.2f}", f"{launches:.0f}", f"{1e6 * tritons:.0f}", saved)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 if __name__ == "__main__":

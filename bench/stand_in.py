@@ -53,8 +53,12 @@ class _Driver:
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         name, launched = metadata.name, self.launched
 
-        def launch(*args: Any) -> None:
+        # Grid, stream, function, both metadata, both hooks, and the kernel's own arguments: as the driver's own.
+        def launch(*given: Any) -> None:
+            about, enter, leave = given[6:9]
+            enter(about)
             launched[name] += 1
+            leave(about)
 
         return launch
 

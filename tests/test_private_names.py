@@ -13,8 +13,8 @@ TREES = [
 ]
 
 
-#: Private names of fastbert's that it writes as text or puts on what is not its own; and one that is public.
-OURS = {"_ptr", "_row_stride", "_zero_types", "_unfused_attn_implementation", "_fields"}
+#: Private names of fastbert's that it writes as text or puts on what is not its own; and two that are public.
+OURS = {"_ptr", "_row_stride", "_zero_types", "_unfused_attn_implementation", "_fields", "_replace"}
 
 
 def is_private(name: str) -> bool:

@@ -98,6 +98,11 @@ def compile_case(case: Case, target: str, tiles: Tiles | None = None) -> Machine
     packed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(kernel, signature, constexprs, attrs)
     compiled = triton.compile(source, target=TARGETS[target], options=packed.__dict__)
+    return machine_code(compiled, target)
+
+
+def machine_code(compiled: Any, target: str) -> MachineCode:
+    """What a kernel that Triton compiled for a target consists of."""
     read = _read_nvidia if target.startswith("sm_") else _read_amd
     counts = read(compiled) | _read_ttgir(compiled.asm["ttgir"], target)
     return MachineCode(shared=compiled.metadata.shared, **counts)

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from fastbert.tuning.neighbours import shipped_tiles
 from fastbert.tuning.problems import COMPILED
 from fastbert_kernels import ACTIVATIONS, column_sums
+from fastbert_kernels.block_passes import sums_in_kernels
 from fastbert_kernels.catalogue import KERNELS, Kernel, Launch, Tiles
 from fastbert_kernels.launch import row_multiple
 from fastbert_kernels.sequences import blocked_length
@@ -47,6 +48,9 @@ HEAD_DIMS = (8, 32, 48, 64, 80, 96, 128)
 BATCH = (64, 512)
 HEADS = 12
 
+#: What `column_sums` takes, by the beginnings of its arguments' names.
+MATRICES = ("first", "second", "third", "fourth", "fifth")
+
 #: The dtype of each pointer argument; None is the case's own. Absent tensors are never read: any dtype will do.
 _POINTERS: dict[str, torch.dtype | None] = {
     **dict.fromkeys(("qkv_ptr", "out_ptr", "probs_ptr", "dout_ptr", "dprobs_ptr", "dqkv_ptr", "head_mask_ptr")),
@@ -58,10 +62,11 @@ _POINTERS: dict[str, torch.dtype | None] = {
         ("stats_ptr", "delta_ptr", "dhead_mask_ptr", "rstd_ptr", "then_bias_ptr", "kept_ptr", "partials_ptr"),
         torch.float32,
     ),
-    **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), torch.float32),
+    **dict.fromkeys(("type_partials_ptr", *(f"{name}_ptr" for name in MATRICES)), torch.float32),
     **dict.fromkeys(("loss_ptr", "lse_ptr", "dloss_ptr", "dloss_max_ptr"), torch.float32),
     **dict.fromkeys(("cu_seqlens_ptr", "columns_ptr", "order_ptr", "key_spans_ptr"), torch.int32),
     **dict.fromkeys(("seed_ptr", "words_ptr", "positions_ptr", "token_types_ptr"), torch.int64),
+    **dict.fromkeys(("found_words_ptr", "found_positions_ptr"), torch.int64),
 }
 
 #: Scalars that no problem size changes.
@@ -72,10 +77,12 @@ _SCALARS: dict[str, int | float] = {
     "keep_threshold": 6554,
     "keep_scale": 1.1,
     "eps": 1e-12,
-    **dict.fromkeys(("first_rows", "second_rows", "third_rows"), PARTIAL_SUMS),
+    **{f"{name}_rows": PARTIAL_SUMS for name in MATRICES},
     "vocab_rows": VOCABULARY,
     "position_rows": 512,
     "token_type_rows": 2,
+    "padding_idx": 0,
+    "position_padding_idx": -1,
 }
 
 #: Sizes, by whether they are multiples of 16, which the launcher tells the compiler. The bias has one head for all.
@@ -155,28 +162,29 @@ class Case:
         sequences, tokens = self.batch
         return [tokens] * sequences
 
-    def cost(self) -> Cost:
-        """What one call must compute and move."""
+    def cost(self, heads: int = HEADS) -> Cost:
+        """What one call must compute and move; `heads` are of a sequence."""
         return cost(
             self.kernel,
             lengths=self.lengths,
-            heads=HEADS if self.traits.attends else 1,
+            heads=heads if self.traits.attends else 1,
             width=self.width,
             dtype=self.dtype,
             flags=self.flags,
             activation=self.activation,
         )
 
-    def summed(self) -> tuple[int, int, int]:
-        """Columns of the three matrices that `column_sums` takes in a layer: of its activation, and of its norms."""
-        return FEED_FORWARD * self.width, 3 * self.width, 3 * self.width
+    def summed(self) -> tuple[int, ...]:
+        """Columns of the matrices that `column_sums` takes in a layer: of its activation, of its norms, of dQ, and of
+        dK and dV."""
+        return tuple(count * self.width for count in (FEED_FORWARD, 3, 3, 1, 2))
 
-    def trips(self, tiles: Tiles) -> tuple[int, int]:
+    def trips(self, tiles: Tiles, heads: int = HEADS) -> tuple[int, int]:
         """Programs of one call, and how often they go through their loop, all together."""
         tokens, block_m, block_n = sum(self.lengths), tiles["BLOCK_M"], tiles["BLOCK_N"]
         if self.traits.attends:
             own, streamed = (block_n, block_m) if self.traits.by_columns else (block_m, block_n)
-            programs = [HEADS * -(-length // own) for length in self.lengths]
+            programs = [heads * -(-length // own) for length in self.lengths]
             trips = zip(programs, self.lengths, strict=True)
             return sum(programs), sum(p * -(-length // streamed) for p, length in trips)
         if self.traits.work == "product":  # counted by tile, as if each had a program of its own
@@ -212,10 +220,14 @@ _BATCHES = ((1092, 30), (256, 128), (1, 128))
 def _attention_cases(
     dtype: str, head_dim: int, *switches: str, aligned: bool = False, batch: tuple[int, int] = BATCH
 ) -> Iterator[Case]:
-    """The three attention kernels; PROBS stands for probabilities asked for and, in the backward pass, used."""
-    for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv"):
-        flags = (flag.replace("PROBS", "PROBS" if kernel == "attention_forward" else "DPROBS") for flag in switches)
-        yield Case(kernel, dtype, head_dim, tuple(flags), aligned=aligned, batch=batch)
+    """The three attention kernels, as a layer launches them: with column sums, unless sequences are short. PROBS stands
+    for probabilities asked for and, in the backward pass, used."""
+    yield Case("attention_forward", dtype, head_dim, switches, aligned=aligned, batch=batch)
+    sequences, tokens = batch
+    sums = ("SUMS",) if sums_in_kernels(sequences * tokens, sequences) else ()
+    for kernel in ("attention_backward_dq", "attention_backward_dkv"):
+        flags = (*(flag.replace("PROBS", "DPROBS") for flag in switches), *sums)
+        yield Case(kernel, dtype, head_dim, flags, aligned=aligned, batch=batch)
 
 
 def _relation_cases(dtype: str, dim: int, *flags: str, aligned: bool = False) -> Iterator[Case]:
@@ -240,7 +252,7 @@ def _representative_cases() -> Iterator[Case]:
         yield Case("add_layer_norm_backward", "bfloat16", features, ("BIAS", "DROPOUT"))
         yield Case("add_layer_norm_backward", "bfloat16", features, ("BIAS", "DROPOUT", "Y"))
         yield Case("embed_forward", "bfloat16", features, ("WORD_TABLE", "TOKEN_TYPES", "DROPOUT", "NORMED"))
-        yield Case("embed_backward", "bfloat16", features, ("DROPOUT",))
+        yield Case("embed_backward", "bfloat16", features, ("WORD_TABLE", "TOKEN_TYPES", "DROPOUT"))
     yield Case("add_layer_norm_forward", "bfloat16", 768, ("BIAS", "RESIDUAL"))
     yield Case("embed_forward", "bfloat16", 768, ("WORD_TABLE", "TOKEN_TYPES"))
     yield Case("bias_activation_forward", "bfloat16", 3072, ("BIAS",), activation="gelu")
@@ -313,7 +325,7 @@ def _all_cases() -> Iterator[Case]:
             yield Case("add_layer_norm_backward", dtype, features, switches)
         for switches in (("WORD_TABLE", "TOKEN_TYPES", "DROPOUT", "NORMED"), ()):
             yield Case("embed_forward", dtype, features, switches)
-        for switches in (("DROPOUT",), ()):
+        for switches in (("WORD_TABLE", "TOKEN_TYPES", "DROPOUT"), ()):
             yield Case("embed_backward", dtype, features, switches)
     for dtype, features in itertools.product(DTYPES, (37, 768)):
         for activation in ACTIVATIONS:
@@ -345,7 +357,7 @@ def arguments(case: Case, tiles: Tiles) -> dict[str, Any]:
     operands = ("student_a", "student_b", "teacher_a", "teacher_b")  # of the three projections of a layer
     known |= {f"{name}_row_stride": 3 * _SIZES[case.aligned]["heads"] * case.width for name in operands}
     features = FEED_FORWARD * case.width if case.traits.work == "product" else case.width
-    known |= dict(zip(("first_columns", "second_columns", "third_columns"), case.summed(), strict=True))
+    known |= {f"{name}_columns": columns for name, columns in zip(MATRICES, case.summed(), strict=True)}
     known |= {"inner": case.width, "features": features, "ACTIVATION": case.activation}
     known["ROW_MULTIPLE"] = row_multiple(case.width)
     known |= _SCALARS | _SIZES[case.aligned] | tiles

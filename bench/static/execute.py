@@ -27,8 +27,8 @@ FEW_ROWS = dataclasses.replace(SIZES, rows=128)
 
 PIPES = ("float", "integer", "multiply", "special", "convert", "memory", "control", "tensor")
 
-#: Flags of a case that are switches of no call: a case is counted without the first two.
-_LEFT_OUT = ("ORDER", "Y")
+#: Flags of a case that are switches of no call: a case is counted without the first three.
+_LEFT_OUT = ("ORDER", "Y", "SUMS")
 _IMPLIED = ("NORMED", "DPROBS")
 
 LEGEND = (

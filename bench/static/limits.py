@@ -18,7 +18,7 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Compile-time switches of the kernels, without their HAS_.
 FLAGS = (
     *("CU_SEQLENS", "ORDER", "COLUMNS", "BIAS", "KEY_SPANS", "HEAD_MASK", "DROPOUT", "PROBS", "DPROBS", "WHOLE_DPROBS"),
-    *("RESIDUAL", "WORD_TABLE", "TOKEN_TYPES", "SOFTMAX", "PRE", "NORMED", "Y", "THEN"),
+    *("SUMS", "RESIDUAL", "WORD_TABLE", "TOKEN_TYPES", "SOFTMAX", "PRE", "NORMED", "Y", "THEN"),
 )
 #: Intermediate size of the feed-forward block by its hidden size, in every BERT.
 FEED_FORWARD = 4
@@ -144,7 +144,12 @@ class _CallSizes:
 
     def partials(self, count: int) -> int:
         """Bytes of the float32 partial sums of (features,) gradients."""
-        return count * PARTIAL_SUMS * self.width * 4
+        return count * min(PARTIAL_SUMS, max(1, self.tokens)) * self.width * 4
+
+    def head_sums(self, count: int) -> int:
+        """Bytes of the float32 partial sums of (tokens, heads, head_dim) matrices, a row for 128 tokens of a sequence:
+        no tile has more."""
+        return count * sum(-(-length // 128) for length in self.lengths) * self.heads * self.width * 4
 
     def maps(self) -> int:
         """Bytes of what is read of maps: a float32 bias, one for all heads, and the gradient of the probabilities."""
@@ -152,8 +157,9 @@ class _CallSizes:
         return bias + self.having("DPROBS") * self.scores * self.itemsize
 
 
-def _attention(products: int, matrices: int, statistics: int) -> Callable[[_CallSizes], Cost]:
-    """Cost of an attention kernel by its products of a map with a (tokens, head_dim) matrix, and what it moves."""
+def _attention(products: int, matrices: int, statistics: int, sums: int = 0) -> Callable[[_CallSizes], Cost]:
+    """Cost of an attention kernel by its products of a map with a (tokens, head_dim) matrix, and what it moves: with
+    SUMS, partial sums of so many matrices too."""
 
     def cost(call: _CallSizes) -> Cost:
         entries = call.scores
@@ -161,6 +167,7 @@ def _attention(products: int, matrices: int, statistics: int) -> Callable[[_Call
             entries = len(call.lengths) * call.heads * call.probs_seq**2
         written = call.having("PROBS") * entries * call.itemsize
         moved = call.matrices(matrices) + call.statistics(statistics) + call.maps() + written
+        moved += call.having("SUMS") * call.head_sums(sums)
         return Cost(2 * products * call.scores * call.width, moved, call.scores)
 
     return cost
@@ -218,11 +225,15 @@ def _embed_forward(call: _CallSizes) -> Cost:
 
 def _embed_backward(call: _CallSizes) -> Cost:
     kept = call.tokens * call.width * 4
-    return Cost(0, call.matrices(2) + kept + call.statistics(1) + call.vectors(1) + call.partials(2), 0)
+    types = call.having("TOKEN_TYPES")
+    # Ids of words and positions go in, and what is found of them out.
+    ids = (2 + 2 * call.having("WORD_TABLE") + types) * call.tokens * 8
+    moved = call.matrices(2) + kept + call.statistics(1) + ids + call.vectors(1) + call.partials(2 + 2 * types)
+    return Cost(0, moved, 0)
 
 
 def _column_sums(call: _CallSizes) -> Cost:
-    vectors = FEED_FORWARD + 2 * 3  # of a layer: its activation's bias, and of both norms
+    vectors = FEED_FORWARD + 2 * 3 + 3  # of a layer: its activation's bias, both norms, and the projections' biases
     return Cost(0, call.partials(vectors) + call.vectors(vectors), 0)
 
 
@@ -230,11 +241,11 @@ _COSTS: dict[str, Callable[[_CallSizes], Cost]] = {
     # Q K^T and P V; qkv in, context out, two statistics out.
     "attention_forward": _attention(2, 4, 2),
     # S, dP and dQ; qkv, dO and O in, dQ out; two statistics in, delta out.
-    "attention_backward_dq": _attention(3, 6, 3),
+    "attention_backward_dq": _attention(3, 6, 3, sums=1),
     # S, dP, dV and dK; qkv and dO in, dK and dV out; two statistics and delta in.
-    "attention_backward_dkv": _attention(4, 6, 3),
+    "attention_backward_dkv": _attention(4, 6, 3, sums=2),
     # Both as one: S, dP, dQ, dK and dV; qkv, dO and O in, dqkv out. Delta need not leave the chip.
-    "attention_backward": _attention(5, 8, 2),
+    "attention_backward": _attention(5, 8, 2, sums=3),
     # The scores of both models; their four operands in.
     "relation_forward": _relation(2, 4),
     # The scores again and dA, or dB; the operands in, and the gradient of one out.
@@ -253,7 +264,7 @@ _COSTS: dict[str, Callable[[_CallSizes], Cost]] = {
     "add_layer_norm_backward": _rows(3, ("DROPOUT", "Y"), 1, 1, 2, direction=1),
     # y out, and to keep the normed sum in float32; rstd out; weight and bias of the norm.
     "embed_forward": _embed_forward,
-    # dy and the normed sum in, dz out; rstd in; sums of dweight and dnorm_bias.
+    # dy and the normed sum in, dz out; rstd in; sums of dweight, dnorm_bias and token types.
     "embed_backward": _embed_backward,
     "column_sums": _column_sums,
 }

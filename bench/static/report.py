@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from fastbert_kernels.catalogue import Tiles
 
 from .assembly import MachineCode
-from .cases import DEVICES, TARGETS, Case
+from .cases import DEVICES, HEADS, TARGETS, Case
 from .limits import ITEMSIZE, PEAKS, Floor, floor
 from .occupancy import MULTIPROCESSORS, Occupancy, occupancy
 
@@ -73,10 +73,10 @@ class Report:
         """
         return self.issue_of(loops=True) if self.nvidia else None
 
-    def issue_of(self, loops: bool) -> float:
+    def issue_of(self, loops: bool, heads: int = HEADS) -> float:
         """The same with or without loops. What stands outside of them is counted once for each program, loops once for
         each trip. NVIDIA multiprocessors issue four a clock, one of a warp."""
-        programs, trips = self.case.trips(self.tiles)
+        programs, trips = self.case.trips(self.tiles, heads)
         looped = sum(loop.code for loop in self.machine.loops)
         of_program = self.machine.code - looped + loops * trips / programs * looped
         peaks = PEAKS[DEVICES[self.target]]

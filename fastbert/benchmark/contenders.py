@@ -36,6 +36,9 @@ _ONNX_RUNTIMES = {
     "openvino": ("openvino", "onnx", "onnxscript"),
 }
 
+#: Hugging Face's own attentions, by contender.
+_ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention"}
+
 #: What each name stands for. "fastbert" drops padding (`packing=True`), as people choose who read tokens only; as it
 #: comes (`packing="auto"`) it drops padding where nobody reads its rows, so a bare encoder keeps it.
 CONTENDERS = {
@@ -44,7 +47,9 @@ CONTENDERS = {
     "eager": "HF eager",
     "sdpa": "HF sdpa",
     "flash": "HF flash_attention_2",
+    "flex": "HF flex_attention",
     "compile": "torch.compile",
+    "compile-graphs": "torch.compile in CUDA graphs",
     "compile-max": "torch.compile max-autotune",
     "compile-freezing": "torch.compile freezing",
     "onnxruntime": "ONNX Runtime",
@@ -71,7 +76,7 @@ def missing(name: str, *, task: Task, attentions: bool, dtype: torch.dtype, devi
         dtype: the working dtype.
         device: where it would run.
     """
-    if attentions and name in ("sdpa", "flash"):
+    if attentions and name in _ATTENTIONS:
         return "returns no attention maps"
     if name == "fastbert-graphed":
         if device.type != "cuda":
@@ -80,6 +85,10 @@ def missing(name: str, *, task: Task, attentions: bool, dtype: torch.dtype, devi
             return "replays no attention maps"
         if task == "backward":
             return "replays whole training steps only"
+    if name in ("flex", "compile-graphs") and device.type != "cuda":
+        return "needs a GPU"
+    if name == "flex" and task != "forward":
+        return "trains without dropout only"
     if name == "flash":
         if device.type != "cuda":
             return "needs a GPU"
@@ -127,12 +136,14 @@ def build(
     if name == "fastbert-graphed":
         return graphed(fuse(module, packing=True), BUCKETS, MAX_SEQUENCES), module
     if name != "eager" and not attentions:  # only eager attention returns its maps
-        module.set_attn_implementation("flash_attention_2" if name == "flash" else "sdpa")
+        module.set_attn_implementation(_ATTENTIONS.get(name, "sdpa"))
     if name.startswith("compile"):
         # One function of torch's counts the models compiled in a run; over its limit the rest would run as they are.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if name == "compile":
         return torch.compile(module, dynamic=False), module
+    if name == "compile-graphs":
+        return torch.compile(module, dynamic=False, mode="reduce-overhead"), module
     if name == "compile-max":
         return torch.compile(module, dynamic=False, mode="max-autotune"), module
     if name == "compile-freezing":  # weights become constants, which are laid out for the products once

@@ -166,14 +166,14 @@ def tune(
     table = {} if table is None else table
     spills: dict[Any, int] = {}
     for launch in launches:
-        outcome = _Subject(launch, device, table, spills, sizes or Sizes(), timer, margin, tell).measure(candidates)
+        outcome = Subject(launch, device, table, spills, sizes or Sizes(), timer, margin, tell).measure(candidates)
         table.pop(launch, None)
         if outcome.kept and outcome.best is not None:
             table[launch] = outcome.best
         yield outcome
 
 
-class _Subject:
+class Subject:
     """One launch under measurement."""
 
     def __init__(
@@ -205,25 +205,25 @@ class _Subject:
         return outcome
 
     def _measure(self, others: list[Tiles], outcome: Outcome) -> None:
-        self._shipped_errors(self._first)
+        self.shipped_errors(self.first)
         right = []
         for number, tiles in enumerate(others, 1):
             self.tell(f"{self.launch}: checking {number} of {len(others)}")
-            if (problem := self._problem(tiles, [self._first])) is None:
+            if (problem := self.problem(tiles, [self.first])) is None:
                 right.append(tiles)
             else:
                 outcome.refused.append(f"{words(tiles)}: {problem}")
         if not right:
             return
         self.tell(f"{self.launch}: timing {len(right)}")
-        first = self._times(right, outcome)
+        first = self.times(right, outcome)
         ranked = sorted((x for x in right if words(x) in first), key=lambda x: _ratio(first[words(x)]))
         for tiles in [x for x in ranked if faster(first[words(x)], self.margin)][:_LEADERS]:
             self.tell(f"{self.launch}: confirming {words(tiles)}")
-            if problem := self._problem(tiles, all_switches(self.launch)):
+            if problem := self.problem(tiles, all_switches(self.launch)):
                 outcome.refused.append(f"{words(tiles)}: {problem}")
                 continue
-            second = self._times([tiles], outcome).get(words(tiles))
+            second = self.times([tiles], outcome).get(words(tiles))
             if second is None or not faster(second, self.margin):
                 outcome.refused.append(f"{words(tiles)}: faster in one round, not in another")
                 continue
@@ -236,7 +236,7 @@ class _Subject:
             outcome.best, outcome.shapes = tiles, first[words(tiles)]
 
     @property
-    def _first(self) -> Switches:
+    def first(self) -> Switches:
         """The call that every candidate is checked by before it is timed: the last timed, which draws dropout."""
         return tuple(x for x in timed_switches(self.launch)[-1] if x != "FROZEN")
 
@@ -246,12 +246,12 @@ class _Subject:
         classes = [self.launch._replace(up_to=up_to) for up_to in (*SHORT, None)]
         return in_force(self.device, self.table | dict.fromkeys(classes, tiles))
 
-    def _problem(self, tiles: Tiles, calls: list[Switches]) -> str | None:
+    def problem(self, tiles: Tiles, calls: list[Switches]) -> str | None:
         """Why tiles cannot be used, None when they can."""
         for on in calls:
             try:
-                truth, bounds = self._shipped_errors(on)
-                before = _loaded(self.launch.kernel)
+                truth, bounds = self.shipped_errors(on)
+                before = loaded(self.launch.kernel)
                 with self._under(tiles):
                     got = results_of(checked_problem(self.launch, on, self.sizes, self.device), truth=False)
                 if spills := self._spills(tiles, on, before):
@@ -267,11 +267,11 @@ class _Subject:
         """Registers that a call spilled, whose kernel was compiled since `before`, or for an earlier launch."""
         heads = self.launch.width if self.launch.traits.attends else None
         key = self.launch.kernel, self.launch.dtype, heads, words(tiles), on
-        new = [x for name, x in _loaded(self.launch.kernel).items() if name not in before]
+        new = [x for name, x in loaded(self.launch.kernel).items() if name not in before]
         self.spills[key] = max([self.spills.get(key, 0), *(getattr(x, "n_spills", None) or 0 for x in new)])
         return self.spills[key]
 
-    def _shipped_errors(self, on: Switches) -> tuple[list[Tensor], list[float]]:
+    def shipped_errors(self, on: Switches) -> tuple[list[Tensor], list[float]]:
         """What float64 gives for a call, and how far other tiles may be from it.
 
         Raises:
@@ -289,7 +289,7 @@ class _Subject:
             self._truths[on] = truth, [2 * error + FLOOR for error in errors]
         return self._truths[on]
 
-    def _times(self, others: list[Tiles], outcome: Outcome) -> dict[str, list[Shape]]:
+    def times(self, others: list[Tiles], outcome: Outcome) -> dict[str, list[Shape]]:
         """Times of each of these tiles in every shape. One that fails is left out, and told in the outcome."""
         found: dict[str, list[Shape]] = {words(tiles): [] for tiles in others}
         lengths = lengths_of(self.launch, self.sizes.lengths)
@@ -297,7 +297,7 @@ class _Subject:
             for length in lengths:
                 problem = timed_problem(self.launch, on, length, self.sizes, self.device)
                 with self._under(self.shipped):
-                    run = _run(problem, self.backward)
+                    run = run_of(problem, self.backward)
                 runs: dict[str, Run] = {}
                 runs[words(self.shipped)] = functools.partial(self._run_under, self.shipped, run)
                 runs[words(self.shipped)]()
@@ -357,7 +357,8 @@ def errors_of(got: list[Tensor], truth: list[Tensor]) -> list[float]:
     ]
 
 
-def _run(problem: Problem, backward: bool) -> Run:
+def run_of(problem: Problem, backward: bool) -> Run:
+    """What is timed of a call: its forward pass, or its backward pass alone."""
     op = by_kernels(problem.op)
     if not (backward and problem.differentiable):
 
@@ -372,7 +373,7 @@ def _run(problem: Problem, backward: bool) -> Run:
     return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
 
 
-def _loaded(kernel: str) -> dict[int, Any]:
+def loaded(kernel: str) -> dict[int, Any]:
     """What Triton has compiled of a kernel in this process, by id; nothing in the interpreter."""
     caches = getattr(COMPILED[kernel], "device_caches", {})
     return {id(compiled): compiled for cache in caches.values() for compiled in cache[0].values()}

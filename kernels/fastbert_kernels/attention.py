@@ -19,6 +19,7 @@ from .attention_arguments import check, op_arguments
 from .attention_kernels import attention_backward_dkv, attention_backward_dq, attention_forward
 from .attention_map import AttentionContext, HandOut, handed_out, in_graph, watch
 from .backend import uses_triton
+from .catalogue import Tiles
 from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, wrap_triton
 from .sequences import batch_size, blocked_length
 from .tiles import attention_tiles, block_width
@@ -158,9 +159,35 @@ def _backward_fake(
     order: torch.Tensor | None,
     key_spans: torch.Tensor | None,
     whole: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sums: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dhead_mask = qkv.new_empty(0) if head_mask is None else torch.empty_like(head_mask)
-    return torch.empty_like(qkv), dhead_mask
+    dq_sums, dkv_sums = (qkv.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if sums:
+        maps = _moves_maps(bias, key_spans, 0 if dprobs is None else dprobs.shape[-1])
+        tiles = _backward_tiles(qkv, maps, max_seqlen, batch_size(qkv, cu_seqlens, max_seqlen))
+        dq_sums, dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, *tiles)
+    return torch.empty_like(qkv), dhead_mask, dq_sums, dkv_sums
+
+
+def _backward_tiles(qkv: torch.Tensor, maps: bool, max_seqlen: int, batch: int) -> tuple[Tiles, Tiles]:
+    """Of dQ, and of dK and dV."""
+    shape = qkv, maps, max_seqlen, batch
+    return attention_tiles("backward_dq", *shape), attention_tiles("backward_dkv", *shape)
+
+
+def _empty_sums(
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int, dq_tiles: Tiles, dkv_tiles: Tiles
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory of the partial sums of dQ, and of dK and dV: rows as in `score_tiles.partial_row`."""
+    tokens, _, heads, head_dim = qkv.shape
+    batch = batch_size(qkv, cu_seqlens, max_seqlen)
+
+    def empty(block: int, columns: int) -> torch.Tensor:
+        rows = batch * cdiv(max_seqlen, block) if cu_seqlens is None else tokens // block + batch
+        return qkv.new_empty(rows, columns, dtype=torch.float32)
+
+    return empty(dq_tiles["BLOCK_M"], heads * head_dim), empty(dkv_tiles["BLOCK_N"], 2 * heads * head_dim)
 
 
 @register_op("attention_backward", _backward_fake)
@@ -182,8 +209,10 @@ def _backward(
     order: torch.Tensor | None,
     key_spans: torch.Tensor | None,
     whole: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of qkv and of the head mask.
+    sums: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of qkv and of the head mask; and with `sums`, for `column_sums`, that of a bias which was added to qkv:
+    rows of partial sums of dQ, and of dK and dV.
 
     With dP~ = dO V^T + dP_ext, the gradient that reaches the map from the context and from whoever used the map:
 
@@ -214,12 +243,15 @@ def _backward(
         "stats_ptr": stats,
         "HAS_DPROBS": dprobs is not None,
         "HAS_WHOLE_DPROBS": whole,
+        "HAS_SUMS": sums,
     }
-    maps = _moves_maps(bias, key_spans, probs_seq)
-    tiles = attention_tiles("backward_dq", qkv, maps, max_seqlen, batch)
-    blocks = cdiv(max_seqlen, tiles["BLOCK_M"])
+    dq_tiles, dkv_tiles = _backward_tiles(qkv, _moves_maps(bias, key_spans, probs_seq), max_seqlen, batch)
+    blocks = cdiv(max_seqlen, dq_tiles["BLOCK_M"])
     delta = torch.empty_like(stats)
     dqkv = torch.empty_like(qkv)
+    dq_sums, dkv_sums = (qkv.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if sums:
+        dq_sums, dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, dq_tiles, dkv_tiles)
     if head_mask is None:
         dhead_mask = partials = qkv.new_empty(0)
     else:
@@ -229,19 +261,19 @@ def _backward(
             out_ptr=out,
             delta_ptr=delta,
             dqkv_ptr=dqkv,
+            partials_ptr=dq_sums,
             dhead_mask_ptr=partials,
             batch=batch,
             **arguments,
-            **tiles,
+            **dq_tiles,
         )
-        tiles = attention_tiles("backward_dkv", qkv, maps, max_seqlen, batch)
-        blocks = cdiv(max_seqlen, tiles["BLOCK_N"])
+        blocks = cdiv(max_seqlen, dkv_tiles["BLOCK_N"])
         wrap_triton(attention_backward_dkv)[(blocks * heads * batch,)](
-            delta_ptr=delta, dqkv_ptr=dqkv, **arguments, **tiles
+            delta_ptr=delta, dqkv_ptr=dqkv, partials_ptr=dkv_sums, **arguments, **dkv_tiles
         )
     if head_mask is not None:
         dhead_mask = partials.sum(1).to(head_mask.dtype)
-    return dqkv, dhead_mask
+    return dqkv, dhead_mask, dq_sums, dkv_sums
 
 
 forbid_double_backward(_backward, "attention")
@@ -266,7 +298,7 @@ def _autograd(
     if dout is not None or dprobs is not None:
         dout = torch.zeros_like(out) if dout is None else dout
         dprobs = None if dprobs is None or dprobs.numel() == 0 else dprobs
-        dqkv, dhead_mask = _backward(
+        dqkv, dhead_mask, *_ = _backward(
             dout, dprobs, qkv, out, stats, cu_seqlens, max_seqlen, bias, head_mask, scale, dropout_p, seed, stream,
             columns, order, key_spans, whole and dprobs is not None,
         )  # fmt: skip

@@ -9,7 +9,19 @@ that was given to it would be taken for written and cloned.
 
 from .language import tl, triton
 from .numerics import LOG2E, MASKED, cast, dot, dropout_keep_map
-from .score_tiles import bias_tile, load_heads, probs_offsets, row_lanes, seen_keys, softmax_tile, store_heads
+from .score_tiles import (
+    bias_tile,
+    load_heads,
+    partial_row,
+    probs_offsets,
+    row_lanes,
+    seen_keys,
+    softmax_tile,
+    spare_row,
+    store_heads,
+    sum_of_rows,
+    sum_ptrs,
+)
 from .tiles import LOAD_STAGES
 
 
@@ -180,6 +192,7 @@ def attention_backward_dq(
     stats_ptr,  # (2, heads, tokens) float32, from the forward pass
     delta_ptr,  # (2, heads, tokens) float32, and without HAS_BIAS the log-sum-exps: for attention_backward_dkv
     dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the query third is written
+    partials_ptr,  # (rows, heads, HEAD_DIM) float32: sums of dQ, rows as in `partial_row`; unused without HAS_SUMS
     dhead_mask_ptr,  # (heads, batch, blocks) float32 partial sums; unused without HAS_HEAD_MASK
     cu_seqlens_ptr,  # as in attention_forward, and so on
     columns_ptr,
@@ -215,6 +228,7 @@ def attention_backward_dq(
     HAS_DROPOUT: tl.constexpr,
     HAS_DPROBS: tl.constexpr,
     HAS_WHOLE_DPROBS: tl.constexpr,  # dprobs has dO V^T in it already
+    HAS_SUMS: tl.constexpr,
 ):
     """One program: dQ of BLOCK_M rows of one head of one sequence, and the rows' delta."""
     blocks = tl.cdiv(max_seqlen, BLOCK_M)
@@ -230,6 +244,12 @@ def attention_backward_dq(
         length = tl.load(cu_seqlens_ptr + b + 1) - start
     start = tl.cast(start, tl.int64)
     row_start = (pid % blocks) * BLOCK_M
+    if HAS_SUMS and HAS_CU_SEQLENS:
+        spare = spare_row(start, length, b, BLOCK_M)
+        if (row_start == 0) & (spare >= 0):
+            dims = tl.arange(0, BLOCK_D)
+            zeros = tl.zeros([BLOCK_D], dtype=tl.float32)
+            tl.store(partials_ptr + (spare * heads + h) * HEAD_DIM + dims, zeros, mask=dims < HEAD_DIM)
     if row_start >= length:
         if HAS_HEAD_MASK:
             tl.store(dhead_mask_ptr + (h.to(tl.int64) * batch + b) * blocks + pid % blocks, 0.0)
@@ -330,7 +350,13 @@ def attention_backward_dq(
         ds = p * (dp - delta[:, None])
         dq = dot(cast(ds, k.dtype), k, dq, PRECISION)
     dqkv_ptr += start * row_stride + h * HEAD_DIM
-    store_heads(dqkv_ptr, dq * scale, rows, row_stride, length, HEAD_DIM, BLOCK_D)
+    dq *= scale
+    store_heads(dqkv_ptr, dq, rows, row_stride, length, HEAD_DIM, BLOCK_D)
+    if HAS_SUMS:  # rows past the end are zeros
+        row = partial_row(start, b, pid % blocks, blocks, BLOCK_M, HAS_CU_SEQLENS)
+        sums = sum_of_rows(dq, dqkv_ptr.dtype.element_ty)
+        ptrs, mask = sum_ptrs(partials_ptr + (row * heads + h) * HEAD_DIM, sums, HEAD_DIM)
+        tl.store(ptrs, sums, mask=mask)
     if HAS_HEAD_MASK:
         partial = dhead_mask_ptr + (h.to(tl.int64) * batch + b) * blocks + pid % blocks
         tl.store(partial, tl.sum(dhead_mask, axis=0))
@@ -344,6 +370,7 @@ def attention_backward_dkv(
     stats_ptr,  # (2, heads, tokens) float32, from the forward pass
     delta_ptr,  # (heads, tokens) float32, from attention_backward_dq
     dqkv_ptr,  # (tokens, 3, heads, HEAD_DIM), the key and value thirds are written
+    partials_ptr,  # (rows, 2, heads, HEAD_DIM) float32: sums of dK and dV; unused without HAS_SUMS
     cu_seqlens_ptr,  # as in attention_forward, and so on
     columns_ptr,
     order_ptr,
@@ -377,6 +404,7 @@ def attention_backward_dkv(
     HAS_DROPOUT: tl.constexpr,
     HAS_DPROBS: tl.constexpr,
     HAS_WHOLE_DPROBS: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
 ):
     """One program: dK and dV of BLOCK_N keys of one head of one sequence, over tiles of BLOCK_M query rows.
 
@@ -396,6 +424,15 @@ def attention_backward_dkv(
         length = tl.load(cu_seqlens_ptr + b + 1) - start
     start = tl.cast(start, tl.int64)
     col_start = (pid % blocks) * BLOCK_N
+    third = heads * HEAD_DIM
+    if HAS_SUMS and HAS_CU_SEQLENS:
+        spare = spare_row(start, length, b, BLOCK_N)
+        if (col_start == 0) & (spare >= 0):
+            dims = tl.arange(0, BLOCK_D)
+            zeros = tl.zeros([BLOCK_D], dtype=tl.float32)
+            ptrs = partials_ptr + spare * 2 * third + h * HEAD_DIM + dims
+            tl.store(ptrs, zeros, mask=dims < HEAD_DIM)
+            tl.store(ptrs + third, zeros, mask=dims < HEAD_DIM)
     if col_start >= length:
         return
     scale_log2 = scale * LOG2E
@@ -412,8 +449,7 @@ def attention_backward_dkv(
         rows_read = tl.where(col_start < key_end, length, 0)
 
     cols = col_start + tl.arange(0, BLOCK_N)
-    row_stride = 3 * heads * HEAD_DIM
-    third = heads * HEAD_DIM
+    row_stride = 3 * third
     qkv_ptr += start * row_stride + h * HEAD_DIM
     dout_ptr += start * third + h * HEAD_DIM
     if HAS_BIAS or HAS_KEY_SPANS:
@@ -480,6 +516,15 @@ def attention_backward_dkv(
         seen = seen_keys(bias_ptr, col_start, cols, bias_end, key_end, masked_below, HAS_KEY_SPANS)
         dk = tl.where(seen[:, None], dk, 0.0)
         dv = tl.where(seen[:, None], dv, 0.0)
+    dk *= scale
+    dv *= factor
     dqkv_ptr += start * row_stride + h * HEAD_DIM
-    store_heads(dqkv_ptr + third, dk * scale, cols, row_stride, length, HEAD_DIM, BLOCK_D)
-    store_heads(dqkv_ptr + 2 * third, dv * factor, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+    store_heads(dqkv_ptr + third, dk, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+    store_heads(dqkv_ptr + 2 * third, dv, cols, row_stride, length, HEAD_DIM, BLOCK_D)
+    if HAS_SUMS:
+        stored = cols[:, None] < length
+        row = partial_row(start, b, pid % blocks, blocks, BLOCK_N, HAS_CU_SEQLENS)
+        sums = sum_of_rows(tl.where(stored, dk, 0.0), dqkv_ptr.dtype.element_ty)
+        ptrs, mask = sum_ptrs(partials_ptr + row * 2 * third + h * HEAD_DIM, sums, HEAD_DIM)
+        tl.store(ptrs, sums, mask=mask)
+        tl.store(ptrs + third, sum_of_rows(tl.where(stored, dv, 0.0), dqkv_ptr.dtype.element_ty), mask=mask)

@@ -25,15 +25,23 @@ from .block_records import (
     ProjectionParameters,
     read,
 )
-from .column_sums import PartialSums, column_sums
+from .column_sums import PartialSums
 from .feed_forward import in_product_dtype, products, products_backward
 from .layer_norm import _forward as norm_forward
 from .layer_norm import forward_in_place as norm_forward_in_place
 from .layer_norm import gradients as norm_gradients
 from .layer_norm import op_arguments as norm_arguments
+from .sequences import batch_size
 
 #: Of a block that keeps nothing, in place of what it saves.
 Nothing: TypeAlias = tuple[()]
+
+#: Tokens of a sequence, in the mean, from which on attention's backward kernels sum the gradients of the projections'
+#: biases. They do so once in a program, which takes as long as reading the gradients of 60 tokens again on H200, 40 on
+#: A100 and 90 on B200, by the static report's times of issue.
+SUMMED_LENGTH = 64
+#: With so many tokens or fewer they always do: there a launch less is worth more.
+FEW_TOKENS = 4096
 
 
 def _add_product(dz: torch.Tensor, dx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -106,6 +114,11 @@ def attend(
     return context, None if arguments.probs_seq is None else probs, saved
 
 
+def sums_in_kernels(tokens: int, sequences: int) -> bool:
+    """Whether attention's backward kernels sum the gradients of the projections' biases; else a pass over them does."""
+    return tokens <= FEW_TOKENS or tokens >= SUMMED_LENGTH * sequences
+
+
 def attend_backward(
     dcontext: torch.Tensor | None,
     dz: torch.Tensor | None,
@@ -115,31 +128,36 @@ def attend_backward(
     saved: AttentionSaved,
     needs_hidden: bool,
     needs: ProjectionParameters[bool],
-) -> tuple[torch.Tensor | None, ProjectionParameters[torch.Tensor | None]]:
-    """Gradients of the hidden states and the parameters: from those of the context, of the residual and of the maps,
-    each None where nobody used it. That of the maps is the whole one; without it, the context is needed."""
+) -> tuple[torch.Tensor | None, ProjectionParameters[torch.Tensor | None], tuple[PartialSums, ...]]:
+    """Gradients of the hidden states and the parameters, but for the projections' biases, and for `column_sums` those
+    of the query's, the key's and the value's: from those of the context, of the residual and of the maps, each
+    None where nobody used it. That of the maps is the whole one; without it, the context is needed."""
     of_context = torch.zeros_like(saved.qkv[:, 0]) if dcontext is None else dcontext
-    dqkv, dhead_mask = attend_op_backward(
+    dtype = arguments.qkv_weight.dtype
+    bias_dtype = dtype if needs.query_bias or needs.key_bias or needs.value_bias else None
+    sequences = batch_size(saved.qkv, saved.cu_seqlens, arguments.max_seqlen)
+    summed = bias_dtype is not None and sums_in_kernels(saved.qkv.shape[0], sequences)
+    dqkv, dhead_mask, dquery_sums, dkey_value_sums = attend_op_backward(
         of_context, dprobs, saved.qkv, of_context if context is None else context, saved.stats, saved.cu_seqlens,
         arguments.max_seqlen, saved.mask, saved.head_mask, arguments.scale, arguments.dropout_p, saved.seed,
-        arguments.stream, saved.columns, saved.order, saved.key_spans, context is None,
+        arguments.stream, saved.columns, saved.order, saved.key_spans, context is None, summed,
     )  # fmt: skip
-    dqkv, dtype = dqkv.flatten(1), arguments.qkv_weight.dtype
-    dquery = dkey = dvalue = dquery_bias = dkey_bias = dvalue_bias = None
+    dqkv = dqkv.flatten(1)
+    sums: tuple[PartialSums, ...] = (dquery_sums, (bias_dtype,)), (dkey_value_sums, (bias_dtype,) * 2)
+    if bias_dtype is not None and not summed:
+        sums = ((dqkv.sum(0, keepdim=True, dtype=torch.float32), (bias_dtype,) * 3),)
+    dquery = dkey = dvalue = None
     if needs.query_weight or needs.key_weight or needs.value_weight:
         dquery, dkey, dvalue = (dqkv.t() @ saved.x.view(-1, saved.x.shape[-1])).to(dtype).chunk(3)
-    if arguments.qkv_bias is not None:
-        dquery_bias, dkey_bias, dvalue_bias = dqkv.sum(0, dtype=dtype).chunk(3)
-    if dcontext is None:
-        dvalue = dvalue_bias = None  # no map depends on a value
     dhidden = None
     if needs_hidden:
         qkv_weight = saved.qkv_weight
         dhidden = (dqkv @ qkv_weight).view(saved.x.shape) if dz is None else _add_product(dz, dqkv, qkv_weight)
-    return dhidden, ProjectionParameters(
+    gradients = ProjectionParameters(
         head_mask=None if saved.head_mask is None else dhead_mask, query_weight=dquery, key_weight=dkey,
-        value_weight=dvalue, query_bias=dquery_bias, key_bias=dkey_bias, value_bias=dvalue_bias,
+        value_weight=dvalue, query_bias=None, key_bias=None, value_bias=None,
     )  # fmt: skip
+    return dhidden, gradients, sums
 
 
 def feed_forward_forward(
@@ -205,19 +223,20 @@ def after_context_backward(
     feed_forward: FeedForwardArguments | None,
     saved: tuple[torch.Tensor | None, ...],
     flags: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """Gradients of the context, of the residual, and of the parameters, in the order of the flags that say which need
-    one: the feed-forward block's, if any, then those of the output product and its norm."""
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...], tuple[PartialSums, ...]]:
+    """Gradients of the context, of the residual, and of the weights of products: the feed-forward block's two, if any,
+    then the output product's; and for `column_sums` those of the vectors. `after_context_gradients` puts them in order.
+    The flags say which parameter needs one, in that order."""
     of_feed_forward: tuple[torch.Tensor | None, ...] = ()
+    first_sums: tuple[PartialSums, ...] = ()
     if feed_forward is None:
         (needs,) = read(flags, OutputParameters)
         output, norm_saved = read(saved, OutputSaved, NormSaved)
         dout, dz, _, sums = norm_backward(dy, attention, norm_saved, output.seed, again=False)
-        dnorm_weight, dnorm_bias, dbias = column_sums(sums)
     else:
         needs_first, needs = read(flags, FeedForwardParameters, OutputParameters)
         output, norm_saved, second, second_norm = read(saved, OutputSaved, NormSaved, FeedForwardSaved, NormSaved)
-        dattended, dpre, ddown, of_second = feed_forward_backward(
+        dattended, dpre, ddown, first_sums = feed_forward_backward(
             dy, feed_forward, second, second_norm, True, needs_first.weight
         )
         assert dattended is not None
@@ -225,15 +244,34 @@ def after_context_backward(
             dattended, attention, norm_saved, output.seed, again=needs_first.up_weight
         )
         dup = dpre.t() @ attended.view(-1, attended.shape[-1]) if needs_first.up_weight else None
-        dup_bias, dnorm2_weight, dnorm2_bias, ddown_bias, dnorm_weight, dnorm_bias, dbias = column_sums(
-            *of_second, sums
-        )
-        of_feed_forward = FeedForwardParameters(
-            up_weight=dup, up_bias=dup_bias, weight=ddown, bias=ddown_bias, norm_weight=dnorm2_weight,
-            norm_bias=dnorm2_bias,
-        )  # fmt: skip
+        of_feed_forward = dup, ddown
         del dpre, attended
     dout = dout.view(-1, dout.shape[-1])  # the memory of dz where nothing was dropped: dz may change last
     dweight = dout.t() @ output.context.flatten(1) if needs.weight else None
     dcontext = (dout @ output.weight).view(output.context.shape)
-    return dcontext, dz, (*of_feed_forward, *OutputParameters(dweight, dbias, dnorm_weight, dnorm_bias))
+    return dcontext, dz, (*of_feed_forward, dweight), (*first_sums, sums)
+
+
+def after_context_gradients(
+    weights: Sequence[torch.Tensor | None], vectors: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the parameters behind the context, in their order: the feed-forward block's, if any, then those of
+    the output product and its norm; from what `after_context_backward` returns, its sums as `column_sums` made them."""
+    *of_feed_forward, dweight = weights
+    *of_vectors, dnorm_weight, dnorm_bias, dbias = vectors
+    output = OutputParameters(dweight, dbias, dnorm_weight, dnorm_bias)
+    if not of_feed_forward:
+        return output
+    (dup, ddown), (dup_bias, dnorm2_weight, dnorm2_bias, ddown_bias) = of_feed_forward, of_vectors
+    return *FeedForwardParameters(
+        up_weight=dup, up_bias=dup_bias, weight=ddown, bias=ddown_bias, norm_weight=dnorm2_weight,
+        norm_bias=dnorm2_bias,
+    ), *output  # fmt: skip
+
+
+def projection_gradients(
+    gradients: ProjectionParameters[torch.Tensor | None], vectors: Sequence[torch.Tensor | None]
+) -> ProjectionParameters[torch.Tensor | None]:
+    """Those that `attend_backward` returns, and of the biases what `column_sums` made of its sums."""
+    dquery_bias, dkey_bias, dvalue_bias = vectors
+    return gradients._replace(query_bias=dquery_bias, key_bias=dkey_bias, value_bias=dvalue_bias)

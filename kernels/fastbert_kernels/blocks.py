@@ -18,11 +18,13 @@ from .attention_map import handed_out, in_graph, map_gradient, watch
 from .backend import is_traced, uses_cpu_layers, uses_triton
 from .block_passes import (
     after_context_backward,
+    after_context_gradients,
     attend,
     attend_backward,
     feed_forward_backward,
     feed_forward_forward,
     output_product,
+    projection_gradients,
     second_block,
 )
 from .block_records import (
@@ -154,12 +156,16 @@ class Layer(torch.autograd.Function):
         _, _, needs_hidden, *flags = ctx.needs_input_grad
         tensors, first, last = ctx.saved_tensors, len(AttentionSaved._fields), len(ProjectionParameters._fields)
         (saved,), (needs,) = read(tensors[:first], AttentionSaved), read(flags[-last:], ProjectionParameters)
-        dcontext, dz, dafter = after_context_backward(
+        dcontext, dz, dweights, sums = after_context_backward(
             dy, ctx.attention, ctx.feed_forward, tensors[first:], flags[:-last]
         )
         context = tensors[first]
-        dhidden, dprojections = attend_backward(dcontext, dz, None, context, ctx.attention, saved, needs_hidden, needs)
-        return None, None, dhidden, *dafter, *dprojections
+        dhidden, dprojections, bias_sums = attend_backward(
+            dcontext, dz, None, context, ctx.attention, saved, needs_hidden, needs
+        )
+        vectors = column_sums(*sums, *bias_sums)
+        after = after_context_gradients(dweights, vectors[:-3])
+        return None, None, dhidden, *after, *projection_gradients(dprojections, vectors[-3:])
 
 
 class AttentionBlock(Layer):
@@ -193,7 +199,12 @@ class AttentionMap(torch.autograd.Function):
         _, needs_hidden, *flags = ctx.needs_input_grad
         (saved,), (needs,) = read(ctx.saved_tensors, AttentionSaved), read(flags, ProjectionParameters)
         dz = None if dz is None else dz.detach()  # with create_graph=True a view that nobody may write to
-        dhidden, dprojections = attend_backward(dcontext, dz, dprobs, None, ctx.arguments, saved, needs_hidden, needs)
+        dhidden, dprojections, bias_sums = attend_backward(
+            dcontext, dz, dprobs, None, ctx.arguments, saved, needs_hidden, needs
+        )
+        dprojections = projection_gradients(dprojections, column_sums(*bias_sums))
+        if dcontext is None:  # no map depends on a value
+            dprojections = dprojections._replace(value_weight=None, value_bias=None)
         return None, dhidden, *dprojections
 
 
@@ -226,11 +237,14 @@ class AfterMap(torch.autograd.Function):
         tensors, first = ctx.saved_tensors, len(MapSaved._fields)
         (saved,) = read(tensors[:first], MapSaved)
         flags = ctx.needs_input_grad[7:]
-        dcontext, dz, dafter = after_context_backward(dy, ctx.attention, ctx.feed_forward, tensors[first:], flags)
+        dcontext, dz, dweights, sums = after_context_backward(
+            dy, ctx.attention, ctx.feed_forward, tensors[first:], flags
+        )
         dinner = map_gradient.fn(  # no second derivative is looked for here, and counters see products
             dcontext, saved.qkv, saved.cu_seqlens, ctx.attention.max_seqlen, saved.columns, ctx.side
         )
-        return None, None, None, dinner, dcontext, dz, None, *dafter
+        after = after_context_gradients(dweights, column_sums(*sums))
+        return None, None, None, dinner, dcontext, dz, None, *after
 
 
 def _run_with_maps(

@@ -1,8 +1,9 @@
 """dropout(LayerNorm(word + token type + position)): three gathers, norm and dropout in one pass.
 
 The normalized sum is kept for the backward pass, and not gathered again: the tables may have changed meanwhile, by
-`.data`, as in adversarial training, which nobody would notice. The scatter into the three tables is PyTorch's own
-embedding backward, which is deterministic and knows `padding_idx`.
+`.data`, as in adversarial training, which nobody would notice. The scatter into the tables of words and positions is
+PyTorch's own embedding backward, which is deterministic and knows `padding_idx`. The gradients of token types are sums
+that the kernel makes on the way, unless there are more than two.
 """
 
 from typing import Any
@@ -20,6 +21,9 @@ from .numerics import dropout_keep, known_multiple, load_rows, load_vector, stor
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
 
+#: Token types whose gradients are sums that the backward kernel makes. Tables with more are scattered into.
+SUMMED_TYPES = 2
+
 
 @triton.jit
 def _gather(table_ptr, ids_ptr, rows, cols, count, table_rows, features):
@@ -28,6 +32,12 @@ def _gather(table_ptr, ids_ptr, rows, cols, count, table_rows, features):
     found = (rows < count) & (ids >= 0) & (ids < table_rows)
     mask = found[:, None] & (cols[None, :] < features)
     return tl.load(table_ptr + ids[:, None] * features + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _found(ids, table_rows, padding_idx):
+    """Ids, and in the place of those outside their table the row that gets no gradient."""
+    return tl.where((ids >= 0) & (ids < table_rows), ids, padding_idx)
 
 
 @triton.jit
@@ -98,22 +108,34 @@ def _embed_forward(
         tl.store(rstd_ptr + rows, rstd, mask=rows < count)
 
 
-@triton.jit(do_not_specialize=["count", "site", "keep_threshold"])
+@triton.jit(do_not_specialize=["count", "padding_idx", "position_padding_idx", "site", "keep_threshold"])
 def _embed_backward(
     dy_ptr,  # (count, features)
     kept_ptr,  # (count, features) float32, as in _embed_forward
     weight_ptr,  # (features,)
     seed_ptr,  # int64 scalar; unused without HAS_DROPOUT
     rstd_ptr,  # (count,) float32
+    words_ptr,  # (count,) int; unused without HAS_WORD_TABLE
+    positions_ptr,  # (count,) int
+    token_types_ptr,  # (count,) int; unused without HAS_TOKEN_TYPES
     dz_ptr,  # (count, features), gradient of the sum of the three embeddings
     partials_ptr,  # (programs, 2, features) float32: sums of dweight, dnorm_bias
+    type_partials_ptr,  # (programs, 2, features) float32: sums of dz of token types 0 and 1; unused as their ids
+    found_words_ptr,  # (count,) int64, words, but padding_idx for those outside their table; unused as words
+    found_positions_ptr,  # (count,) int64, the same of positions
     count,
+    vocab_rows,
+    position_rows,
+    padding_idx,
+    position_padding_idx,
     features,
     site,
     keep_threshold,
     keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_WORD_TABLE: tl.constexpr,
+    HAS_TOKEN_TYPES: tl.constexpr,
     ROW_MULTIPLE: tl.constexpr,  # see launch.row_multiple
     HAS_DROPOUT: tl.constexpr,
 ):
@@ -125,6 +147,8 @@ def _embed_backward(
     weight = load_vector(weight_ptr, cols, features)
     dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
     dnorm_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
+    dfirst_type = tl.zeros([BLOCK_N], dtype=tl.float32)
+    dsecond_type = tl.zeros([BLOCK_N], dtype=tl.float32)
     for row_start in tl.range(program * BLOCK_M, count, programs * BLOCK_M, num_stages=LOAD_STAGES):
         rows = row_start + tl.arange(0, BLOCK_M)
         rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0.0)
@@ -137,9 +161,21 @@ def _embed_backward(
         store_rows(dz_ptr, dz, rows, cols, count, features)
         dweight += tl.sum(dy * normed, axis=0)
         dnorm_bias += tl.sum(dy, axis=0)
-    partials_ptr += program.to(tl.int64) * 2 * features + cols
-    tl.store(partials_ptr, dweight, mask=cols < features)
-    tl.store(partials_ptr + features, dnorm_bias, mask=cols < features)
+        if HAS_WORD_TABLE:
+            words = tl.load(words_ptr + rows, mask=rows < count, other=0).to(tl.int64)
+            tl.store(found_words_ptr + rows, _found(words, vocab_rows, padding_idx), mask=rows < count)
+        positions = tl.load(positions_ptr + rows, mask=rows < count, other=0).to(tl.int64)
+        tl.store(found_positions_ptr + rows, _found(positions, position_rows, position_padding_idx), mask=rows < count)
+        if HAS_TOKEN_TYPES:
+            types = tl.load(token_types_ptr + rows, mask=rows < count, other=0)
+            dfirst_type += tl.sum(tl.where((types == 0)[:, None], dz, 0.0), axis=0)
+            dsecond_type += tl.sum(tl.where((types == 1)[:, None], dz, 0.0), axis=0)
+    partial = program.to(tl.int64) * 2 * features + cols
+    tl.store(partials_ptr + partial, dweight, mask=cols < features)
+    tl.store(partials_ptr + partial + features, dnorm_bias, mask=cols < features)
+    if HAS_TOKEN_TYPES:
+        tl.store(type_partials_ptr + partial, dfirst_type, mask=cols < features)
+        tl.store(type_partials_ptr + partial + features, dsecond_type, mask=cols < features)
 
 
 def _empty_output(words: torch.Tensor, word_table: torch.Tensor | None, position_table: torch.Tensor) -> torch.Tensor:
@@ -238,12 +274,29 @@ def _backward_fake(
     kept: torch.Tensor,
     weight: torch.Tensor,
     rstd: torch.Tensor,
+    words: torch.Tensor | None,
+    positions: torch.Tensor,
+    token_types: torch.Tensor | None,
+    vocab_rows: int,
+    position_rows: int,
+    padding_idx: int,
+    position_padding_idx: int,
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _, partials = _backward_plan(dy)
-    return torch.empty_like(dy), partials
+    return torch.empty_like(dy), partials, *_empty_backward(partials, words, positions, token_types)
+
+
+def _empty_backward(
+    partials: torch.Tensor, words: torch.Tensor | None, positions: torch.Tensor, token_types: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory of the token types' partial sums, and of the words and positions that are found."""
+    type_partials = partials.new_empty(0) if token_types is None else torch.empty_like(partials)
+    found_positions = torch.empty_like(positions, dtype=torch.int64)
+    found_words = positions.new_empty(0, dtype=torch.int64) if words is None else torch.empty_like(found_positions)
+    return type_partials, found_words, found_positions
 
 
 @register_op("embed_backward", _backward_fake)
@@ -252,28 +305,50 @@ def _backward(
     kept: torch.Tensor,
     weight: torch.Tensor,
     rstd: torch.Tensor,
+    words: torch.Tensor | None,
+    positions: torch.Tensor,
+    token_types: torch.Tensor | None,
+    vocab_rows: int,
+    position_rows: int,
+    padding_idx: int,
+    position_padding_idx: int,
     dropout_p: float,
     seed: torch.Tensor | None,
     stream: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the sum of the embeddings (count, features), and rows of partial sums of dweight, dnorm_bias."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the sum of the embeddings (count, features); rows of partial sums of dweight and dnorm_bias, and of
+    the gradients of token types 0 and 1, if given; and of words, if given, and positions the rows of their tables that
+    get a gradient, int64 (count,): `padding_idx` for an id outside."""
     dy = dy.contiguous()
     dz = torch.empty_like(dy)
     tiles, partials = _backward_plan(dy)
+    type_partials, found_words, found_positions = _empty_backward(partials, words, positions, token_types)
     wrap_triton(_embed_backward)[(partials.shape[0],)](
         dy_ptr=dy,
         kept_ptr=kept,
         weight_ptr=weight,
         rstd_ptr=rstd,
+        words_ptr=positions if words is None else words,
+        positions_ptr=positions,
+        token_types_ptr=positions if token_types is None else token_types,
         dz_ptr=dz,
         partials_ptr=partials,
+        type_partials_ptr=type_partials,
+        found_words_ptr=found_words,
+        found_positions_ptr=found_positions,
         count=dy.shape[0],
+        vocab_rows=vocab_rows,
+        position_rows=position_rows,
+        padding_idx=padding_idx,
+        position_padding_idx=position_padding_idx,
         features=dy.shape[1],
+        HAS_WORD_TABLE=words is not None,
+        HAS_TOKEN_TYPES=token_types is not None,
         ROW_MULTIPLE=row_multiple(dy.shape[1]),
         **dropout_arguments(dy, dropout_p, seed, stream),
         **tiles,
     )
-    return dz, partials
+    return dz, partials, type_partials, found_words, found_positions
 
 
 forbid_double_backward(_backward, "embed")
@@ -300,20 +375,32 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor 
         return (None,) * 15
     words, positions, token_types, weight, kept, rstd, seed = ctx.saved_tensors
     padding_idx, position_padding_idx, dropout_p, stream = ctx.constants
-    dz, partials = _backward(dy, kept, weight, rstd, dropout_p, seed, stream)
-    dweight, dnorm_bias = column_sums((partials, (weight.dtype, weight.dtype)))
-
-    def scatter(ids: Any, table: Any, padding_idx: int) -> torch.Tensor:
-        rows, dtype = table
-        ids = torch.where((ids >= 0) & (ids < rows), ids, padding_idx)  # what read as zero gets no gradient
-        return torch.ops.aten.embedding_dense_backward(dz, ids, rows, padding_idx, False).to(dtype)
-
     needs_words, _, _, needs_word_table, needs_position_table, needs_token_type_table, *_ = ctx.needs_input_grad
     word_table, position_table, token_type_table = ctx.tables
+    type_dtype = None
+    if needs_token_type_table and token_type_table[0] <= SUMMED_TYPES:
+        type_dtype = token_type_table[1]
+    dz, partials, type_partials, found_words, found_positions = _backward(
+        dy, kept, weight, rstd, words if needs_word_table else None, positions,
+        None if type_dtype is None else token_types, word_table[0] if needs_word_table else 0, position_table[0],
+        padding_idx, position_padding_idx, dropout_p, seed, stream,
+    )  # fmt: skip
+    dweight, dnorm_bias, of_types = column_sums((partials, (weight.dtype,) * 2), (type_partials, (type_dtype,)))
+
+    def scatter(ids: torch.Tensor, table: tuple[int, torch.dtype], padding_idx: int) -> torch.Tensor:
+        rows, dtype = table
+        return torch.ops.aten.embedding_dense_backward(dz, ids, rows, padding_idx, False).to(dtype)
+
     dwords = dz.to(words.dtype) if word_table is None and needs_words else None
-    dword_table = scatter(words, word_table, padding_idx) if needs_word_table else None
-    dposition_table = scatter(positions, position_table, position_padding_idx) if needs_position_table else None
-    dtoken_type_table = scatter(token_types, token_type_table, -1) if needs_token_type_table else None
+    dword_table = scatter(found_words, word_table, padding_idx) if needs_word_table else None
+    dposition_table = scatter(found_positions, position_table, position_padding_idx) if needs_position_table else None
+    dtoken_type_table = None
+    if of_types is not None:
+        dtoken_type_table = of_types.view(SUMMED_TYPES, -1)[: token_type_table[0]]
+    elif needs_token_type_table:
+        rows = token_type_table[0]
+        found = torch.where((token_types >= 0) & (token_types < rows), token_types, -1)
+        dtoken_type_table = scatter(found, token_type_table, -1)
     dtables = dword_table, dposition_table, dtoken_type_table
     return dwords, None, None, *dtables, dweight, dnorm_bias, *[None] * 7
 

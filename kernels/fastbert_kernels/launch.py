@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._functorch import is_legacy_batchedtensor
@@ -18,13 +18,33 @@ _LAUNCH = """
 def key({names}, **options):
     return {device}, {parts}, *options.values()
 
+def is_watched():
+    return {watched}
+
 def launch(grid, {names}, **options):
-    compiled = find(({device}, {parts}, *options.values()))
-    if compiled is None or {device}.index != current_device():
+    found = find(({device}, {parts}, *options.values()))
+    if found is None or {device}.index != current_device() or caches.get(found.device) is not found.cache or {watched}:
         look_up(grid, {arguments} | options)
     else:
-        compiled[grid]({names})
+        found.compiled[grid]({names})
 """
+
+#: What Triton looks at in each launch, beside what it compiles for: where one is set, Triton's own launch sees to it.
+#: Hooks of launches, its compiled kernels see to themselves; all else is looked at when a kernel is compiled or loaded,
+#: but for the globals that a kernel reads, which are constants of this package.
+_WATCHED = {
+    "knobs.runtime": ("debug", "add_stages_inspection_hook"),
+    "knobs.compilation": ("instrumentation_mode",),
+    "kernel": ("debug", "pre_run_hooks"),
+}
+
+
+class _Found(NamedTuple):
+    """What is launched for some arguments, and where Triton keeps it: for which of its devices, and in what cache."""
+
+    compiled: Any
+    device: Any
+    cache: Any
 
 
 class _Launcher:
@@ -36,18 +56,22 @@ class _Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.found: dict[tuple[Any, ...], _Found] = {}
         names = [p.name for p in kernel.params]
         self.functions: dict[str, Any] = {
-            "find": self.compiled.get,
+            "find": self.found.get,
             "look_up": self.look_up,
             "current_device": lambda: torch.cuda.current_device(),
+            "caches": kernel.device_caches,
+            "knobs": triton.knobs,
+            "kernel": kernel,
         }
         source = _LAUNCH.format(
             names=", ".join(names),
             device=f"{names[0]}.device",
             parts=", ".join(map(_varies, kernel.params)),
             arguments="{" + ", ".join(f"{name!r}: {name}" for name in names) + "}",
+            watched=" or ".join(_watched(kernel)),
         )
         exec(source, self.functions)
 
@@ -55,14 +79,23 @@ class _Launcher:
         return functools.partial(self.functions["launch"], (*grid, 1, 1)[:3])
 
     def look_up(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        """Launch by Triton itself, and keep what it launches."""
+        """Launch by Triton itself, and keep what it launches, unless it was compiled for what is looked at."""
         device = arguments[self.kernel.arg_names[0]].device
         guard = contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
         with guard:
             compiled = self.kernel.run(grid=grid, warmup=False, enable_fp_fusion=True, **arguments)
+            tritons = triton.runtime.driver.active.get_current_device()
         # Not on HIP, for which Triton compiles by the sizes of tensors, too.
         if type(compiled) is triton.compiler.CompiledKernel and not torch.version.hip:
-            self.compiled[self.functions["key"](**arguments)] = compiled
+            if not self.functions["is_watched"]():
+                found = _Found(compiled, tritons, self.kernel.device_caches[tritons])
+                self.found[self.functions["key"](**arguments)] = found
+
+
+def _watched(kernel: Any) -> list[str]:
+    """Expressions of what makes a launch Triton's own; not every version has every name."""
+    known = {"knobs.runtime": triton.knobs.runtime, "knobs.compilation": triton.knobs.compilation, "kernel": kernel}
+    return [f"{x}.{name}" for x, names in _WATCHED.items() for name in names if hasattr(known[x], name)]
 
 
 def _varies(parameter: Any) -> str:

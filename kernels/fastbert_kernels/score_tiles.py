@@ -4,7 +4,7 @@ from packaging.version import Version
 
 from .backend import INTERPRETED
 from .language import MISSING, tl, triton
-from .numerics import LOG2E, MASKED, cast
+from .numerics import LOG2E, MASKED, cast, dot
 
 #: Whether a short vector is loaded by every thread that uses a part of it, as compilers before Triton 3.7 have it.
 _LOADED_BY_EVERY_USER: tl.constexpr = tl.constexpr(
@@ -79,3 +79,45 @@ def softmax_tile(s, row_max, log_sum, valid):
     The parts stay apart because the maximum of a row with no visible key would swallow the logarithm.
     """
     return tl.where(valid, tl.exp2(s - row_max - log_sum), 0.0)
+
+
+@triton.jit
+def partial_row(start, b, block, blocks, BLOCK_ROWS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr):
+    """Where the program of a sequence's `block` leaves its partial sums: int64, a row of its own.
+
+    The rows of ragged sequences are numbered by their tokens, so that short ones do not have as many as the longest:
+    in front of a sequence that begins at `start` lie start / BLOCK_ROWS + b at most.
+    """
+    row = tl.cast(b, tl.int64) * blocks + block
+    if HAS_CU_SEQLENS:
+        row = start // BLOCK_ROWS + b + block
+    return row
+
+
+@triton.jit
+def spare_row(start, length, b, BLOCK_ROWS: tl.constexpr):
+    """Of ragged sequences, the row of `partial_row` that this one has and none of its programs writes, -1 for none."""
+    last = (start + length) // BLOCK_ROWS + b
+    return tl.where(start // BLOCK_ROWS + b + tl.cdiv(length, BLOCK_ROWS) == last, last, -1)
+
+
+@triton.jit
+def sum_of_rows(x, dtype: tl.constexpr):
+    """Sums over the rows of x, rounded to `dtype`: float32 [columns, n], n copies.
+
+    In half precision by a product with ones: threads hold a tile of 128 by 64 so that adding its rows takes them 100
+    shuffles, as long as 800 other instructions.
+    """
+    if dtype == tl.float32:
+        sums = tl.sum(x, axis=0)[:, None]
+    else:
+        ones = tl.full([x.shape[0], 16], 1.0, dtype=tl.float32)
+        sums = dot(tl.trans(cast(x, dtype)), cast(ones, dtype), tl.zeros([x.shape[1], 16], dtype=tl.float32))
+    return sums
+
+
+@triton.jit
+def sum_ptrs(ptr, sums, HEAD_DIM: tl.constexpr):
+    """Where `sum_of_rows` is stored, and the mask that takes one of its copies."""
+    dims, copies = tl.arange(0, sums.shape[0])[:, None], tl.arange(0, sums.shape[1])[None, :]
+    return ptr + dims + copies * 0, (dims < HEAD_DIM) & (copies == 0)

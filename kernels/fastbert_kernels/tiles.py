@@ -119,7 +119,7 @@ _ATTENTION_SHORT: dict[tuple[int, str], _ByHeadDim] = {
         (128, _attention(32, 32, 4, 2), _attention(32, 16, 4, 2)),
     ],
     (32, "backward_dkv"): [
-        (64, _attention(32, 32, 2, 2), _attention(32, 32, 4, 2)),
+        (64, _attention(32, 32, 2, 2), _attention(16, 32, 4, 2)),
         # With two stages ptxas spills two registers of sm_100 to fit one more program on a multiprocessor.
         (128, _attention(32, 32, 4, 3), _attention(16, 32, 4, 2)),
     ],
@@ -129,10 +129,10 @@ _ATTENTION_SHORT: dict[tuple[int, str], _ByHeadDim] = {
     ],
     (64, "backward_dq"): [
         (64, _attention(64, 32, 4, 2), _attention(32, 32, 4, 2)),
-        (128, _attention(64, 32, 4, 2), _attention(32, 16, 4, 2)),
+        (128, _attention(32, 32, 4, 2), _attention(32, 16, 4, 2)),  # 64 rows spill on sm_86
     ],
     (64, "backward_dkv"): [
-        (64, _attention(32, 64, 4, 2), _attention(32, 32, 4, 2)),
+        (64, _attention(32, 64, 4, 2), _attention(16, 32, 4, 2)),
         (128, _attention(32, 32, 4, 3), _attention(16, 32, 4, 2)),
     ],
 }
@@ -150,14 +150,19 @@ _ATTENTION_TF32: dict[str, Tiles] = {
     "backward_dkv": _attention(32, 16, 4, 2),
 }
 
-#: The same on sm_90 for sequences over `SHORT`, up to a head_dim: parts of operands that lie in shared memory are not
-#: held in registers. 32,768 tokens with dropout, three parts and exact: forward 336 us and 1,216, dQ 426 and 2,178,
-#: dK/dV 741 and 2,613.
-_ATTENTION_TF32_LONG: dict[str, list[tuple[int, Tiles]]] = {
-    "forward": [(64, _attention(128, 32, 8, 2))],
-    "backward_dq": [(64, _attention(128, 32, 8, 2))],
-    # With two stages the wider spill.
-    "backward_dkv": [(32, _attention(32, 128, 8, 2)), (64, _attention(16, 128, 8, 1))],
+#: (architecture, kernel, head_dim) -> tiles instead of those, which spill.
+_ATTENTION_TF32_OWN: dict[tuple[str, str, int], Tiles] = {("sm_100", "backward_dkv", 32): _attention(16, 32, 4, 3)}
+
+#: (kernel, head_dim) -> the same on sm_90 for sequences over `SHORT`: parts of operands that lie in shared memory are
+#: not held in registers. 32,768 tokens with dropout, three parts and exact: forward 336 us and 1,216, dQ 426 and 2,178,
+#: dK/dV 715 and 2,613.
+_ATTENTION_TF32_LONG: dict[tuple[str, int], Tiles] = {
+    ("forward", 32): _attention(128, 32, 8, 2),
+    ("forward", 64): _attention(128, 32, 8, 2),
+    ("backward_dq", 32): _attention(128, 32, 8, 2),
+    ("backward_dq", 64): _attention(128, 32, 8, 2),
+    ("backward_dkv", 32): _attention(32, 128, 8, 2),
+    ("backward_dkv", 64): _attention(16, 128, 8, 1),  # two stages spill
 }
 
 #: float32 that is multiplied exactly: no tensor core does, so its tiles are small, and nearly the same everywhere.
@@ -341,8 +346,9 @@ def attention_table(
     if target == "interpreter":
         return _ATTENTION_INTERPRETED | {"PRECISION": "ieee"}
     if itemsize == 4 and target in _TF32_TARGETS and head_dim in _TF32_HEAD_DIMS and not maps:
-        own = _ATTENTION_TF32_LONG[kernel] if target == "sm_90" and up_to is None else []
-        tiles = next((tiles for widest, tiles in own if head_dim <= widest), _ATTENTION_TF32[kernel])
+        tiles = _ATTENTION_TF32_OWN.get((target, kernel, head_dim), _ATTENTION_TF32[kernel])
+        if target == "sm_90" and up_to is None:
+            tiles = _ATTENTION_TF32_LONG[kernel, head_dim]
         return tiles | {"PRECISION": "tf32" if tf32 else "tf32x3"}
     if itemsize == 4:
         rows = _ATTENTION_FLOAT_OWN.get((target, kernel), _ATTENTION_FLOAT[kernel])

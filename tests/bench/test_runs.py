@@ -1,7 +1,5 @@
 """The runs, on what there is: bad input, interruption, and every section that a CPU can do."""
 
-import json
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,8 +10,9 @@ import typer
 from models import tiny_config
 from typer.testing import CliRunner, Result
 
-from bench import cpu, gpu, kernel_cases, kernels, models
+from bench import cpu, kernel_cases, kernels, models
 from bench.floors import Machine
+from bench.gpu import __main__ as gpu
 from bench.static.limits import Cost
 from fastbert.benchmark.results import Results
 from fastbert.benchmark.workloads import Workload, full, ragged
@@ -48,7 +47,7 @@ def invoke(command: Any, *arguments: str | Path) -> Result:
         (cpu.main, ["--model", "huge"], "unknown model 'huge': choose from minilm, base, large"),
         (cpu.main, ["--dtype", "int8"], "unknown dtype 'int8'"),
         (gpu.main, ["--out", "x", "--workload", "rugged"], "unknown workload 'rugged': choose from full-128"),
-        (gpu.main, ["--out", "x", "--section", "all"], "unknown section 'all': choose from device, tests, parity"),
+        (gpu.main, ["--out", "x", "--section", "all"], "unknown section 'all': choose from device, ops, sanitizer"),
         (gpu.main, ["--out", "x", "--model", "huge"], "unknown model 'huge'"),
         (gpu.main, ["--out", "x", "--peer", "tensorrt"], "unknown peer 'tensorrt'"),
     ],
@@ -135,6 +134,7 @@ def tiny_cases() -> dict[str, kernel_cases.OpCase]:
         "maps": kernel_cases._attention_case(full(2, 8), "2 x 8", maps=True, heads=2),
         "norm": kernel_cases._norm_case(32, tokens=10),
         "dropout": kernel_cases._norm_case(32, dropout_p=0.1, tokens=10),
+        "norm-alone": kernel_cases._norm_alone_case(32, tokens=10),
         "feed-forward": kernel_cases._feed_forward_case(32, tokens=10),
         "gelu": kernel_cases._gelu_case(32, tokens=10),
         "embed": kernel_cases._embed_case(32, batch=2, seq=8),
@@ -187,33 +187,10 @@ def test_a_wrong_kernel_gets_no_time(direction: str, monkeypatch: pytest.MonkeyP
     assert list(problems.values()) == [None]
 
 
-@pytest.mark.usefixtures("uncompiled", "tiny_models")
-def test_sections_of_the_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "CASES", {"norm": tiny_cases()["norm"]})
-    monkeypatch.setattr(gpu, "GPU_WORKLOADS", {w.name: w for w in WORKLOADS})
-    monkeypatch.setattr(gpu, "ROUNDS", (1, 1))
-    made = gpu.Plan(tmp_path, [], ["fastbert", "eager"], ["minilm"], time.perf_counter() + 100, Made(CPU))
-    console = gpu.Console(width=120)
-    for section in ("device", "kernels"):
-        content = json.loads(json.dumps(gpu.SECTIONS[section](made)))
-        assert content["facts"]["ceilings"]["copy_bytes"] == 1e9
-        assert gpu._tell(console, section, content)
-    assert {row["contender"] for row in content["rows"]} >= {"fastbert", "torch eager", "Liger"}
-    results = gpu.SECTIONS["models"](made)
-    assert results.finished
-    assert [group.rows[0].workload for group in results.groups()] == ["first", "second"]
-
-
-def test_parity_needs_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "CHECKPOINT", tmp_path)
-    made = gpu.Plan(tmp_path, [], [], [], time.perf_counter(), Made(CPU))
-    with pytest.raises(ValueError, match=r"no checkpoint in .*: `make demo` fetches one, FASTBERT_CHECKPOINT names"):
-        gpu.SECTIONS["parity"](made)
-
-
-def test_kernels_after_the_deadline_say_so() -> None:
-    rows = list(kernels.measure(tiny_cases()["norm"], torch.bfloat16, CPU, Made(CPU), deadline=0))
-    assert [row.problem for row in rows] == ["out of time", "out of time"]
+@pytest.mark.usefixtures("uncompiled")
+def test_peers_that_are_compiled_for_each_case_can_be_left_out() -> None:
+    rows = kernels.measure(tiny_cases()["norm"], torch.bfloat16, CPU, Made(CPU), seconds=0, slow_peers=False)
+    assert {row.contender for row in rows} == {"fastbert", "torch eager", "Liger"}
 
 
 def test_costs_of_a_product_are_counted() -> None:

@@ -158,6 +158,12 @@ def test_training_leaves_the_next_workload_the_same_weights() -> None:
     [
         ("sdpa", {"attentions": True}, "returns no attention maps"),
         ("flash", {}, "needs a GPU"),
+        ("flex", {}, "needs a GPU"),
+        ("flex", {"attentions": True, "device": CUDA}, "returns no attention maps"),
+        ("flex", {"task": "finetune", "device": CUDA}, "trains without dropout only"),
+        ("flex", {"device": CUDA}, None),
+        ("compile-graphs", {}, "needs a GPU"),
+        ("compile-graphs", {"task": "finetune", "device": CUDA}, None),
         ("fastbert-graphed", {}, "needs a GPU"),
         ("fastbert-graphed", {"task": "backward", "device": CUDA}, "replays whole training steps only"),
         ("fastbert-graphed", {"attentions": True, "device": CUDA}, "replays no attention maps"),

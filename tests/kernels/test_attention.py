@@ -549,8 +549,8 @@ def test_the_kernels_take_the_sequences_that_the_order_names(device: torch.devic
         out, stats, _ = torch.ops.fastbert.attention(qkv, cu_seqlens, 9, *unmasked, 0, None, None, None)
         some, *_ = torch.ops.fastbert.attention(qkv, cu_seqlens, 9, *unmasked, 0, None, twice, None)
         arguments = torch.randn_like(out), None, qkv, out, stats, cu_seqlens, 9, *unmasked, None
-        gradient, _ = torch.ops.fastbert.attention_backward(*arguments, None, None)
-        some_gradient, _ = torch.ops.fastbert.attention_backward(*arguments, twice, None)
+        gradient, *_ = torch.ops.fastbert.attention_backward(*arguments, None, None)
+        some_gradient, *_ = torch.ops.fastbert.attention_backward(*arguments, twice, None)
     for named, whole in ((some, out), (some_gradient, gradient)):
         assert named[:9].isnan().all()
         assert torch.equal(named[9:], whole[9:])
@@ -665,6 +665,7 @@ def test_opcheck_backward(device: torch.device) -> None:
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastbert.attention_backward, arguments)
     torch.library.opcheck(torch.ops.fastbert.attention_backward, (*arguments, True))
+    torch.library.opcheck(torch.ops.fastbert.attention_backward, (*arguments, False, True))
     plain = (torch.randn_like(out), None, qkv, out, lse, cu_seqlens, 9, None, None, 0.25, 0.0, None, 0)
     torch.library.opcheck(torch.ops.fastbert.attention_backward, (*plain, None, None, None))
 

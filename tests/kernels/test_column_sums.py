@@ -7,7 +7,7 @@ from fastbert_kernels import backend
 from fastbert_kernels.column_sums import _sums, column_sums
 
 #: Rows and columns of matrices of which each has another number of programs.
-SHAPES = ((70, 33), (1, 128), (32, 90))
+SHAPES = ((70, 33), (1, 128), (32, 90), (300, 5), (129, 64))
 
 
 def matrices(device: torch.device) -> list[torch.Tensor]:
@@ -16,7 +16,7 @@ def matrices(device: torch.device) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_sums_are_those_of_the_columns(device: torch.device, count: int, dtype: torch.dtype) -> None:
     partials = matrices(device)[:count]
     with backend("triton"):
@@ -29,7 +29,7 @@ def test_sums_are_those_of_the_columns(device: torch.device, count: int, dtype: 
 
 
 def test_vectors_lie_beside_each_other_in_a_row(device: torch.device) -> None:
-    first, second, third = matrices(device)
+    first, second, third, *_ = matrices(device)
     half, full = torch.float16, torch.float32
     with backend("triton"):
         found = column_sums((first, (full, None, half, full)), (second, (None,)), (third, (half,) * 2))
@@ -69,15 +69,16 @@ def test_the_same_sums_each_time(device: torch.device) -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    first, second, third = matrices(device)
+    first, *others = matrices(device)
     with backend("triton"):
-        for others in ((None, None), (second, None), (second, third)):
-            torch.library.opcheck(torch.ops.fastbert.column_sums, (first, *others, torch.bfloat16))
+        for count in range(5):
+            given = *others[:count], *[None] * (4 - count)
+            torch.library.opcheck(torch.ops.fastbert.column_sums, (first, *given, torch.bfloat16))
 
 
 def test_second_derivative_is_refused(device: torch.device) -> None:
     rows = torch.randn(4, 5, device=device, requires_grad=True)
     with backend("triton"):
-        found = _sums(rows, None, None, torch.float32)
+        found = _sums(rows, None, None, None, None, torch.float32)
         with pytest.raises(NotImplementedError, match="second derivative"):
             found.sum().backward()

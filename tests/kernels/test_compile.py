@@ -15,7 +15,7 @@ FORWARD: dict[str, list[Any]] = {
     "bias_activation_forward": [1, ["then_bias_ptr", "y_ptr"]],
 }
 BACKWARD: dict[str, list[Any]] = {
-    "embed_backward": [1, ["dz_ptr", "partials_ptr"]],
+    "embed_backward": [1, ["dz_ptr", "found_positions_ptr", "found_words_ptr", "partials_ptr", "type_partials_ptr"]],
     "attention_backward_dq": [1, ["delta_ptr", "dqkv_ptr"]],
     "attention_backward_dkv": [1, ["dqkv_ptr"]],
     "add_layer_norm_backward": [2, ["dx_ptr", "dz_ptr", "partials_ptr"]],

@@ -88,6 +88,18 @@ def test_vectors_instead_of_ids(device: torch.device, dtype: torch.dtype, dropou
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_other_numbers_of_token_types(
+    device: torch.device, dtype: torch.dtype, rows: int, few_partial_sums: int
+) -> None:
+    """Gradients of one or two are sums that the kernel makes; those of more are scattered."""
+    ids, tables = random_ids(100, device), random_tables(37, dtype, device)
+    ids["token_types"] = torch.randint(0, rows, (100,), device=device)
+    tables["token_type_table"] = torch.randn(rows, 37).to(device, dtype)
+    compare(ids, tables, dropout_p=0.2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_without_token_types(device: torch.device, dtype: torch.dtype, with_ids: bool) -> None:
     ids, tables = random_ids(20, device), random_tables(37, dtype, device)
@@ -256,8 +268,11 @@ def test_opcheck_forward(device: torch.device, with_ids: bool) -> None:
 def test_opcheck_backward(device: torch.device, with_ids: bool) -> None:
     arguments = op_arguments(device, with_ids, requires_grad=False)
     y, kept, rstd = torch.ops.fastbert.embed(*arguments)
-    given = torch.randn_like(y), kept, arguments[6], rstd, *arguments[10:13]
-    torch.library.opcheck(torch.ops.fastbert.embed_backward, given)
+    words, positions, token_types = arguments[:3]
+    rows = VOCABULARY, POSITIONS, 0, -1
+    for ids in ((words if with_ids else None, positions, token_types), (None, positions, None)):
+        given = torch.randn_like(y), kept, arguments[6], rstd, *ids, *rows, *arguments[10:13]
+        torch.library.opcheck(torch.ops.fastbert.embed_backward, given)
 
 
 def test_second_derivative_is_refused(device: torch.device) -> None:
@@ -336,17 +351,25 @@ def test_an_unchecked_id_outside_its_table_reads_zero_and_gets_no_gradient(
     ids, tables = random_ids(6, device), random_tables(37, torch.float32, device)
     leaves = {name: table.clone().requires_grad_() for name, table in tables.items()}
     outside = {name: x.clone() for name, x in ids.items()}
-    outside["words"][2], outside["positions"][4] = VOCABULARY + 7, -3
+    outside["words"][2], outside["positions"][4], outside["token_types"][1] = VOCABULARY + 7, -3, TYPES
     cotangent = torch.randn(6, 37, device=device)
-    y, _, _ = torch.ops.fastbert.embed(*outside.values(), *leaves.values(), EPS, padding_idx, 0.0, None, 0, True)
+    y, kept, rstd = torch.ops.fastbert.embed(*outside.values(), *leaves.values(), EPS, padding_idx, 0.0, None, 0, True)
     y.backward(cotangent)
+    given = cotangent, kept, tables["weight"], rstd, *outside.values(), VOCABULARY, POSITIONS, padding_idx, -2
+    *_, words, positions = torch.ops.fastbert.embed_backward(*given, 0.0, None, 0)
+    assert words.tolist() == [*ids["words"][:2].tolist(), padding_idx, *ids["words"][3:].tolist()]
+    assert positions.tolist() == [*ids["positions"][:4].tolist(), -2, *ids["positions"][5:].tolist()]
 
+    tables["token_type_table"].requires_grad_()
     z = tables["word_table"][ids["words"]] + tables["token_type_table"][ids["token_types"]]
     z[2] -= tables["word_table"][ids["words"][2]]
+    z[1] -= tables["token_type_table"][ids["token_types"][1]]
     z += tables["position_table"][ids["positions"]]
     z[4] -= tables["position_table"][ids["positions"][4]]
     wanted = torch.nn.functional.layer_norm(z, (37,), tables["weight"], tables["norm_bias"], EPS)
-    torch.testing.assert_close(y.detach(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+    wanted.backward(cotangent)
+    torch.testing.assert_close(leaves["token_type_table"].grad, tables["token_type_table"].grad, rtol=1e-4, atol=1e-4)
     expected_words = set(ids["words"][[0, 1, 3, 4, 5]].tolist()) - {padding_idx}
     touched = leaves["word_table"].grad.abs().sum(1).nonzero().flatten().tolist()
     assert set(touched) == expected_words

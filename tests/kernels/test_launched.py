@@ -15,6 +15,24 @@ def found() -> list[Any]:
     return json.loads(run_uninterpreted("-m", "tests.helpers.launched").splitlines()[-1])
 
 
+#: What Triton's own launch sees beside arguments.
+WATCHED = (
+    *("pre-run hook", "launch hooks", "debug", "the kernel's debug", "instrumentation", "stages hook"),
+    *("compile hooks", "emptied cache"),
+)
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, bool]:
+    """What a launch that is known sees of what is set after it, by name."""
+    return json.loads(run_uninterpreted("-m", "tests.helpers.watched_launch").splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_a_known_launch_sees_what_tritons_own_sees(seen: dict[str, bool], name: str) -> None:
+    assert seen[name]
+
+
 def test_triton_takes_the_launch_of_every_kernel(found: list[Any]) -> None:
     launched = found[0]
     assert set(launched) == {kernel.__name__ for kernel in COMPILED.values()}

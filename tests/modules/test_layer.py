@@ -19,7 +19,7 @@ from fastbert.batch import batch as batches
 from fastbert.batch.layout import packed_layout
 from fastbert.distill import capture
 from fastbert.modules import layer
-from fastbert_kernels import FeedForwardArguments, backend, feed_forward_block
+from fastbert_kernels import FeedForwardArguments, backend, block_passes, feed_forward_block
 
 #: The attention block, and the feed-forward block. A layer that is one step is both.
 BLOCKS = ("attention_block", "feed_forward_block")
@@ -109,6 +109,21 @@ def test_equals_hugging_face(device: torch.device, calls: Counter[str], products
     assert calls == dict.fromkeys(BLOCKS, 2)
     assert_close(ours, theirs)
     assert_equal_gradients(our_grads, their_grads)
+
+
+def test_biases_of_many_short_sequences(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients are summed in a pass of their own, which shows no more than in its rounding."""
+    _, fused = pair(device)
+    summed: list[bool] = []
+    attend_backward = block_passes.attend_op_backward
+    monkeypatch.setattr(
+        block_passes, "attend_op_backward", lambda *args: summed.append(args[-1]) or attend_backward(*args)
+    )
+    _, few = run(fused, device, "triton")
+    monkeypatch.setattr(block_passes, "FEW_TOKENS", 0)
+    _, many = run(fused, device, "triton")
+    assert summed == [True, True, False, False]
+    assert_equal_gradients(many, few)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -255,7 +255,7 @@ def test_tiles_that_spill_are_refused(cuda_index: torch.device, monkeypatch: pyt
         seen[len(seen)] = SimpleNamespace(n_spills=6)
         return dict(seen)
 
-    monkeypatch.setattr(tuner, "_loaded", loaded)
+    monkeypatch.setattr(tuner, "loaded", loaded)
     outcome = measure(GELU, cuda_index, (32,), timer_of({32: 0.5}))
     assert not outcome.kept
     assert outcome.refused == ["32x128, 4 warps, 1 stages: spills 6 registers with bias+gelu"]
@@ -265,7 +265,7 @@ def test_tiles_that_spill_are_refused_where_another_width_had_them_compiled(
     cuda_index: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[dict[int, Any]] = [{}]
-    monkeypatch.setattr(tuner, "_loaded", lambda kernel: loaded.pop() if loaded else {0: SimpleNamespace(n_spills=6)})
+    monkeypatch.setattr(tuner, "loaded", lambda kernel: loaded.pop() if loaded else {0: SimpleNamespace(n_spills=6)})
     outcomes = tune(
         [GELU, GELU._replace(width=32)],
         cuda_index,
