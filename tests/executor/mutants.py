@@ -33,9 +33,10 @@ def _one(device: torch.device) -> int:
 
 
 #: Long enough for every stage of a pipeline. A short and a long sequence end inside a tile at the end of the tensors,
-#: past which nothing may be read.
+#: past which nothing may be read. The last two have poison in them.
 SIZES = (
     Sizes(ragged=(200, 70, 1), even=(133, 133), rows=70, vocabulary=97),
+    Sizes(ragged=(70, 41, 200), even=(70, 70), rows=37, vocabulary=97),
     Sizes(ragged=(1, 70, 200), even=(9, 9), rows=37, vocabulary=97),
 )
 
@@ -96,13 +97,13 @@ def _packed(arguments: dict[str, Any]) -> bool:
     return "cu_seqlens_ptr" in arguments and not arguments["cu_seqlens_ptr"].is_floating_point()
 
 
-def _poison(arguments: dict[str, Any]) -> None:
+def _poison(arguments: dict[str, Any], even: int) -> None:
     """NaN in some rows, or a whole sequence, that no other may read, no column past its end, and what no id names."""
     for name in ("x_ptr", "residual_ptr", "dy_ptr", "normed_ptr", "kept_ptr"):
         if isinstance(arguments.get(name), torch.Tensor):
             arguments[name][1::8] = torch.nan
     if "qkv_ptr" in arguments:  # of the second sequence, whose rows come after the first one's end
-        bounds = arguments["cu_seqlens_ptr"][1:3].tolist() if _packed(arguments) else (9, 18)
+        bounds = arguments["cu_seqlens_ptr"][1:3].tolist() if _packed(arguments) else (even, 2 * even)
         for name in ("stats_ptr", "delta_ptr"):
             if name in arguments:
                 arguments[name][..., slice(*bounds)] = torch.nan
@@ -121,8 +122,8 @@ def record() -> dict[Code, list[Call]]:
         if code not in seen:
             seen.add(code)
             copies = _copies(arguments)
-            if sizes is SIZES[1]:
-                _poison(copies)
+            if sizes is not SIZES[0]:
+                _poison(copies, sizes.even[0])
             found.setdefault(code, []).append(Call(copies, grid, shared))
         execute(code, arguments, grid, shared, counters)
 
@@ -137,7 +138,7 @@ def record() -> dict[Code, list[Call]]:
                 column_sums((torch.randn(2 * sizes.rows, 96), (dtype,)))
             for call in CALLS:
                 made = problem(call, sizes)
-                if sizes is SIZES[1] and call[0].kernel in ("attention_forward", "relation_forward"):
+                if sizes is not SIZES[0] and call[0].kernel in ("attention_forward", "relation_forward"):
                     # Scores far below 0, whose statistics must not be taken for those of a row that is not there.
                     inputs = made.inputs if call[0].kernel == "relation_forward" else made.inputs[0].unbind(1)
                     inputs[0].add_(8)
