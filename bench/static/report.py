@@ -27,6 +27,7 @@ REASONS = {
     "gfx942 copies": "loads straight to LDS are 32 bits wide there; tiles come through registers",
     "after the product": "a tile is read when a product is done, while the multiprocessor's other program multiplies",
     "map's gradient": "a product starts from its tile, so that it is loaded to registers",
+    "in parts": "operands of products in TF32 parts are split in registers: with more tiles under way they spill",
     "narrow rows": "a tile has fewer bytes for each thread than one access moves: 16, or 4 of an asynchronous copy",
     "few rows": "tensor cores of the target's own kind take 64 rows and four warps; fewer multiply as on sm_80",
     "odd width": "rows that are no multiple of 16 bytes start anywhere, and so do their tiles",
@@ -117,8 +118,11 @@ class Report:
             edge = "map's edge" if itemsize == 2 else "map's gradient"
         elif case.kernel == "feed_forward_backward":
             edge = "after the product"
+        elif self.tiles.get("PRECISION") == "tf32x3":
+            edge = "in parts"
         if any(not loop.async_copies for loop in machine.loops):
-            why = (odd or ("narrow rows" if self._is_narrow(4) else None)) if self.nvidia else "gfx942 copies"
+            narrow = "narrow rows" if self._is_narrow(4) else None
+            why = (odd or narrow or (edge if edge == "in parts" else None)) if self.nvidia else "gfx942 copies"
             found.append(Shortfall("a loop without asynchronous copies", why))
         elif machine.sync_tiles:
             found.append(
