@@ -14,7 +14,7 @@ from fastbert_kernels.catalogue import Tiles
 from . import baseline, execute, fused
 from .alternatives import alternatives
 from .assembly import MachineCode, compile_all, require_compiler
-from .cases import BATCH, DEVICES, TARGETS, Case, cases, launch_tiles
+from .cases import BATCH, DEVICES, TARGETS, Case, cases, compiles, launch_tiles
 from .report import Report
 from .table import LEGEND, reasons, table
 
@@ -71,7 +71,8 @@ def main(
         console.print(str(error), style="bold red")
         raise typer.Exit(2) from None
 
-    pairs = sorted(((case, name) for case in chosen for name in targets), key=lambda pair: pair[0].order())
+    pairs = [(case, name) for case in chosen for name in targets if compiles(case, name)]
+    pairs.sort(key=lambda pair: pair[0].order())
     jobs: list[_Job] = [
         (case, name, tiles)
         for case, name in pairs

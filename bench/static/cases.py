@@ -209,6 +209,11 @@ def cases(full: bool) -> list[Case]:
     return list(dict.fromkeys(_all_cases() if full else _representative_cases()))
 
 
+def compiles(case: Case, target: str) -> bool:
+    """Whether Triton has a compiler for it: that for AMD fails in 3.6 where a pointer is one of five."""
+    return not (target == "gfx942" and case.kernel == "column_sums" and triton.__version__.startswith("3.6."))
+
+
 #: Switches of the attention kernels where the model has packed a ragged batch.
 _PACKED = ("CU_SEQLENS", "ORDER")
 

@@ -26,7 +26,8 @@ def shipped_tiles(launch: Launch, target: str) -> Tiles:
         return feed_forward_table(target, itemsize, descriptors=True)
     if kernel.op == "bias_activation":
         return column_tiles(launch.width)
-    return row_tiles(launch.width, itemsize, BACKWARD_BYTES if kernel.backward else FORWARD_BYTES)
+    small = not kernel.backward or kernel.op == "embed"
+    return row_tiles(launch.width, itemsize, FORWARD_BYTES if small else BACKWARD_BYTES)
 
 
 def neighbours(launch: Launch, target: str, shipped: Tiles) -> list[Tiles]:

@@ -122,6 +122,15 @@ ATTENTION_SHORT: dict[tuple[int, str], _ByHeadDim] = {
     ],
 }
 
+#: (target, one of `SHORT`, kernel) -> rows instead of those.
+ATTENTION_SHORT_OWN: dict[tuple[str, int, str], _ByHeadDim] = {
+    # With two stages two registers spill with Triton 3.6.
+    ("sm_80", 32, "backward_dq"): [
+        (64, attention_tile(32, 32, 2, 3), attention_tile(32, 32, 4, 2)),
+        (128, attention_tile(32, 32, 4, 2), attention_tile(32, 16, 4, 2)),
+    ],
+}
+
 #: Targets and head_dims whose float32 is multiplied by tensor cores, where there are no maps. A product in three parts
 #: holds each of its operands twice: wider heads and maps spill, and so do those in between, whose columns are masked.
 #: GPUs of smaller kinds multiply float32 as fast as TF32.
@@ -136,7 +145,10 @@ ATTENTION_TF32: dict[str, Tiles] = {
 }
 
 #: (architecture, kernel, head_dim) -> tiles instead of those, which spill.
-ATTENTION_TF32_OWN: dict[tuple[str, str, int], Tiles] = {("sm_100", "backward_dkv", 32): attention_tile(16, 32, 4, 3)}
+ATTENTION_TF32_OWN: dict[tuple[str, str, int], Tiles] = {
+    ("sm_100", "forward", 64): attention_tile(32, 32, 4, 3),  # with Triton 3.6
+    ("sm_100", "backward_dkv", 32): attention_tile(16, 32, 4, 3),
+}
 
 #: (kernel, head_dim) -> the same on sm_90 for sequences over `SHORT`: parts of operands that lie in shared memory are
 #: not held in registers. 32,768 tokens with dropout, three parts and exact: forward 336 us and 1,216, dQ 426 and 2,178,

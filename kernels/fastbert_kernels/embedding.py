@@ -17,7 +17,7 @@ from .column_sums import column_sums, empty_partials
 from .embedding_kernels import embed_backward, embed_forward
 from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, row_multiple, wrap_triton
 from .layer_norm import MAX_FEATURES
-from .tiles import BACKWARD_BYTES, FORWARD_BYTES, row_tiles
+from .tiles import FORWARD_BYTES, row_tiles
 from .tuned import tuned_tiles
 
 #: Token types whose gradients are sums that the backward kernel makes. Tables with more are scattered into.
@@ -109,9 +109,12 @@ def _forward(
 
 
 def _backward_plan(dy: torch.Tensor) -> tuple[Tiles, torch.Tensor]:
-    """Tiles of the backward pass, and the memory of its partial sums."""
+    """Tiles of the backward pass, and the memory of its partial sums.
+
+    As small as the forward pass's: four sums of columns are in registers, too.
+    """
     features = int(dy.shape[-1])  # of a graph's symbol, the number
-    tiles = tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), BACKWARD_BYTES))
+    tiles = tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), FORWARD_BYTES))
     return tiles, empty_partials(dy, dy.shape[0], tiles["BLOCK_M"], 2 * features)
 
 

@@ -21,8 +21,12 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
 
 
+#: Of a product that nobody asks anything of; as a default, a bare string fails in Triton 3.6.
+_EXACT: tl.constexpr = tl.constexpr("ieee")
+
+
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, acc, PRECISION: tl.constexpr = _EXACT):
     """acc + a @ b, accumulated in float32.
 
     PRECISION is of float32 operands: "ieee" multiplies them as they are, "tf32" rounded to TF32, and "tf32x3" as sums

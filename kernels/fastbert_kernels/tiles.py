@@ -17,6 +17,7 @@ from .attention_tables import (
     ATTENTION_FLOAT_OWN,
     ATTENTION_HALF,
     ATTENTION_SHORT,
+    ATTENTION_SHORT_OWN,
     ATTENTION_TF32,
     ATTENTION_TF32_LONG,
     ATTENTION_TF32_OWN,
@@ -121,7 +122,8 @@ def attention_table(
         rows = ATTENTION_FLOAT_OWN.get((target, kernel), ATTENTION_FLOAT[kernel])
     elif up_to is not None and target.startswith("sm_"):
         # The products of sm_100 begin at 128 rows: of two halves of them, small ones issue a quarter less.
-        rows = ATTENTION_SHORT[32 if target == "sm_100" else up_to, kernel]
+        up_to = 32 if target == "sm_100" else up_to
+        rows = ATTENTION_SHORT_OWN.get((target, up_to, kernel), ATTENTION_SHORT[up_to, kernel])
     else:
         rows = ATTENTION_HALF[target, kernel]
     tiles = next(with_maps if maps else without for widest, without, with_maps in rows if head_dim <= widest)

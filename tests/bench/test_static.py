@@ -90,6 +90,9 @@ def test_loops_copy_their_tiles_asynchronously(written: dict[str, Any], target: 
     looping = [r for r in _of(written, target, "") if not r["case"]["kernel"].endswith("forward")]
     looping += _of(written, target, "attention_forward", "relation_forward", "feed_forward_forward")
     assert [r["name"] for r in looping if not r["machine"]["loops"]] == []
+    in_parts = [r for r in looping if "in parts" in {x["why"] for x in r["shortfalls"]}]
+    assert {(r["case"]["kernel"][:18], r["case"]["dtype"]) for r in in_parts} <= {("attention_backward", "float32")}
+    looping = [r for r in looping if r not in in_parts]
     assert [r["name"] for r in looping if any(loop["async_copies"] == 0 for loop in r["machine"]["loops"])] == []
     assert {r["name"] for r in looping if r["machine"]["sync_tiles"]} == {
         r["name"] for r in looping if "DPROBS" in r["case"]["flags"] or r["case"]["kernel"] == "feed_forward_backward"
@@ -111,7 +114,7 @@ def test_what_falls_short_has_a_reason(written: dict[str, Any]) -> None:
     short = {r["name"]: r["shortfalls"] for r in written["reports"] if r["shortfalls"]}
     assert all(shortfall["because"] for shortfalls in short.values() for shortfall in shortfalls)
     given = {shortfall["why"] for shortfalls in short.values() for shortfall in shortfalls}
-    assert given == {"float32", "few rows", "map's edge", "gfx942 copies", "after the product"}
+    assert given == {"float32", "few rows", "map's edge", "gfx942 copies", "after the product", "in parts"}
 
 
 @pytest.mark.slow
