@@ -53,16 +53,20 @@ def sentences(count: int) -> list[str]:
     return sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]
 
 
-def _theirs(
-    model: Path, device: torch.device, batch: int, tokens: int, attention: str = "sdpa", fused: bool = False
-) -> Embed:
+def sentence_transformer(model: Path, device: torch.device, attention: str, fused: bool) -> Any:
+    """A folder's model as sentence-transformers has it, its BERT fused or not."""
     from sentence_transformers import SentenceTransformer
 
     loaded = SentenceTransformer(
         str(model), device=str(device), model_kwargs={"attn_implementation": attention}, local_files_only=True
     )
-    if fused:
-        fuse(loaded)
+    return fuse(loaded) if fused else loaded
+
+
+def _theirs(
+    model: Path, device: torch.device, batch: int, tokens: int, attention: str = "sdpa", fused: bool = False
+) -> Embed:
+    loaded = sentence_transformer(model, device, attention, fused)
     return lambda texts: loaded.encode(texts, batch_size=batch, show_progress_bar=False)
 
 

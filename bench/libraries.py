@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.embed import CHECKPOINT, sentences
+from bench.embed import CHECKPOINT, sentence_transformer, sentences
 from fastbert import fuse
 from fastbert.benchmark.provenance import facts
 from fastbert.benchmark.results import save_json
@@ -106,16 +106,8 @@ def accelerate(contender: str, folder: Path, device: torch.device) -> Callable[[
 
 def sentence_transformers(contender: str, folder: Path, device: torch.device) -> Callable[[], torch.Tensor]:
     """Embeddings of 256 texts."""
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(
-        str(folder),
-        device=str(device),
-        model_kwargs={"attn_implementation": EAGER if contender == EAGER else SDPA},
-        local_files_only=True,
-    )
-    if contender == OURS:
-        fuse(model)
+    attention = EAGER if contender == EAGER else SDPA
+    model = sentence_transformer(folder, device, attention, fused=contender == OURS)
     texts = sentences(256)
     return lambda: model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
 
