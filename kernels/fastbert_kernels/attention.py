@@ -21,7 +21,8 @@ from .attention_kernels import attention_forward
 from .attention_map import AttentionContext, HandOut, handed_out, in_graph, watch
 from .backend import uses_triton
 from .catalogue import Tiles
-from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, wrap_triton
+from .gradients import forbid_double_backward
+from .launch import cdiv, dropout_arguments, register_op, wrap_triton
 from .sequences import batch_size, blocked_length
 from .tiles import attention_tiles, block_width
 

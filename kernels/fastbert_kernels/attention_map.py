@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import torch
 
 from .backend import is_traced
-from .launch import forbid_double_backward, register_op
+from .gradients import forbid_double_backward
+from .launch import register_op
 from .sequences import batch_size
 
 #: Of the probabilities, what is handed out, and what the context is made of, which is made of the former.

@@ -12,8 +12,9 @@ from . import reference
 from .backend import check_same_device, uses_triton
 from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
+from .gradients import forbid_double_backward
 from .language import tl, triton
-from .launch import cdiv, forbid_double_backward, is_watched, register_op, row_multiple, wrap_triton
+from .launch import cdiv, is_watched, register_op, row_multiple, wrap_triton
 from .numerics import activation as apply_activation
 from .numerics import activation_grad, known_multiple, load_rows, load_vector, store_rows, store_vector
 from .tiles import LOAD_STAGES, column_tiles

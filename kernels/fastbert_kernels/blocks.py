@@ -39,7 +39,7 @@ from .block_records import (
     read,
 )
 from .column_sums import column_sums
-from .launch import refuse_batched, second_derivative_error
+from .gradients import needed_gradients, refuse_batched, second_derivative_error
 from .onednn import product_dtype
 
 
@@ -109,7 +109,7 @@ class FeedForwardBlock(torch.autograd.Function):
     @staticmethod
     @_backward_pass
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _, needs_hidden, *flags = ctx.needs_input_grad
+        needs_hidden, *flags = needed_gradients(ctx)[1:]
         (needs,) = read(flags, FeedForwardParameters)
         saved, norm_saved = read(ctx.saved_tensors, FeedForwardSaved, NormSaved)
         dhidden, dpre, dweight, sums = feed_forward_backward(
@@ -153,7 +153,7 @@ class Layer(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        _, _, needs_hidden, *flags = ctx.needs_input_grad
+        needs_hidden, *flags = needed_gradients(ctx)[2:]
         tensors, first, last = ctx.saved_tensors, len(AttentionSaved._fields), len(ProjectionParameters._fields)
         (saved,), (needs,) = read(tensors[:first], AttentionSaved), read(flags[-last:], ProjectionParameters)
         dcontext, dz, dweights, sums = after_context_backward(
@@ -196,7 +196,7 @@ class AttentionMap(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         if dprobs is None:  # the context's gradient never comes alone
             return (None,) * len(ctx.needs_input_grad)
-        _, needs_hidden, *flags = ctx.needs_input_grad
+        needs_hidden, *flags = needed_gradients(ctx)[1:]
         (saved,), (needs,) = read(ctx.saved_tensors, AttentionSaved), read(flags, ProjectionParameters)
         dz = None if dz is None else dz.detach()  # with create_graph=True a view that nobody may write to
         dhidden, dprojections, bias_sums = attend_backward(
@@ -236,7 +236,7 @@ class AfterMap(torch.autograd.Function):
         ctx.check()
         tensors, first = ctx.saved_tensors, len(MapSaved._fields)
         (saved,) = read(tensors[:first], MapSaved)
-        flags = ctx.needs_input_grad[7:]
+        flags = needed_gradients(ctx)[7:]
         dcontext, dz, dweights, sums = after_context_backward(
             dy, ctx.attention, ctx.feed_forward, tensors[first:], flags
         )

@@ -5,8 +5,9 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .gradients import forbid_double_backward
 from .language import tl, triton
-from .launch import cdiv, forbid_double_backward, register_op, row_multiple, wrap_triton
+from .launch import cdiv, register_op, row_multiple, wrap_triton
 from .numerics import cast, known_multiple
 from .tiles import LOAD_STAGES, PARTIAL_SUMS
 

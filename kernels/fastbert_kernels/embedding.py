@@ -15,7 +15,8 @@ from .backend import check_mode, check_same_device, has_values, uses_triton
 from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
 from .embedding_kernels import embed_backward, embed_forward
-from .launch import cdiv, dropout_arguments, forbid_double_backward, register_op, row_multiple, wrap_triton
+from .gradients import forbid_double_backward, needed_gradients
+from .launch import cdiv, dropout_arguments, register_op, row_multiple, wrap_triton
 from .layer_norm import MAX_FEATURES
 from .tiles import FORWARD_BYTES, row_tiles
 from .tuned import tuned_tiles
@@ -224,7 +225,8 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor 
         return (None,) * 15
     words, positions, token_types, weight, kept, rstd, seed = ctx.saved_tensors
     padding_idx, position_padding_idx, dropout_p, stream = ctx.constants
-    needs_words, _, _, needs_word_table, needs_position_table, needs_token_type_table, *_ = ctx.needs_input_grad
+    needs = needed_gradients(ctx)
+    needs_words, (needs_word_table, needs_position_table, needs_token_type_table) = needs[0], needs[3:6]
     word_table, position_table, token_type_table = ctx.tables
     type_dtype = None
     if needs_token_type_table and token_type_table[0] <= SUMMED_TYPES:

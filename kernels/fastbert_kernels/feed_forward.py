@@ -20,8 +20,9 @@ from .bias_activation import check as check_bias_activation
 from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums
 from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
+from .gradients import forbid_double_backward, needed_gradients
 from .language import triton
-from .launch import cdiv, forbid_double_backward, multiprocessors, register_op, row_multiple, wrap_triton
+from .launch import cdiv, multiprocessors, register_op, row_multiple, wrap_triton
 from .tiles import PRODUCT_PROGRAMS, feed_forward_fits, feed_forward_tiles
 
 
@@ -176,7 +177,7 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight1, then_bias, weight2, pre = ctx.saved_tensors
-        needs_x, needs1, _, needs2, *_ = ctx.needs_input_grad
+        needs_x, needs1, _, needs2, *_ = needed_gradients(ctx)
         dpre, dweight2, partials = products_backward(
             dout.contiguous(), weight2, then_bias, pre, ctx.activation, ctx.fused, needs2, ctx.bias_dtype
         )

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._functorch import is_legacy_batchedtensor
 
 from . import reference
-from .backend import INTERPRETED, is_transformed, is_watched
+from .backend import INTERPRETED, is_watched
+from .gradients import refuse_batched
 from .language import MISSING, triton
 
 #: Functions of one kernel, whose arguments are put in: what a launch is looked up by, and the launch.
@@ -205,31 +205,3 @@ def register_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
         fake: the op on fake tensors: same signature, outputs of the right shape, dtype and device.
     """
     return lambda fn: Op(name, fn, fake)
-
-
-#: How to run what no kernel has.
-PLAIN_PYTORCH = "run plain PyTorch, by FASTBERT_BACKEND=torch or fastbert_kernels.set_backend('torch')"
-
-
-def refuse_batched(name: str, grads: tuple[torch.Tensor | None, ...]) -> None:
-    """Raise NotImplementedError where a backward pass runs under vmap, as with is_grads_batched=True."""
-    if is_transformed() or any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
-        raise NotImplementedError(
-            f"fastbert's {name} kernel takes one gradient at a time: for is_grads_batched=True, or a vmap over a "
-            f"backward pass, {PLAIN_PYTORCH}"
-        )
-
-
-def second_derivative_error(name: str, instead: str = PLAIN_PYTORCH) -> NotImplementedError:
-    return NotImplementedError(
-        f"fastbert's {name} kernel has no second derivative: for gradients of gradients {instead}"
-    )
-
-
-def forbid_double_backward(op: Op, name: str, *instead: str) -> None:
-    """Make differentiating a backward op an error that says what to do instead, not a silently missing gradient."""
-
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise second_derivative_error(name, *instead)
-
-    op.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)

@@ -12,8 +12,9 @@ from . import reference
 from .backend import check_same_device, uses_triton
 from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums, empty_partials
+from .gradients import forbid_double_backward
 from .language import tl, triton
-from .launch import cdiv, dropout_arguments, forbid_double_backward, is_watched, register_op, row_multiple, wrap_triton
+from .launch import cdiv, dropout_arguments, is_watched, register_op, row_multiple, wrap_triton
 from .numerics import dropout_keep, known_multiple, load_rows, load_vector, store_rows, store_vector
 from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles

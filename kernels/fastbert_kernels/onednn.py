@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from . import reference
 from .backend import is_watched
+from .gradients import needed_gradients
 
 #: Activation -> its name and its algorithm in oneDNN; "none" is no activation.
 _POINTWISE = {
@@ -146,7 +147,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, needs_residual = needed_gradients(ctx)
         dx = linear(dy, weight.t()) if needs_x else None
         dweight = None
         if needs_weight:

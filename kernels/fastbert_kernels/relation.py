@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from .backend import check_same_device, uses_triton
-from .launch import cdiv, forbid_double_backward, register_op, wrap_triton
+from .gradients import forbid_double_backward
+from .launch import cdiv, register_op, wrap_triton
 from .relation_blocks import INSTEAD_OF_SECOND_DERIVATIVE, relation_loss_by_blocks
 from .relation_kernels import relation_backward_a, relation_backward_b, relation_forward
 from .sequences import batch_size, blocked_length, check_lengths

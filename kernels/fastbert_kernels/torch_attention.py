@@ -8,6 +8,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .backend import has_values, is_transformed, is_watched, takes_tangents
+from .gradients import needed_gradients
 
 
 def fused_attention(
@@ -67,6 +68,7 @@ class FusedAttention(torch.autograd.Function):
             inputs, context = [q, k, v], _by_products(q, k, v, bias, ctx.scale)
         else:
             inputs, context = ctx.inner
-        needed = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
-        found = iter(torch.autograd.grad(context, needed, dcontext, True, torch.is_grad_enabled()))
-        return *[next(found) if needs else None for needs in ctx.needs_input_grad[:3]], None, None
+        needed = needed_gradients(ctx)
+        asked = [x for x, needs in zip(inputs, needed, strict=False) if needs]
+        found = iter(torch.autograd.grad(context, asked, dcontext, True, torch.is_grad_enabled()))
+        return *[next(found) if needs else None for needs in needed[:3]], None, None

@@ -91,3 +91,38 @@ def test_heads_reach_what_eagers_reach(device: torch.device, head: type[Any]) ->
         output[0].square().sum().backward()
         names.append(reached(model))
     assert names[0] == names[1] != set()
+
+
+def products(compute: Callable[[], Any]) -> int:
+    """How many products of matrices are computed."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        compute()
+    kinds = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
+    return sum(event.count for event in profile.key_averages() if event.key in kinds)
+
+
+@pytest.mark.parametrize("asked", [{}, MAPS], ids=["states", "maps"])
+@pytest.mark.parametrize("backend_name", ["torch", "auto", "triton"])
+def test_a_gradient_of_the_input_alone_costs_no_product_of_weights(
+    device: torch.device, backend_name: str, asked: dict[str, bool]
+) -> None:
+    """What libraries of attribution ask for: `torch.autograd.grad` of the embeddings, the parameters as they are."""
+    plain, fused = pair(device, packing="auto")
+    x = torch.randn(2, 5, 32, device=device, requires_grad=True)
+
+    def gradient(model: nn.Module, wanted: list[torch.Tensor]) -> tuple[int, torch.Tensor]:
+        output = model(inputs_embeds=x, **asked)
+        loss = output.last_hidden_state.square().sum() + sum(p.square().sum() for p in output.attentions or ())
+        found: list[torch.Tensor] = []
+        count = products(lambda: found.extend(torch.autograd.grad(loss, wanted)))
+        return count, found[0]
+
+    with backend(backend_name):
+        count, found = gradient(fused, [x])
+        with_weights, same = gradient(fused, [x, *fused.encoder.parameters()])
+        fused.requires_grad_(False)
+        frozen, _ = gradient(fused, [x])
+    assert count == frozen < with_weights
+    expected = gradient(plain, [x])[1]
+    torch.testing.assert_close(found, same)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
