@@ -3,6 +3,7 @@
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are defined.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,6 +19,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["FASTBERT_TUNED"] = "0"  # tests are of the shipped tiles
 
 import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from quick_interpreter import speed_up
+
+    speed_up()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

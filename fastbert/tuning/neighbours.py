@@ -5,8 +5,6 @@ from collections.abc import Iterator
 
 from fastbert_kernels.catalogue import Launch, Tiles
 from fastbert_kernels.tiles import (
-    BACKWARD_BYTES,
-    FORWARD_BYTES,
     attention_table,
     column_tiles,
     feed_forward_table,
@@ -26,8 +24,7 @@ def shipped_tiles(launch: Launch, target: str) -> Tiles:
         return feed_forward_table(target, itemsize, descriptors=True)
     if kernel.op == "bias_activation":
         return column_tiles(launch.width)
-    small = not kernel.backward or kernel.op == "embed"
-    return row_tiles(launch.width, itemsize, FORWARD_BYTES if small else BACKWARD_BYTES)
+    return row_tiles(launch.kernel, launch.width, itemsize)
 
 
 def neighbours(launch: Launch, target: str, shipped: Tiles) -> list[Tiles]:

@@ -18,7 +18,7 @@ from .embedding_kernels import embed_backward, embed_forward
 from .gradients import forbid_double_backward, needed_gradients
 from .launch import cdiv, dropout_arguments, register_op, row_multiple, wrap_triton
 from .layer_norm import MAX_FEATURES
-from .tiles import FORWARD_BYTES, row_tiles
+from .tiles import row_tiles
 from .tuned import tuned_tiles
 
 #: Token types whose gradients are sums that the backward kernel makes. Tables with more are scattered into.
@@ -79,7 +79,8 @@ def _forward(
     y = _empty_output(words, word_table, position_table)
     count, features = y.shape
     kept, rstd = _empty_kept(y, keep), y.new_empty(count, dtype=torch.float32)
-    tiles = tuned_tiles("embed_forward", y, features, row_tiles(features, y.element_size(), FORWARD_BYTES))
+    shipped = row_tiles("embed_forward", features, y.element_size())
+    tiles = tuned_tiles("embed_forward", y, features, shipped)
     if count > 0:
         wrap_triton(embed_forward)[(cdiv(count, tiles["BLOCK_M"]),)](
             words_ptr=words,
@@ -110,12 +111,10 @@ def _forward(
 
 
 def _backward_plan(dy: torch.Tensor) -> tuple[Tiles, torch.Tensor]:
-    """Tiles of the backward pass, and the memory of its partial sums.
-
-    As small as the forward pass's: four sums of columns are in registers, too.
-    """
+    """Tiles of the backward pass, and the memory of its partial sums."""
     features = int(dy.shape[-1])  # of a graph's symbol, the number
-    tiles = tuned_tiles("embed_backward", dy, features, row_tiles(features, dy.element_size(), FORWARD_BYTES))
+    shipped = row_tiles("embed_backward", features, dy.element_size())
+    tiles = tuned_tiles("embed_backward", dy, features, shipped)
     return tiles, empty_partials(dy, dy.shape[0], tiles["BLOCK_M"], 2 * features)
 
 

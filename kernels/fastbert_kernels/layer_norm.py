@@ -16,7 +16,7 @@ from .gradients import forbid_double_backward
 from .language import tl, triton
 from .launch import cdiv, dropout_arguments, is_watched, register_op, row_multiple, wrap_triton
 from .numerics import dropout_keep, known_multiple, load_rows, load_vector, store_rows, store_vector
-from .tiles import BACKWARD_BYTES, FORWARD_BYTES, LOAD_STAGES, row_tiles
+from .tiles import LOAD_STAGES, row_tiles
 from .tuned import tuned_tiles
 
 #: Features of a row that one program can hold.
@@ -193,7 +193,7 @@ def _launch_forward(
     y = torch.empty_like(x if residual is None else residual)
     count = x.numel() // features
     stats = _empty_stats(x)
-    shipped = row_tiles(features, x.element_size(), FORWARD_BYTES)
+    shipped = row_tiles("add_layer_norm_forward", features, x.element_size())
     tiles = tuned_tiles("add_layer_norm_forward", x, features, shipped)
     if count > 0:
         wrap_triton(_add_layer_norm_forward)[(cdiv(count, tiles["BLOCK_M"]),)](
@@ -249,7 +249,7 @@ def forward_in_place(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, to
 def _backward_plan(dy: torch.Tensor, count: int, has_bias: bool) -> tuple[Tiles, torch.Tensor]:
     """Tiles of the backward pass, and the memory of its partial sums."""
     features = int(dy.shape[-1])  # of a graph's symbol, the number
-    shipped = row_tiles(features, dy.element_size(), BACKWARD_BYTES)
+    shipped = row_tiles("add_layer_norm_backward", features, dy.element_size())
     tiles = tuned_tiles("add_layer_norm_backward", dy, features, shipped)
     return tiles, empty_partials(dy, count, tiles["BLOCK_M"], (3 if has_bias else 2) * features)
 

@@ -239,14 +239,26 @@ def feed_forward_fits(
     return start is not None and tokens >= start
 
 
+#: Bytes of a program's tile of one tensor in a kernel of whole rows. A forward program has one tile: small ones keep
+#: more of them resident. A backward program goes through many rows and adds them up: larger tiles, fewer rounds; the
+#: embeddings' has more sums in registers than others.
+_ROW_BYTES = {
+    "add_layer_norm_forward": 4096,
+    "add_layer_norm_backward": 8192,
+    "embed_forward": 4096,
+    "embed_backward": 4096,
+}
+
+
 @functools.cache
-def row_tiles(features: int, itemsize: int, program_bytes: int) -> Tiles:
+def row_tiles(kernel: str, features: int, itemsize: int) -> Tiles:
     """Tiles of a kernel that holds whole rows: BLOCK_M rows of BLOCK_N >= features.
 
-    A tile of about `program_bytes`: several rows where rows are short, so that every thread has two independent 128-bit
+    A tile of about `_ROW_BYTES`: several rows where rows are short, so that every thread has two independent 128-bit
     accesses of each tensor in flight; the warps grow with the tile to keep it in registers. Where 128-bit accesses do
     not fit the rows, every element has an address of its own in registers, and a thread gets a quarter.
     """
+    program_bytes = _ROW_BYTES[kernel]
     wide = features * itemsize % 16 == 0
     block_n = block_width(features)
     # An odd number of 16 bytes in a row: at twice this tile ptxas spills on sm_100, to fit one more program.
@@ -254,12 +266,11 @@ def row_tiles(features: int, itemsize: int, program_bytes: int) -> Tiles:
     block_m = max(1, min(16, (program_bytes if wide else program_bytes // 4) // (block_n * itemsize)))
     # Over 8 warps, ptxas spills in the widest rows, float32 of 4096, to fit two programs on a multiprocessor.
     num_warps = min(8 if wide else 16, max(1, block_m * block_n * itemsize // (1024 if wide else 256)))
+    if kernel == "embed_backward" and wide:
+        # What a row's sums cost is shared by more elements of a thread: a quarter less to issue where 384 are wide, and
+        # with Triton 3.6 nothing that spills on sm_100. Of 4096, a thread holds no more.
+        num_warps = max(1, num_warps // 2, block_n // 512)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 1}
-
-
-#: Bytes of a program's tile of one tensor in a row kernel. A forward program has one tile: small ones keep more of them
-#: resident. A backward program goes through many rows and adds them up: larger tiles, fewer rounds.
-FORWARD_BYTES, BACKWARD_BYTES = 4096, 8192
 
 
 @functools.cache
