@@ -27,6 +27,9 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "two tiles in flight": {"HAS_TWO_TILES": True, "HAS_MANY_BLOCKS": False},
     "persistent": {"HAS_TWO_TILES": False, "HAS_MANY_BLOCKS": True},
 }
+#: By warps, registers that a persistent kernel is held to, so that as many programs fit as of the shipped one: of
+#: itself ptxas takes up to half as many again for the outer loop.
+_REGISTERS = {4: 168, 8: 128}
 #: What they stand beside.
 SHIPPED = "shipped"
 CONTENDERS = (SHIPPED, *VARIANTS)
@@ -184,8 +187,7 @@ def attend(variant: str, call: Call, tiles: Tiles, resident: int = 1) -> tuple[t
     Args:
         variant: its name.
         call: the arguments.
-        tiles: sides and compile options of a variant. A persistent kernel is held to the registers of which two
-            programs fit on a multiprocessor, as of the shipped one: ptxas takes half as many again for its outer loop.
+        tiles: sides and compile options of a variant.
         resident: programs of a persistent kernel on each multiprocessor.
 
     Returns:
@@ -204,8 +206,8 @@ def attend(variant: str, call: Call, tiles: Tiles, resident: int = 1) -> tuple[t
     options = {name: value for name, value in tiles.items() if name != "PRECISION"}
     if VARIANTS[variant]["HAS_MANY_BLOCKS"]:
         programs = min(programs, resident * multiprocessors(qkv.device))
-        if tiles["num_warps"] > 4:
-            options["maxnreg"] = 1024 // tiles["num_warps"]
+        if registers := _REGISTERS.get(tiles["num_warps"]):
+            options["maxnreg"] = registers
     attention_variant[(programs,)](
         qkv_ptr=qkv,
         out_ptr=out,
