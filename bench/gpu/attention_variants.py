@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from fastbert.tuning.neighbours import shipped_tiles
 from fastbert.tuning.problems import DROPOUT_P, SEED, STREAM
 from fastbert_kernels.attention import _forward
-from fastbert_kernels.catalogue import Tiles
+from fastbert_kernels.catalogue import Launch, Tiles
 from fastbert_kernels.language import tl, triton
 from fastbert_kernels.launch import cdiv, dropout_arguments, multiprocessors
 from fastbert_kernels.numerics import LOG2E, cast, dot, dropout_keep_map
@@ -27,9 +28,9 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "two tiles in flight": {"HAS_TWO_TILES": True, "HAS_MANY_BLOCKS": False},
     "persistent": {"HAS_TWO_TILES": False, "HAS_MANY_BLOCKS": True},
 }
-#: By warps, registers that a persistent kernel is held to, so that as many programs fit as of the shipped one: of
-#: itself ptxas takes up to half as many again for the outer loop.
-_REGISTERS = {4: 168, 8: 128}
+#: By target and warps, registers that a persistent kernel of long sequences is held to, so that as many programs fit as
+#: of the shipped one: of itself ptxas takes up to a third more for the outer loop. On sm_100 it spills so.
+_REGISTERS = {("sm_80", 4): 168, ("sm_90", 8): 128}
 #: What they stand beside.
 SHIPPED = "shipped"
 CONTENDERS = (SHIPPED, *VARIANTS)
@@ -156,6 +157,15 @@ def attention_variant(
         )  # fmt: skip
 
 
+def variant_tiles(variant: str, launch: Launch, target: str) -> Tiles:
+    """The tiles of one of `CONTENDERS`: those of a launch of `attention_forward`, as shipped."""
+    tiles = {name: value for name, value in shipped_tiles(launch, target).items() if name != "PRECISION"}
+    registers = _REGISTERS.get((target, tiles["num_warps"]))
+    if registers and variant != SHIPPED and VARIANTS[variant]["HAS_MANY_BLOCKS"]:
+        tiles["maxnreg"] = registers
+    return tiles
+
+
 class Call(NamedTuple):
     """Arguments of attention, as `fastbert_kernels.attention` names them."""
 
@@ -187,7 +197,7 @@ def attend(variant: str, call: Call, tiles: Tiles, resident: int = 1) -> tuple[t
     Args:
         variant: its name.
         call: the arguments.
-        tiles: sides and compile options of a variant.
+        tiles: of a variant, as `variant_tiles` has them.
         resident: programs of a persistent kernel on each multiprocessor.
 
     Returns:
@@ -203,11 +213,8 @@ def attend(variant: str, call: Call, tiles: Tiles, resident: int = 1) -> tuple[t
     out = qkv.new_empty(tokens, heads, head_dim)
     stats = qkv.new_empty(2, heads, tokens, dtype=torch.float32)
     programs = cdiv(max_seqlen, tiles["BLOCK_M"]) * heads * order.shape[0]
-    options = {name: value for name, value in tiles.items() if name != "PRECISION"}
     if VARIANTS[variant]["HAS_MANY_BLOCKS"]:
         programs = min(programs, resident * multiprocessors(qkv.device))
-        if registers := _REGISTERS.get(tiles["num_warps"]):
-            options["maxnreg"] = registers
     attention_variant[(programs,)](
         qkv_ptr=qkv,
         out_ptr=out,
@@ -224,6 +231,6 @@ def attend(variant: str, call: Call, tiles: Tiles, resident: int = 1) -> tuple[t
         enable_fp_fusion=True,
         **dropout_arguments(qkv, dropout_p, seed, stream),
         **VARIANTS[variant],
-        **options,
+        **tiles,
     )
     return out, stats

@@ -23,7 +23,7 @@ from fastbert_kernels.backend import arch
 from fastbert_kernels.catalogue import Launch, Product, Tiles, dtype_name
 from fastbert_kernels.tuned import in_force
 
-from .attention_variants import CONTENDERS, SHIPPED, VARIANTS, Call, attend, drawn_call
+from .attention_variants import CONTENDERS, SHIPPED, VARIANTS, Call, attend, drawn_call, variant_tiles
 from .modelled import SIZES, TOGETHER
 from .processes import LATE, at_once, python, run_for
 from .sections import Kept, Plan, Rows, Section, Steps, Verdict
@@ -133,7 +133,7 @@ def _shipped_us(said: dict[str, dict[str, Any]]) -> float | None:
 
 def _time_variants(launch: Launch, plan: Plan, kept: Kept) -> Rows:
     """Times of the shipped kernel and of those variants that are right, without dropout and with it."""
-    tiles, length = shipped_tiles(launch, arch(plan.device)), lengths_of(launch, SIZES.lengths)[0]
+    length = lengths_of(launch, SIZES.lengths)[0]
     lengths = (length,) * max(1, SIZES.tokens // length)
     model = kept.steps.get(f"model of variants of {launch}", {"rows": []})["rows"]
     rows = []
@@ -141,12 +141,15 @@ def _time_variants(launch: Launch, plan: Plan, kept: Kept) -> Rows:
         call = drawn_call(lengths, SIZES.heads, launch.width, launch.dtype, dropout, plan.device)
         name = f"{len(lengths)} x {length}, {SIZES.heads} heads" + (", dropout" if dropout else "")
         said = {row["variant"]: row for row in model if row["dropout"] == dropout}
-        rows += _time_call(name, call, tiles, said, plan.device)
+        rows += _time_call(name, call, launch, said, plan.device)
     return rows
 
 
-def _time_call(name: str, call: Call, tiles: Tiles, said: dict[str, dict[str, Any]], device: torch.device) -> Rows:
-    runs = {x: functools.partial(attend, x, call, tiles, said.get(x, {}).get("resident", 1)) for x in CONTENDERS}
+def _time_call(name: str, call: Call, launch: Launch, said: dict[str, dict[str, Any]], device: torch.device) -> Rows:
+    runs = {}
+    for x in CONTENDERS:
+        tiles, resident = variant_tiles(x, launch, arch(device)), said.get(x, {}).get("resident", 1)
+        runs[x] = functools.partial(attend, x, call, tiles, resident)
     problems: dict[str, str | None] = {x: said.get(x, {}).get("problem") for x in VARIANTS}
     with in_force(device, {}):  # the shipped kernel has the shipped tiles
         want = runs[SHIPPED]()

@@ -25,7 +25,7 @@ from fastbert.tuning.tuner import loaded, reason_of, run_of
 from fastbert_kernels.catalogue import Launch, Tiles, dtype_name
 from fastbert_kernels.tuned import in_force
 
-from .attention_variants import CONTENDERS, SHIPPED, attend, attention_variant, drawn_call
+from .attention_variants import CONTENDERS, SHIPPED, attend, attention_variant, drawn_call, variant_tiles
 
 #: Switches of a launch in training, as `Case` has them; what `timed_switches` gives last.
 _FLAGS: dict[str, tuple[str, ...]] = {
@@ -109,7 +109,7 @@ def modelled_variants(launch: Launch, target: str) -> Iterator[dict[str, Any]]:
 
 
 def _of_variant(launch: Launch, target: str, variant: str, dropout: bool) -> dict[str, Any]:
-    device, tiles = torch.device("cpu"), shipped_tiles(launch, target)
+    device, tiles = torch.device("cpu"), variant_tiles(variant, launch, target)
     length = lengths_of(launch, SIZES.lengths)[0]
     lengths = (length,) * (_COMPILED_SIZES.tokens // length)
     kernel: Any = COMPILED[launch.kernel] if variant == SHIPPED else attention_variant
