@@ -240,13 +240,12 @@ def feed_forward_fits(
 
 
 #: Bytes of a program's tile of one tensor in a kernel of whole rows. A forward program has one tile: small ones keep
-#: more of them resident. A backward program goes through many rows and adds them up: larger tiles, fewer rounds; the
-#: embeddings' has more sums in registers than others.
+#: more of them resident. A backward program goes through many rows and adds them up: larger tiles, fewer rounds.
 _ROW_BYTES = {
     "add_layer_norm_forward": 4096,
     "add_layer_norm_backward": 8192,
     "embed_forward": 4096,
-    "embed_backward": 4096,
+    "embed_backward": 8192,
 }
 
 
@@ -267,8 +266,8 @@ def row_tiles(kernel: str, features: int, itemsize: int) -> Tiles:
     # Over 8 warps, ptxas spills in the widest rows, float32 of 4096, to fit two programs on a multiprocessor.
     num_warps = min(8 if wide else 16, max(1, block_m * block_n * itemsize // (1024 if wide else 256)))
     if kernel == "embed_backward" and wide:
-        # What a row's sums cost is shared by more elements of a thread: a quarter less to issue where 384 are wide, and
-        # with Triton 3.6 nothing that spills on sm_100. Of 4096, a thread holds no more.
+        # Its sums cost less where a thread holds more elements: a sixth less to issue where 384 are wide than of half the
+        # tile on as many warps, which spills with Triton 3.6 on sm_100. Of 4096, a thread holds no more.
         num_warps = max(1, num_warps // 2, block_n // 512)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 1}
 
