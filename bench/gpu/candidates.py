@@ -1,6 +1,7 @@
 """The section of candidates: the shipped tiles beside others, and what the model of `bench.static` said of each.
 
-Its table says where the model that chose the tiles is wrong, and by how much.
+Its table says where the model that chose the tiles is wrong, and by how much. Beside the tiles stand other kernels of
+attention's forward pass, each held against the shipped one before it is timed.
 """
 
 import functools
@@ -10,15 +11,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from fastbert.benchmark.timing import Times
+from fastbert.benchmark.timing import Run, Times
 from fastbert.tuning.choice import choose
 from fastbert.tuning.launches import Widths, launches
 from fastbert.tuning.neighbours import neighbours, shipped_tiles
-from fastbert.tuning.tuner import MARGIN, Outcome, Subject, flushed, words
+from fastbert.tuning.problems import lengths_of
+from fastbert.tuning.tuner import MARGIN, Outcome, Shape, Subject, errors_of, faster, flushed, reason_of, words
 from fastbert_kernels.backend import arch
 from fastbert_kernels.catalogue import Launch, Product, Tiles, dtype_name
+from fastbert_kernels.tuned import in_force
 
+from .attention_variants import CONTENDERS, SHIPPED, VARIANTS, Call, attend, drawn_call, variant_tiles
 from .modelled import SIZES, TOGETHER
 from .processes import LATE, at_once, python, run_for
 from .sections import Kept, Plan, Rows, Section, Steps, Verdict
@@ -31,6 +36,11 @@ LAUNCHES = (
 )
 #: Feed-forward products that are timed both ways, fused and by cuBLAS.
 PRODUCTS = (Product(torch.bfloat16, 768, "gelu"), Product(torch.bfloat16, 1024, "gelu"))
+#: Launches that are also timed with the kernels of `attention_variants.py`.
+VARIED = tuple(launch for launch in LAUNCHES if launch.kernel == "attention_forward")
+#: How far a variant's results may be from the shipped kernel's, over their largest value: the context in roundings of
+#: its dtype, and the statistics, which are float32.
+_CONTEXT_ROUNDINGS, _STATISTICS = 2, 1e-4
 #: Seconds of each timing.
 SECONDS = 0.3
 #: Of the section's time, what the model may take: it compiles all neighbours of all launches.
@@ -41,16 +51,20 @@ _FIRST, _LOWER = 4, 2
 
 def _steps(plan: Plan, kept: Kept) -> Steps:
     models = {f"model of {launch}": functools.partial(_model, launch, plan) for launch in LAUNCHES}
+    models |= {
+        f"model of variants of {launch}": functools.partial(_model, launch, plan, "--variants") for launch in VARIED
+    }
     waiting = at_once({name: step for name, step in models.items() if name not in kept.steps}, plan)
     timed = {str(launch): functools.partial(_time, launch, plan, kept) for launch in LAUNCHES}
+    timed |= {f"variants of {launch}": functools.partial(_time_variants, launch, plan, kept) for launch in VARIED}
     products = {str(product): functools.partial(_time_product, product, plan) for product in PRODUCTS}
     return {**waiting, **timed, **products}
 
 
-def _model(launch: Launch, plan: Plan) -> Rows:
+def _model(launch: Launch, plan: Plan, *options: str) -> Rows:
     name = launch.kernel, dtype_name(launch.dtype), str(launch.width)
     short = () if launch.up_to is None else ("--up-to", str(launch.up_to))
-    command = python("-m", "bench.gpu.modelled", arch(plan.device), *name, *short)
+    command = python("-m", "bench.gpu.modelled", arch(plan.device), *name, *short, *options)
     ended = run_for(plan.left() * _MODEL_SHARE, command, plan, {"TRITON_INTERPRET": "0"})
     if ended.code == LATE and ended.rows:  # the shipped tiles come first, then others as far as the time went
         return ended.rows
@@ -117,6 +131,54 @@ def _shipped_us(said: dict[str, dict[str, Any]]) -> float | None:
     return next((row["modelled_us"] for row in said.values() if row["shipped"]), None)
 
 
+def _time_variants(launch: Launch, plan: Plan, kept: Kept) -> Rows:
+    """Times of the shipped kernel and of those variants that are right, without dropout and with it."""
+    length = lengths_of(launch, SIZES.lengths)[0]
+    lengths = (length,) * max(1, SIZES.tokens // length)
+    model = kept.steps.get(f"model of variants of {launch}", {"rows": []})["rows"]
+    rows = []
+    for dropout in (False, True):
+        call = drawn_call(lengths, SIZES.heads, launch.width, launch.dtype, dropout, plan.device)
+        name = f"{len(lengths)} x {length}, {SIZES.heads} heads" + (", dropout" if dropout else "")
+        said = {row["variant"]: row for row in model if row["dropout"] == dropout}
+        rows += _time_call(name, call, launch, said, plan.device)
+    return rows
+
+
+def _time_call(name: str, call: Call, launch: Launch, said: dict[str, dict[str, Any]], device: torch.device) -> Rows:
+    runs = {}
+    for x in CONTENDERS:
+        tiles, resident = variant_tiles(x, launch, arch(device)), said.get(x, {}).get("resident", 1)
+        runs[x] = functools.partial(attend, x, call, tiles, resident)
+    problems: dict[str, str | None] = {x: said.get(x, {}).get("problem") for x in VARIANTS}
+    with in_force(device, {}):  # the shipped kernel has the shipped tiles
+        want = runs[SHIPPED]()
+        for variant in VARIANTS:
+            problems[variant] = problems[variant] or _difference(runs[variant], want)
+        times = flushed({x: run for x, run in runs.items() if problems.get(x) is None}, device, seconds=SECONDS)
+    rows = []
+    for x in CONTENDERS:
+        row = {"call": name, "variant": x, "faster": False, "problem": problems.get(x), "us": None}
+        row |= {about: said.get(x, {}).get(about) for about in ("modelled_us", "registers", "spills", "resident")}
+        if x in times:
+            row["us"] = [round(1e6 * took, 3) for took in (times[x].median, times[x].q20, times[x].q80)]
+            row["faster"] = faster([Shape(name, (SHIPPED, x), times[SHIPPED], times[x])], MARGIN)
+        rows.append(row)
+    return rows
+
+
+def _difference(run: Run, want: tuple[Tensor, Tensor]) -> str | None:
+    """What is wrong with a variant, whose results must be the shipped kernel's but for rounding; None: nothing."""
+    try:
+        errors = errors_of(list(run()), [x.double() for x in want])
+    except Exception as failure:  # a variant that fails is a row
+        return reason_of(failure)
+    for error, bound in zip(errors, (_CONTEXT_ROUNDINGS * torch.finfo(want[0].dtype).eps, _STATISTICS), strict=True):
+        if not error <= bound:
+            return f"not the shipped kernel's results: {error:.1e}, may be {bound:.1e}"
+    return None
+
+
 def _time_product(product: Product, plan: Plan) -> Rows:
     (choice,) = choose([product], plan.device, sizes=SIZES, timer=functools.partial(flushed, seconds=SECONDS))
     shapes = [shape.entry() for shape in choice.shapes]
@@ -158,6 +220,8 @@ def _tell(console: Console, kept: Kept) -> Verdict:
     kept.summary = calibration = wrong_by(rows)
     console.print(_table(rows))
     console.print(_calibration(calibration))
+    varied = [row for row in kept.rows if "call" in row]
+    console.print(_variants_table(varied))
     for row in kept.rows:
         if "product" in row:
             console.print(row["choice"], markup=False, soft_wrap=True)
@@ -165,11 +229,44 @@ def _tell(console: Console, kept: Kept) -> Verdict:
     if ratios:
         middle = statistics.median(ratios)
         console.print(f"measured over modelled: median {middle:.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
-    faster = [row for row in calibration if row["gain"] > 1 + MARGIN]
-    if faster:
-        better = ", ".join(f"{row['launch']} ({row['fastest']}, {row['gain']:.2f}x)" for row in faster)
-        return Verdict(True, f"`fastbert tune`, which confirms, then the tables of tiles.py: {better}")
-    return Verdict(True, "nothing to choose anew: no other tiles are faster by more than a few percent")
+    following = []
+    if better := [row for row in calibration if row["gain"] > 1 + MARGIN]:
+        names = ", ".join(f"{row['launch']} ({row['fastest']}, {row['gain']:.2f}x)" for row in better)
+        following.append(f"`fastbert tune`, which confirms, then the tables of tiles.py: {names}")
+    following += _about_variants(varied)
+    nothing = "nothing to choose anew: no other tiles and no other kernels are faster by more than a few percent"
+    return Verdict(True, "; then ".join(following) or nothing)
+
+
+def _about_variants(rows: Rows) -> list[str]:
+    """What to do next about attention's variants."""
+    shipped = {row["call"]: row["us"][0] for row in rows if row["variant"] == SHIPPED}
+    faster = [row for row in rows if row["faster"]]
+    found = []
+    if wrong := [f"{row['variant']} ({row['call']}: {row['problem']})" for row in rows if row["problem"]]:
+        found.append(f"mend, or delete, in attention_variants.py: {', '.join(wrong)}")
+    if won := [f"{x['variant']} ({x['call']}, {shipped[x['call']] / x['us'][0]:.2f}x)" for x in faster]:
+        found.append(
+            f"from attention_variants.py to attention_forward, with rows in attention_tables.py: {', '.join(won)}"
+        )
+    return found
+
+
+def _variants_table(rows: Rows) -> Table:
+    table = Table(title="kernels of attention's forward pass", title_justify="left", box=None, pad_edge=False)
+    for name in ("call", "kernel"):
+        table.add_column(name, overflow="fold")
+    for name in ("registers", "spills", "resident", "modelled us", "measured us", "20-80%", "/ shipped"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shipped = {row["call"]: row["us"][0] for row in rows if row["variant"] == SHIPPED}
+    for row in rows:
+        about = ["-" if row[name] is None else str(row[name]) for name in ("registers", "spills", "resident")]
+        times = ["-", "-", (row["problem"] or "")[:60]]
+        if row["us"] is not None:
+            median, q20, q80 = row["us"]
+            times = [_us(median), f"{q20:.1f}-{q80:.1f}", f"{median / shipped[row['call']]:.2f}x"]
+        table.add_row(row["call"], row["variant"], *about, _us(row["modelled_us"]), *times)
+    return table
 
 
 def _table(rows: Rows) -> Table:

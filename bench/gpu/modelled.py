@@ -2,9 +2,9 @@
 
     python -m bench.gpu.modelled sm_90 attention_forward bfloat16 64 --up-to 32
 
-prints a line of JSON for each. The model is the report's: the larger of the floor and the time in which a GPU can issue
-the instructions. Kernels are compiled by the host code itself, on a stand-in for the GPU: what is compiled here, a
-launch on the GPU finds in Triton's cache.
+prints a line of JSON for each; with `--variants`, for each of the kernels of `attention_variants.py` instead. The model
+is the report's: the larger of the floor and the time in which a GPU can issue the instructions. Kernels are compiled by
+the host code itself, on a stand-in for the GPU: what is compiled here, a launch on the GPU finds in Triton's cache.
 """
 
 import dataclasses
@@ -24,6 +24,8 @@ from fastbert.tuning.problems import COMPILED, Sizes, lengths_of, timed_problem,
 from fastbert.tuning.tuner import loaded, reason_of, run_of
 from fastbert_kernels.catalogue import Launch, Tiles, dtype_name
 from fastbert_kernels.tuned import in_force
+
+from .attention_variants import CONTENDERS, SHIPPED, attend, attention_variant, drawn_call, variant_tiles
 
 #: Switches of a launch in training, as `Case` has them; what `timed_switches` gives last.
 _FLAGS: dict[str, tuple[str, ...]] = {
@@ -76,15 +78,50 @@ def _of(launch: Launch, target: str, tiles: Tiles) -> dict[str, Any]:
     batch = SIZES.tokens // length, length
     case = Case(launch.kernel, dtype_name(launch.dtype), launch.width, _FLAGS[launch.kernel], activation, batch=batch)
     report = Report(case, target, tiles, machine_code(compiled, target))
-    problems = report.problems()
+    return _said(report) | {"problem": ", ".join(report.problems()) or None}
+
+
+def _said(report: Report) -> dict[str, Any]:
     return {
         "modelled_us": max(report.floor.microseconds, report.issue or 0.0),
         "floor_us": report.floor.microseconds,
         "issue_us": report.issue,
         "registers": report.machine.registers,
         "spills": report.machine.spills,
-        "problem": ", ".join(problems) or None,
     }
+
+
+def modelled_variants(launch: Launch, target: str) -> Iterator[dict[str, Any]]:
+    """A row for the shipped kernel and for each of the variants, without dropout and with it.
+
+    Args:
+        launch: one of `attention_forward`.
+        target: a key of `bench.static.cases.TARGETS`.
+    """
+    for dropout in (False, True):
+        for variant in CONTENDERS:
+            row = {"launch": str(launch), "variant": variant, "dropout": dropout, "modelled_us": None, "problem": None}
+            try:
+                row |= _of_variant(launch, target, variant, dropout)
+            except Exception as failure:  # what does not compile is a row
+                row["problem"] = reason_of(failure)
+            yield row
+
+
+def _of_variant(launch: Launch, target: str, variant: str, dropout: bool) -> dict[str, Any]:
+    device, tiles = torch.device("cpu"), variant_tiles(variant, launch, target)
+    length = lengths_of(launch, SIZES.lengths)[0]
+    lengths = (length,) * (_COMPILED_SIZES.tokens // length)
+    kernel: Any = COMPILED[launch.kernel] if variant == SHIPPED else attention_variant
+    with as_on_a_gpu(target), in_force(device, {launch: tiles}):
+        kernel.device_caches.clear()
+        attend(variant, drawn_call(lengths, SIZES.heads, launch.width, launch.dtype, dropout, device), tiles)
+        (compiled,) = (x for cache in kernel.device_caches.values() for x in cache[0].values())
+    flags = ("CU_SEQLENS", "ORDER", *("DROPOUT",) * dropout)
+    case = Case(launch.kernel, dtype_name(launch.dtype), launch.width, flags, batch=(SIZES.tokens // length, length))
+    report = Report(case, target, tiles, machine_code(compiled, target))
+    spills = "spills" if report.machine.spills or report.machine.stack else None
+    return _said(report) | {"resident": report.occupancy.warps // tiles["num_warps"], "problem": spills}
 
 
 def main(
@@ -93,9 +130,11 @@ def main(
     dtype: Annotated[str, typer.Argument(help="bfloat16, float16 or float32.")],
     width: Annotated[int, typer.Argument(help="What the kernel's tiles are chosen by.")],
     up_to: Annotated[int | None, typer.Option(help="Of attention: the class of short sequences.")] = None,
+    variants: Annotated[bool, typer.Option("--variants", help="Of attention_forward: other kernels.")] = False,
 ) -> None:
-    """Print a line of JSON for the shipped tiles, and for each of their neighbours."""
-    for row in modelled(Launch(kernel, getattr(torch, dtype), width, up_to=up_to), target):
+    """Print a line of JSON for the shipped tiles, and for each of their neighbours; or for each variant."""
+    of = modelled_variants if variants else modelled
+    for row in of(Launch(kernel, getattr(torch, dtype), width, up_to=up_to), target):
         print(json.dumps(row), flush=True)
 
 

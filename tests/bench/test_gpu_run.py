@@ -22,6 +22,7 @@ from uninterpreted import run_uninterpreted
 from bench.collect import collect
 from bench.gpu import __main__ as gpu
 from bench.gpu import candidates, ops, sections
+from bench.gpu.attention_variants import CONTENDERS
 from bench.gpu.sections import Kept, Verdict
 from bench.static.limits import PEAKS
 from fastbert.tuning.neighbours import neighbours, shipped_tiles
@@ -55,8 +56,18 @@ def invoke(*arguments: str | Path) -> Result:
         signal.signal(signal.SIGTERM, before)
 
 
-def said_by_the_model(launch: Any, plan: Any) -> list[dict[str, Any]]:
+def said_by_the_model(launch: Any, plan: Any, *options: str) -> list[dict[str, Any]]:
     """What `bench.gpu.modelled` would print, which takes a compiler's time: the first neighbour is the best."""
+    if options:
+        about = {
+            "launch": str(launch),
+            "modelled_us": 3.0,
+            "registers": 128,
+            "spills": 0,
+            "resident": 2,
+            "problem": None,
+        }
+        return [about | {"variant": x, "dropout": dropout} for dropout in (False, True) for x in CONTENDERS]
     shipped = shipped_tiles(launch, "sm_90")
     others = neighbours(launch, "sm_90", shipped)
     rows = [
@@ -112,6 +123,16 @@ def test_the_report_says_where_the_model_is_wrong(whole: tuple[Path, Result]) ->
     assert "where the model is wrong" in result.output
     (found,) = Kept.load(out / "candidates.json").summary
     assert found["ratio"] == round(found["measured_us"] / 4.0, 3)
+
+
+def test_other_kernels_of_attention_are_timed_beside_the_shipped_one(whole: tuple[Path, Result]) -> None:
+    out, result = whole
+    rows = [row for row in Kept.load(out / "candidates.json").rows if "call" in row]
+    calls = ("2 x 8, 2 heads", "2 x 8, 2 heads, dropout")
+    assert [(row["call"], row["variant"]) for row in rows] == [(call, x) for call in calls for x in CONTENDERS]
+    assert {row["problem"] for row in rows} == {None}
+    assert all(len(row["us"]) == 3 and row["registers"] == 128 for row in rows)
+    assert "kernels of attention's forward pass" in result.output
 
 
 def test_what_a_run_keeps_is_what_is_published(whole: tuple[Path, Result], tmp_path: Path) -> None:

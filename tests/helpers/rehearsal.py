@@ -107,6 +107,7 @@ def stand_in_gpu() -> Iterator[None]:
 
 
 _ROWS = Launch("bias_activation_forward", torch.bfloat16, 32)
+_ATTENTION = Launch("attention_forward", torch.bfloat16, 64, up_to=32)
 _TINY = Sizes(lengths=(8,), tokens=16, heads=2, ragged=(1, 9), even=(5, 5), rows=20, vocabulary=30)
 
 
@@ -133,6 +134,7 @@ def tiny(checkpoint: Path) -> dict[Any, dict[str, Any]]:
         },
         candidates: {
             "LAUNCHES": (_ROWS,),
+            "VARIED": (_ATTENTION,),
             "PRODUCTS": (Product(torch.bfloat16, 16, "gelu"),),
             "SIZES": _TINY,
             "SECONDS": 0.0,
