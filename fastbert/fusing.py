@@ -38,6 +38,16 @@ def _refuse_sharded(model: nn.Module, verb: str) -> None:
             )
 
 
+def _check_model(model: object) -> None:
+    """A folder's name, a class or a pipeline is no model, and would end in an AttributeError."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"a model is needed (a torch.nn.Module), got {what}: pass what from_pretrained returns, or a pipeline's "
+            ".model"
+        )
+
+
 def _named_encoders(model: nn.Module) -> dict[str, Any]:
     encoders = {name: module for name, module in model.named_modules() if isinstance(module, families.MODELS)}
     if not encoders:
@@ -68,9 +78,11 @@ def fuse(model: Model, packing: bool | str = "auto") -> Model:
         The same object.
 
     Raises:
+        TypeError: for what is no model.
         ValueError: when there is no such encoder inside, or FSDP2 has sharded a module already.
     """
     check_packing(packing)
+    _check_model(model)
     _refuse_sharded(model, "fuse")
     encoders = _named_encoders(model)
     for encoder in encoders.values():
@@ -113,6 +125,7 @@ def unfuse(model: Model) -> Model:
         ValueError: when there is no `BertModel` inside, or one whose class derives from fastbert's, or FSDP2 has
             sharded a module.
     """
+    _check_model(model)
     _refuse_sharded(model, "unfuse")
     encoders = _encoders(model)
     for module in model.modules():
@@ -160,6 +173,7 @@ def skip_unread(model: Model, skip: bool = True) -> Model:
     Raises:
         ValueError: when there is no such head inside, or its `BertModel` is not fused.
     """
+    _check_model(model)
     heads: list[Any] = [
         m for m in model.modules() if isinstance(m, (*families.POOLED_HEADS, *families.MASKED_LM_HEADS))
     ]
@@ -215,6 +229,7 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         ValueError: when there is no `BertModel` inside.
     """
+    _check_model(model)
     named = _named_encoders(model)
     encoders = list(named.values())
     heads = {id(module.base_model): module for module in model.modules() if isinstance(module, FusedHead)}

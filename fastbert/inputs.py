@@ -103,7 +103,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     if found.type not in ("cpu", "cuda"):
         raise InputError(f"fastbert has no kernels for device {str(device)!r}: use cpu, cuda or cuda:N")
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {str(device)!r} is not available, torch sees no GPU here: use --device cpu")
+        raise InputError(f"device {str(device)!r} is not available, torch sees no GPU here: use cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {str(device)!r} is not available: torch sees {torch.cuda.device_count()} GPU(s)")
     return found
@@ -127,6 +127,8 @@ def load_config(model: str | os.PathLike[str]) -> Any:
     name = str(model)
     try:
         here = Path(model).exists()
+        if Path(model).is_file():
+            raise InputError(f"{name!r} is a file: name the folder that it is in, one saved by transformers")
         if here and not (Path(model) / "config.json").is_file():
             raise InputError(f"no checkpoint in {name!r}: it has no config.json; name a folder saved by transformers")
     except OSError as error:  # such as a name that is too long

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from models import ids, pair
 
 from fastbert_kernels import backend
@@ -42,6 +43,21 @@ def fused_model(**changes: object) -> torch.nn.Module:
 def test_model_calls(kwargs: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fused_model()(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ("Rain is falling.", "str"),
+        (["Rain is falling."], "list"),
+        ([[1, 2]], "list"),
+        (transformers.BatchEncoding({"input_ids": ids()}), "BatchEncoding"),
+    ],
+)
+def test_what_is_no_tensor(given: object, kind: str) -> None:
+    message = rf'needs tensors, got {kind}: call it by model\(\*\*batch\), .* return_tensors="pt"'
+    with pytest.raises(TypeError, match=message):
+        fused_model()(given)
 
 
 def test_mixed_devices() -> None:

@@ -59,6 +59,7 @@ def run_line(line: str) -> None:
 @pytest.mark.parametrize("page", SHOWN, ids=name)
 def test_what_is_shown_runs(page: Path) -> None:
     names: dict[str, object] = {"__name__": "__main__"}
+    above = ""
     for kind, code in blocks(page):
         assert kind in RUN + NOT_RUN, f"{name(page)} has a block of kind {kind!r}"
         if kind == "python":
@@ -68,6 +69,8 @@ def test_what_is_shown_runs(page: Path) -> None:
                 run_line(line)
         if kind.startswith("python"):
             compile(code, name(page), "exec")
+            above += code
+            assert not re.search(r"(?<!from )fastbert\.", code) or "import fastbert\n" in above, f"{name(page)} does not import fastbert"
 
 
 @pytest.mark.slow

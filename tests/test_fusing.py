@@ -131,6 +131,13 @@ def test_nothing_to_fuse_is_an_error() -> None:
             function(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("name", ["fuse", "unfuse", "explain", "skip_unread"])
+def test_what_is_no_model_is_told(name: str) -> None:
+    for thing, what in (("path/to/checkpoint", "str"), (transformers.BertModel, "the class BertModel"), (None, "None")):
+        with pytest.raises(TypeError, match=rf"a model is needed .*, got {what}.*: pass what from_pretrained returns"):
+            getattr(fastbert, name)(thing)
+
+
 def test_unfuse_takes_fastberts_own_classes_back() -> None:
     head = fastbert.BertForSequenceClassification(tiny_config()).eval()
     x = ids()

@@ -308,7 +308,11 @@ def _exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"{name} needs exactly one of input_ids and inputs_embeds, got {given}")
     words = inputs_embeds if input_ids is None else input_ids
-    assert words is not None
+    if not isinstance(words, torch.Tensor):
+        raise TypeError(
+            f"{name} needs tensors, got {type(words).__name__}: call it by model(**batch), with a batch of "
+            'tokenizer(texts, padding=True, return_tensors="pt")'
+        )
     if input_ids is not None and (words.dim() != 2 or words.is_floating_point() or words.dtype == torch.bool):
         raise ValueError(f"input_ids must be integers of shape (batch, seq), got {words.dtype} {tuple(words.shape)}")
     if input_ids is None and words.dim() != 3:

@@ -73,8 +73,12 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The commit this code is at, with a "+" where files differ from it; None when it is not in a repository."""
-    here = Path(__file__).resolve().parent
+    """The commit this code is at, with a "+" where files differ from it; None when it is in no repository, or is
+    installed inside one of another project, which does not track it."""
+    file = Path(__file__).resolve()
+    here = file.parent
+    if _output("git", "-C", str(here), "ls-files", "--error-unmatch", file.name) is None:
+        return None
     head = _output("git", "-C", str(here), "rev-parse", "HEAD")
     if head is None:
         return None

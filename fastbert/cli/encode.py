@@ -175,6 +175,8 @@ def _show(console: "Console", summary: "Summary", written: str) -> None:
 
 def _check_paths(input_file: Path, out: Path) -> None:
     """Fail before the work on paths that cannot be read or written."""
+    if os.path.isdir(input_file):
+        fail(f"{str(input_file)!r} is a folder: name the model first, then a file of text")
     if not os.path.isfile(input_file):
         fail(f"no file {str(input_file)!r}: name a .csv, .tsv, .jsonl, .parquet or text file")
     if out.suffix.lower() != ".parquet":

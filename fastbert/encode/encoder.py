@@ -139,9 +139,11 @@ class Encoder:
         """Embed texts: float32 (texts, hidden), in their order.
 
         Raises:
-            TypeError: for one that is not a str.
+            TypeError: for one text that is in no list, and for one that is not a str.
             InputError: for one with lone surrogates, which no tokenizer takes.
         """
+        if isinstance(texts, str):  # whose letters would be embedded
+            raise TypeError(f"texts is one str, {texts!r:.60}: give a list of texts")
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{i}] is {type(text).__name__}, not str: {text!r:.60}")

@@ -21,6 +21,14 @@ _LONGEST_CELL = 2**31 - 1
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 #: What stands between the cells of a line.
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_SPOKEN = {",": "commas", "\t": "tabs", ";": "semicolons"}
+#: What a file that is no text begins with, whatever its name says -> what it is, and the way out.
+_NOT_TEXT = {
+    b"PK\3\4": "a ZIP archive, as .xlsx and .docx are: save its text as .csv or .txt",
+    b"\x1f\x8b": "packed by gzip: unpack it",
+    b"%PDF": "a PDF: save its text as .txt",
+    b"PAR1": "Parquet: let its name end in .parquet",
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,9 @@ class Texts:
         column: the column's name; empty for lines.
 
     Raises:
-        InputError: for a file that cannot be read, UTF-16 among them, and a column that is not there, which lists those
-            that are, or there twice. While rows are read, for a CSV file whose quotes do not close.
+        InputError: for a file that cannot be read, UTF-16 and what is no text among them, a heading with other
+            separators, and a column that is not there, which lists those that are, or there twice. While rows are
+            read, for a CSV file whose quotes do not close.
     """
 
     def __init__(self, path: Path, column: str | None = None) -> None:
@@ -100,12 +109,18 @@ class Texts:
             elif self.kind in _SEPARATORS:
                 with self._open() as file:
                     header = next(self._records(file), [])
+                if column not in header:
+                    self._check_separator(header)
                 self.column = _choose(path, column, header, header)
             elif self.kind == ".jsonl":
                 first = next(self._objects(), {})
                 if isinstance(first, Problem):
                     raise InputError(f"cannot read {str(path)!r}: its first line is {first.reason}")
                 self.column = _choose(path, column, list(first), [k for k, v in first.items() if isinstance(v, str)])
+            elif path.suffix.lower() == ".json":  # whose lines are no texts
+                raise InputError(
+                    f"{str(path)!r} is JSON: write one object a line, into a file whose name ends in .jsonl"
+                )
             else:
                 with self._open() as file:
                     file.read(0)
@@ -134,8 +149,12 @@ class Texts:
 
     def _open(self) -> Any:
         with self.path.open("rb") as file:
-            if file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
-                raise InputError(f"{str(self.path)!r} is UTF-16: save it as UTF-8, such as by iconv -f UTF-16 -t UTF-8")
+            start = file.read(4)
+        if start[:2] in (BOM_UTF16_LE, BOM_UTF16_BE):
+            raise InputError(f"{str(self.path)!r} is UTF-16: save it as UTF-8, such as by iconv -f UTF-16 -t UTF-8")
+        for begin, what in _NOT_TEXT.items():
+            if start.startswith(begin):
+                raise InputError(f"{str(self.path)!r} is {what}")
         newline = "" if self.kind in _SEPARATORS else "\n"
         return self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
@@ -156,6 +175,16 @@ class Texts:
                     yield Problem("more cells than the heading")
                 else:
                     yield check(record[place])
+
+    def _check_separator(self, header: list[str]) -> None:
+        """InputError for a heading that is one cell by this file's separator, and several by another."""
+        own = _SEPARATORS[self.kind]
+        other = next((mark for mark in _SPOKEN if mark != own and mark in "".join(header)), None)
+        if len(header) == 1 and other is not None:
+            raise InputError(
+                f"{str(self.path)!r} has one column, {header[0]!r}: cells of a {self.kind} file stand between "
+                f"{_SPOKEN[own]}, these between {_SPOKEN[other]}; save it so, or name that column"
+            )
 
     def _records(self, file: Any) -> Iterator[list[str]]:
         """The records of a CSV or TSV file that are not blank lines."""

@@ -158,6 +158,11 @@ def test_folder_without_checkpoint(tmp_path: Path) -> None:
     result = run("verify", tmp_path)
     assert result.exit_code == 2
     assert "it has no config.json" in result.stderr
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    result = run("verify", file)
+    assert result.exit_code == 2
+    assert f"{str(file)!r} is a file: name the folder that it is in" in result.stderr
 
 
 def test_empty_file(tiny: Path, tmp_path: Path) -> None:
@@ -172,7 +177,7 @@ def test_empty_file(tiny: Path, tmp_path: Path) -> None:
 def test_cuda_that_is_not_there(tiny: Path) -> None:
     result = run("verify", tiny, "--device", "cuda")
     assert result.exit_code == 2
-    assert "torch sees no GPU here: use --device cpu" in result.stderr
+    assert "torch sees no GPU here: use cpu" in result.stderr
 
 
 def test_heatmap_without_matplotlib_names_the_extra(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,8 @@ def test_what_no_encoder_is_made_of(tiny: Path) -> None:
         Encoder(transformers.BertModel(transformers.BertConfig(is_decoder=True)), AutoTokenizer.from_pretrained(tiny))
     with pytest.raises(TypeError, match=r"texts\[1\] is NoneType"):
         Encoder(tiny, device="cpu")(["a", None])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="texts is one str, 'a text': give a list of texts"):
+        Encoder(tiny, device="cpu")("a text")
 
 
 def test_the_encoder_is_reached_from_the_package_which_alone_is_light() -> None:

@@ -59,6 +59,7 @@ def test_good_rows_end_with_0_and_bad_input_with_2(tiny: Path, lines: Path, tmp_
     before = out.read_bytes()
     for arguments, message in (
         ([tmp_path / "none.txt", "--out", out], "no file"),
+        ([tmp_path, "--out", out], "is a folder: name the model first, then a file of text"),
         ([lines, "--out", tmp_path / "out.npy"], "let its name end in .parquet"),
         ([out, "--out", out], "is the input"),
         ([good, "--out", out, "--column", "body"], "no column 'body': choose from text"),

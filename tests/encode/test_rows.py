@@ -52,6 +52,45 @@ def test_files_and_columns_that_are_not_there(tmp_path: Path) -> None:
             Texts(tmp_path / name, column)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.xlsx", "a.gz", "noname"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\3\4\x14\0", "is a ZIP archive, as .xlsx and .docx are: save its text as .csv or .txt"),
+        (b"\x1f\x8b\x08\0", "is packed by gzip: unpack it"),
+        (b"%PDF-1.7\n", "is a PDF: save its text as .txt"),
+        (b"PAR1\x15\4", "is Parquet: let its name end in .parquet"),
+    ],
+)
+def test_files_that_are_no_text_whatever_their_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}' {message}"):
+        Texts(tmp_path / name)
+
+
+def test_lines_of_json_are_no_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[\n{"text": "one"}\n]\n')
+    with pytest.raises(InputError, match=r"a\.json' is JSON: write one object a line, into .* ends in \.jsonl"):
+        Texts(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "heading", "message"),
+    [
+        ("a.csv", "id;text", "cells of a .csv file stand between commas, these between semicolons"),
+        ("a.csv", "id\ttext", "cells of a .csv file stand between commas, these between tabs"),
+        ("a.tsv", "id,text", "cells of a .tsv file stand between tabs, these between commas"),
+    ],
+)
+def test_other_separators_are_told(tmp_path: Path, name: str, heading: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(f"{heading}\n1one\n")
+    for column in (None, "text"):
+        with pytest.raises(InputError, match=f"has one column, .*: {message}; save it so, or name that column"):
+            Texts(path, column)
+    assert list(Texts(path, heading)) == ["1one"]
+
+
 def test_a_tsv_file_is_a_csv_file_with_tabs(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text('id\ttext\n1\tone, two\n\n2\t"three\tfour"\n3\n', encoding="utf-8")
