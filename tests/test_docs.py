@@ -70,7 +70,9 @@ def test_what_is_shown_runs(page: Path) -> None:
         if kind.startswith("python"):
             compile(code, name(page), "exec")
             above += code
-            assert not re.search(r"(?<!from )fastbert\.", code) or "import fastbert\n" in above, f"{name(page)} does not import fastbert"
+            assert not re.search(r"(?<!from )fastbert\.", code) or "import fastbert\n" in above, (
+                f"{name(page)} does not import fastbert"
+            )
 
 
 @pytest.mark.slow

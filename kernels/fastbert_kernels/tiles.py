@@ -266,8 +266,8 @@ def row_tiles(kernel: str, features: int, itemsize: int) -> Tiles:
     # Over 8 warps, ptxas spills in the widest rows, float32 of 4096, to fit two programs on a multiprocessor.
     num_warps = min(8 if wide else 16, max(1, block_m * block_n * itemsize // (1024 if wide else 256)))
     if kernel == "embed_backward" and wide:
-        # Its sums cost less where a thread holds more elements: a sixth less to issue where 384 are wide than of half the
-        # tile on as many warps, which spills with Triton 3.6 on sm_100. Of 4096, a thread holds no more.
+        # Its sums cost less where a thread holds more elements: a sixth less to issue where 384 are wide than of half
+        # the tile on as many warps, which spills with Triton 3.6 on sm_100. Of 4096, a thread holds no more.
         num_warps = max(1, num_warps // 2, block_n // 512)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 1}
 
