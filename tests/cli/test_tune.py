@@ -29,6 +29,7 @@ def here(tuned_folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPat
     """Measure where the tests' kernels run, in small: `here(seconds)` says what other tiles than the shipped take."""
     on = torch.device("cuda", 0) if device.type == "cuda" else device
     monkeypatch.setattr(importlib.import_module("fastbert.cli.tune"), "_gpu", lambda device: on)
+    importlib.import_module("fastbert.tuning.launches")  # takes a default from Sizes as it is
     small = functools.partial(problems.Sizes, heads=1, ragged=(1, 17), even=(17, 17), rows=20, vocabulary=9)
     monkeypatch.setattr(problems, "Sizes", small)
     monkeypatch.setattr(choice, "_HALVINGS", 1)
