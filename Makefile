@@ -18,7 +18,7 @@ help:
 	@echo "make test-oldest   the tests with the oldest transformers that is allowed, in an environment of its own"
 	@echo "make lint          ruff, mypy and the order of imports"
 	@echo "make bench         models on this CPU against the peers people use, interleaved"
-	@echo "make bench-static  what the kernels compile to on four GPUs beside their floors; needs no GPU"
+	@echo "make bench-static  what the kernels compile to on seven GPUs beside their floors; needs no GPU"
 	@echo "make bench-dev     models and ops, compared with the time they took before"
 	@echo "make bench-report  tables, pictures and the docs' figures from bench/results"
 
