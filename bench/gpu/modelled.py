@@ -21,7 +21,7 @@ from bench.static.cases import Case
 from bench.static.report import Report
 from fastbert.tuning.neighbours import neighbours, shipped_tiles
 from fastbert.tuning.problems import COMPILED, Sizes, lengths_of, timed_problem, timed_switches
-from fastbert.tuning.tuner import loaded, reason_of, run_of
+from fastbert.tuning.tuner import compiled_of, loaded, reason_of, run_of
 from fastbert_kernels.catalogue import Launch, Tiles, dtype_name
 from fastbert_kernels.tuned import in_force
 
@@ -116,7 +116,7 @@ def _of_variant(launch: Launch, target: str, variant: str, dropout: bool) -> dic
     with as_on_a_gpu(target), in_force(device, {launch: tiles}):
         kernel.device_caches.clear()
         attend(variant, drawn_call(lengths, SIZES.heads, launch.width, launch.dtype, dropout, device), tiles)
-        (compiled,) = (x for cache in kernel.device_caches.values() for x in cache[0].values())
+        (compiled,) = compiled_of(kernel).values()
     flags = ("CU_SEQLENS", "ORDER", *("DROPOUT",) * dropout)
     case = Case(launch.kernel, dtype_name(launch.dtype), launch.width, flags, batch=(SIZES.tokens // length, length))
     report = Report(case, target, tiles, machine_code(compiled, target))

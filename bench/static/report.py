@@ -108,9 +108,8 @@ class Report:
         if self.nvidia and (machine.spills or machine.stack):
             found.append(Shortfall("spills", None))
         if machine.own_dots < machine.dots or (machine.dots and not machine.tensor_core):
-            few = self._has_few_rows() or (
-                "SUMS" in flags and case.width < 64
-            )  # whose product has a row for each column
+            # The product of sums has a row for each column.
+            few = self._has_few_rows() or ("SUMS" in flags and case.width < 64)
             why = "float32" if case.dtype == "float32" else "few rows" if few else None
             found.append(
                 Shortfall("products off the tensor cores", why if machine.tensor_core or why == "float32" else None)

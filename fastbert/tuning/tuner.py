@@ -375,7 +375,12 @@ def run_of(problem: Problem, backward: bool) -> Run:
 
 def loaded(kernel: str) -> dict[int, Any]:
     """What Triton has compiled of a kernel in this process, by id; nothing in the interpreter."""
-    caches = getattr(COMPILED[kernel], "device_caches", {})
+    return compiled_of(COMPILED[kernel])
+
+
+def compiled_of(kernel: Any) -> dict[int, Any]:
+    """`loaded`, of a kernel itself, which need not be one of the package's."""
+    caches = getattr(kernel, "device_caches", {})
     return {id(compiled): compiled for cache in caches.values() for compiled in cache[0].values()}
 
 

@@ -239,13 +239,15 @@ def feed_forward_fits(
     return start is not None and tokens >= start
 
 
-#: Bytes of a program's tile of one tensor in a kernel of whole rows. A forward program has one tile: small ones keep
-#: more of them resident. A backward program goes through many rows and adds them up: larger tiles, fewer rounds.
+#: Bytes of one tensor that a program of a kernel of whole rows has as its tile, and that a warp has of it. A forward
+#: program has one tile: small ones keep more of them resident. A backward program goes through many rows and adds them
+#: up: larger tiles, fewer rounds. The embeddings' sums cost less where a thread holds more elements: a sixth less to
+#: issue where 384 are wide than of half the tile on as many warps, which spills with Triton 3.6 on sm_100.
 _ROW_BYTES = {
-    "add_layer_norm_forward": 4096,
-    "add_layer_norm_backward": 8192,
-    "embed_forward": 4096,
-    "embed_backward": 8192,
+    "add_layer_norm_forward": (4096, 1024),
+    "add_layer_norm_backward": (8192, 1024),
+    "embed_forward": (4096, 1024),
+    "embed_backward": (8192, 2048),
 }
 
 
@@ -257,18 +259,16 @@ def row_tiles(kernel: str, features: int, itemsize: int) -> Tiles:
     accesses of each tensor in flight; the warps grow with the tile to keep it in registers. Where 128-bit accesses do
     not fit the rows, every element has an address of its own in registers, and a thread gets a quarter.
     """
-    program_bytes = _ROW_BYTES[kernel]
+    program_bytes, warp_bytes = _ROW_BYTES[kernel]
     wide = features * itemsize % 16 == 0
     block_n = block_width(features)
     # An odd number of 16 bytes in a row: at twice this tile ptxas spills on sm_100, to fit one more program.
     program_bytes //= 2 if wide and features * itemsize % 32 else 1
     block_m = max(1, min(16, (program_bytes if wide else program_bytes // 4) // (block_n * itemsize)))
-    # Over 8 warps, ptxas spills in the widest rows, float32 of 4096, to fit two programs on a multiprocessor.
-    num_warps = min(8 if wide else 16, max(1, block_m * block_n * itemsize // (1024 if wide else 256)))
-    if kernel == "embed_backward" and wide:
-        # Its sums cost less where a thread holds more elements: a sixth less to issue where 384 are wide than of half
-        # the tile on as many warps, which spills with Triton 3.6 on sm_100. Of 4096, a thread holds no more.
-        num_warps = max(1, num_warps // 2, block_n // 512)
+    # Over 8 warps, ptxas spills in the widest rows, float32 of 4096, to fit two programs on a multiprocessor; and where
+    # a thread holds more than 16 columns of such a row.
+    num_warps = max(1, block_m * block_n * itemsize // (warp_bytes if wide else 256), block_n // 512)
+    num_warps = min(8 if wide else 16, num_warps)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": 1}
 
 
