@@ -80,7 +80,7 @@ class Look:
             [*map(id, _values(map(dict.values, self._children)))],
             [*map(id, parameters)],
             [*map(type, parameters)],
-            [*_values(map(dict.values, self._hooks))],
+            [*_values(map(dict.values, self._hooks))] if any(self._hooks) else [],
             [(parameter.data_ptr(), parameter.dtype) for parameter in self.neighbours],
             [kind.forward for kind in self._patchable],
         )

@@ -20,7 +20,6 @@ from .attention_backward_kernels import attention_backward_dkv, attention_backwa
 from .attention_kernels import attention_forward
 from .attention_map import AttentionContext, HandOut, handed_out, in_graph, watch
 from .backend import uses_triton
-from .catalogue import Tiles
 from .gradients import forbid_double_backward
 from .launch import cdiv, dropout_arguments, register_op, wrap_triton
 from .sequences import batch_size, blocked_length
@@ -134,7 +133,7 @@ def _forward(
         scale,
     )  # fmt: skip
     longest = max(max_seqlen, probs_seq)
-    tiles = attention_tiles("forward", qkv, _moves_maps(bias, key_spans, probs_seq), longest, batch)
+    (tiles,) = attention_tiles(qkv, _moves_maps(bias, key_spans, probs_seq), longest, batch, "forward")
     grid = (cdiv(longest, tiles["BLOCK_M"]) * heads * batch,)
     if grid[0] > 0:
         wrap_triton(attention_forward)[grid](
@@ -164,32 +163,24 @@ def _backward_fake(
     sums: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dhead_mask = qkv.new_empty(0) if head_mask is None else torch.empty_like(head_mask)
-    dq_sums, dkv_sums = (qkv.new_empty(0, dtype=torch.float32) for _ in range(2))
-    if sums:
-        maps = _moves_maps(bias, key_spans, 0 if dprobs is None else dprobs.shape[-1])
-        tiles = _backward_tiles(qkv, maps, max_seqlen, batch_size(qkv, cu_seqlens, max_seqlen))
-        dq_sums, dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, *tiles)
+    batch = batch_size(qkv, cu_seqlens, max_seqlen)
+    maps = _moves_maps(bias, key_spans, 0 if dprobs is None else dprobs.shape[-1])
+    dq_tiles, dkv_tiles = attention_tiles(qkv, maps, max_seqlen, batch, "backward_dq", "backward_dkv")
+    dq_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, batch, dq_tiles["BLOCK_M"], 1 if sums else 0)
+    dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, batch, dkv_tiles["BLOCK_N"], 2 if sums else 0)
     return torch.empty_like(qkv), dhead_mask, dq_sums, dkv_sums
 
 
-def _backward_tiles(qkv: torch.Tensor, maps: bool, max_seqlen: int, batch: int) -> tuple[Tiles, Tiles]:
-    """Of dQ, and of dK and dV."""
-    shape = qkv, maps, max_seqlen, batch
-    return attention_tiles("backward_dq", *shape), attention_tiles("backward_dkv", *shape)
-
-
 def _empty_sums(
-    qkv: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int, dq_tiles: Tiles, dkv_tiles: Tiles
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory of the partial sums of dQ, and of dK and dV: rows as in `score_tiles.partial_row`."""
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int, batch: int, block: int, count: int
+) -> torch.Tensor:
+    """Memory of the partial sums of `count` gradients of programs of `block` tokens: rows as in
+    `score_tiles.partial_row`."""
+    if count == 0:
+        return qkv.new_empty(0, dtype=torch.float32)
     tokens, _, heads, head_dim = qkv.shape
-    batch = batch_size(qkv, cu_seqlens, max_seqlen)
-
-    def empty(block: int, columns: int) -> torch.Tensor:
-        rows = batch * cdiv(max_seqlen, block) if cu_seqlens is None else tokens // block + batch
-        return qkv.new_empty(rows, columns, dtype=torch.float32)
-
-    return empty(dq_tiles["BLOCK_M"], heads * head_dim), empty(dkv_tiles["BLOCK_N"], 2 * heads * head_dim)
+    rows = batch * cdiv(max_seqlen, block) if cu_seqlens is None else tokens // block + batch
+    return qkv.new_empty(rows, count * heads * head_dim, dtype=torch.float32)
 
 
 @register_op("attention_backward", _backward_fake)
@@ -247,13 +238,13 @@ def _backward(
         "HAS_WHOLE_DPROBS": whole,
         "HAS_SUMS": sums,
     }
-    dq_tiles, dkv_tiles = _backward_tiles(qkv, _moves_maps(bias, key_spans, probs_seq), max_seqlen, batch)
+    maps = _moves_maps(bias, key_spans, probs_seq)
+    dq_tiles, dkv_tiles = attention_tiles(qkv, maps, max_seqlen, batch, "backward_dq", "backward_dkv")
     blocks = cdiv(max_seqlen, dq_tiles["BLOCK_M"])
     delta = torch.empty_like(stats)
     dqkv = torch.empty_like(qkv)
-    dq_sums, dkv_sums = (qkv.new_empty(0, dtype=torch.float32) for _ in range(2))
-    if sums:
-        dq_sums, dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, dq_tiles, dkv_tiles)
+    dq_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, batch, dq_tiles["BLOCK_M"], 1 if sums else 0)
+    dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, batch, dkv_tiles["BLOCK_N"], 2 if sums else 0)
     if head_mask is None:
         dhead_mask = partials = qkv.new_empty(0)
     else:

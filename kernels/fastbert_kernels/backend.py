@@ -26,6 +26,7 @@ from packaging.version import Version
 from torch._C import (
     _are_functorch_transforms_active,
     _get_dispatch_mode,
+    _get_fp32_precision_getter,
     _is_tracing,
     _len_torch_dispatch_stack,
     _TorchDispatchModeKey,
@@ -111,12 +112,14 @@ def backend(name: str) -> Iterator[None]:
 
 def is_traced() -> bool:
     """Whether a compiler, a tracer or a functorch transform is to see what runs, and not only torch's dispatcher."""
-    return torch.compiler.is_compiling() or is_transformed() or _is_tracing()
+    return torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing()
 
 
 def is_watched() -> bool:
     """Whether any of these, or a dispatch mode, is to see ops, and not what they are made of."""
-    return is_traced() or _len_torch_dispatch_stack() > 0
+    # `is_traced`, written out: it is asked in every launch.
+    traced = torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing()
+    return traced or _len_torch_dispatch_stack() > 0
 
 
 def is_transformed() -> bool:
@@ -220,7 +223,7 @@ def has_values(x: torch.Tensor) -> bool:
 
 def allows_tf32() -> bool:
     """Whether torch was told that a GPU may round the operands of float32 products to TF32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return _get_fp32_precision_getter("cuda", "matmul") == "tf32"  # torch.backends takes six times as long
 
 
 def check_mode() -> bool:

@@ -27,7 +27,7 @@ def needed_gradients(ctx: Any) -> tuple[bool, ...]:
     """
     steps = [step for step, _ in ctx.next_functions if step is not None]
     try:
-        reached = [will_run(step) for step in steps]
+        reached = [*map(will_run, steps)]
     except RuntimeError:
         reached = [_reached(step) for step in steps]
     if all(reached):
@@ -42,7 +42,7 @@ PLAIN_PYTORCH = "run plain PyTorch, by FASTBERT_BACKEND=torch or fastbert_kernel
 
 def refuse_batched(name: str, grads: tuple[torch.Tensor | None, ...]) -> None:
     """Raise NotImplementedError where a backward pass runs under vmap, as with is_grads_batched=True."""
-    if is_transformed() or any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
+    if is_transformed() or any(is_legacy_batchedtensor(grad) for grad in grads if grad is not None):
         raise NotImplementedError(
             f"fastbert's {name} kernel takes one gradient at a time: for is_grads_batched=True, or a vmap over a "
             f"backward pass, {PLAIN_PYTORCH}"

@@ -15,19 +15,24 @@ from .language import MISSING, triton
 
 #: Functions of one kernel, whose arguments are put in: what a launch is looked up by, and the launch.
 _LAUNCH = """
-def key({names}, **options):
-    return {device}, {parts}, *options.values()
+def key({names}, {options}):
+    return {device}, {parts}, {options}
 
 def is_watched():
     return {watched}
 
-def launch(grid, {names}, **options):
-    found = find(({device}, {parts}, *options.values()))
-    if found is None or {device}.index != current_device() or caches.get(found.device) is not found.cache or {watched}:
-        look_up(grid, {arguments} | options)
+def launch(grid, {names}, {options}):
+    device = {device}
+    found = find((device, {parts}, {options}))
+    here = found is not None and device.index == cuda.current_device()
+    if not here or caches.get(found.device) is not found.cache or {watched}:
+        look_up(grid, {arguments})
     else:
         found.compiled[grid]({names})
 """
+
+#: What Triton is told besides a kernel's arguments: of every kernel the tiles say it.
+_OPTIONS = ("num_warps", "num_stages")
 
 #: What Triton looks at in each launch, beside what it compiles for: where one is set, Triton's own launch sees to it.
 #: Hooks of launches, its compiled kernels see to themselves; all else is looked at when a kernel is compiled or loaded,
@@ -61,7 +66,7 @@ class _Launcher:
         self.functions: dict[str, Any] = {
             "find": self.found.get,
             "look_up": self.look_up,
-            "current_device": lambda: torch.cuda.current_device(),
+            "cuda": torch.cuda,
             "caches": kernel.device_caches,
             "knobs": triton.knobs,
             "kernel": kernel,
@@ -70,13 +75,15 @@ class _Launcher:
             names=", ".join(names),
             device=f"{names[0]}.device",
             parts=", ".join(map(_varies, kernel.params)),
-            arguments="{" + ", ".join(f"{name!r}: {name}" for name in names) + "}",
+            options=", ".join(_OPTIONS),
+            arguments="{" + ", ".join(f"{name!r}: {name}" for name in (*names, *_OPTIONS)) + "}",
             watched=" or ".join(_watched(kernel)),
         )
         exec(source, self.functions)
+        self.launch: Callable[..., Any] = self.functions["launch"]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return functools.partial(self.functions["launch"], (*grid, 1, 1)[:3])
+        return functools.partial(self.launch, (*grid, 1, 1)[:3])
 
     def look_up(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         """Launch by Triton itself, and keep what it launches, unless it was compiled for what is looked at."""

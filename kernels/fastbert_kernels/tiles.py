@@ -140,24 +140,29 @@ def short_class(max_seqlen: int, planes: int = 1, processors: int = 1) -> int | 
         planes: heads of all sequences.
         processors: how many multiprocessors there are; default, never more than programs.
     """
-    if max_seqlen <= SHORT[-1] or planes * cdiv(max_seqlen, 128) < processors:
-        return next((up_to for up_to in SHORT if max_seqlen <= up_to), SHORT[-1])
-    return None
+    for up_to in SHORT:
+        if max_seqlen <= up_to:
+            return up_to
+    return SHORT[-1] if planes * cdiv(max_seqlen, 128) < processors else None
 
 
-def attention_tiles(kernel: str, qkv: torch.Tensor, maps: bool, max_seqlen: int, batch: int) -> Tiles:
-    """`attention_table` for qkv (tokens, 3, heads, head_dim), on the device it is on.
+def attention_tiles(qkv: torch.Tensor, maps: bool, max_seqlen: int, batch: int, *kernels: str) -> list[Tiles]:
+    """`attention_table` of each of the kernels for qkv (tokens, 3, heads, head_dim), on the device it is on.
 
     Args:
-        kernel, maps: as of `attention_table`.
+        maps, kernels: as of `attention_table`.
         max_seqlen, batch: tokens of the longest sequence, and sequences.
     """
     device, itemsize = qkv.device, qkv.element_size()
     head_dim = int(qkv.shape[3])  # of a graph's symbol, the number
     up_to = short_class(max_seqlen, batch * qkv.shape[2], multiprocessors(device))
     tf32 = itemsize == 4 and allows_tf32()
-    shipped = attention_table(arch(device), kernel, itemsize, head_dim, maps, up_to, tf32)
-    return shipped | tuned_tiles(f"attention_{kernel}", qkv, head_dim, {}, maps, up_to, tf32)
+    target, found = arch(device), []
+    for kernel in kernels:
+        shipped = attention_table(target, kernel, itemsize, head_dim, maps, up_to, tf32)
+        own = tuned_tiles(f"attention_{kernel}", qkv, head_dim, {}, maps, up_to, tf32)
+        found.append(shipped | own if own else shipped)
+    return found
 
 
 def relation_tiles(kernel: str, student: torch.Tensor, teacher: torch.Tensor) -> Tiles:

@@ -85,7 +85,7 @@ def test_attention_follows_where_torch_is_told_of_tf32(dtype: torch.dtype, monke
     try:
         for precision in ("ieee", "tf32", "none"):
             matmul.fp32_precision = precision
-            found.append(tiles.attention_tiles("forward", qkv, False, 30, 1)["PRECISION"])
+            found.append(tiles.attention_tiles(qkv, False, 30, 1, "forward")[0]["PRECISION"])
     finally:
         matmul.fp32_precision = before
     assert found == (["tf32x3", "tf32", "tf32x3"] if dtype == torch.float32 else ["ieee"] * 3)
