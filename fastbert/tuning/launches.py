@@ -50,7 +50,7 @@ def launches(
     named: tuple[str, ...] = (),
     lengths: tuple[int, ...] = Sizes.lengths,
 ) -> list[Launch]:
-    """The launches of models, each once, kernel by kernel: float32 attention's with TF32 where torch allows it.
+    """The launches of models, each once, kernel by kernel: float32 scores with TF32 where torch allows it.
 
     Args:
         full: also those that read or write attention maps, and the relation kernels of distillation.
@@ -68,10 +68,10 @@ def launches(
             if kernel.op == "feed_forward" and not model.fusible(dtype):
                 continue
             width = getattr(model, kernel.width)
+            tf32 = kernel.attends and dtype == torch.float32 and allows_tf32()
             if kernel.op != "attention":
-                found.append(Launch(name, dtype, width))
+                found.append(Launch(name, dtype, width, tf32=tf32))
                 continue
-            tf32 = dtype == torch.float32 and allows_tf32()
             for maps, length in itertools.product((False, True) if full else (False,), sorted(lengths)):
                 found.append(Launch(name, dtype, width, maps, short_class(length), tf32))
     return list(dict.fromkeys(found))

@@ -19,7 +19,7 @@ def shipped_tiles(launch: Launch, target: str) -> Tiles:
     if kernel.op == "attention":
         return attention_table(target, kernel.step, itemsize, launch.width, launch.maps, launch.up_to, launch.tf32)
     if kernel.op == "relation":
-        return relation_table(target, kernel.step, itemsize, launch.width)
+        return relation_table(target, kernel.step, itemsize, launch.width, tf32=launch.tf32)
     if kernel.op == "feed_forward":
         return feed_forward_table(target, itemsize, descriptors=True)
     if kernel.op == "bias_activation":

@@ -91,7 +91,7 @@ class Launch(NamedTuple):
         maps: whether an attention kernel reads or writes (seq, seq) planes.
         up_to: one of `SHORT`: an attention kernel's sequences are at most so long, or its grid so small that it takes
             tiles as if they were. None: they are longer, or the kernel has none.
-        tf32: whether torch lets an attention kernel round the operands of its float32 products to TF32.
+        tf32: whether torch lets an attention or relation kernel round the operands of its float32 products to TF32.
     """
 
     kernel: str

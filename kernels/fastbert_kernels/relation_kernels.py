@@ -32,6 +32,7 @@ def relation_forward(
     BLOCK_TEACHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products, see `numerics.dot`
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_SOFTMAX: tl.constexpr,  # "kl", else "mse"
 ):
@@ -67,8 +68,8 @@ def relation_forward(
         cols = col_start + tl.arange(0, BLOCK_N)
         student_b = load_heads(student_b_ptr, cols, student_b_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
         teacher_b = load_heads(teacher_b_ptr, cols, teacher_b_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
-        s = dot(student_a, tl.trans(student_b), zeros)
-        t = dot(teacher_a, tl.trans(teacher_b), zeros)
+        s = dot(student_a, tl.trans(student_b), zeros, PRECISION)
+        t = dot(teacher_a, tl.trans(teacher_b), zeros, PRECISION)
         # Past the sequence both are 0, and so is their difference.
         if not HAS_SOFTMAX:
             difference = s * student_scale - t * teacher_scale
@@ -139,6 +140,7 @@ def relation_backward_a(
     BLOCK_TEACHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_SOFTMAX: tl.constexpr,
 ):
@@ -176,14 +178,14 @@ def relation_backward_a(
         cols = col_start + tl.arange(0, BLOCK_N)
         student_b = load_heads(student_b_ptr, cols, student_b_row_stride, length, STUDENT_DIM, BLOCK_STUDENT)
         teacher_b = load_heads(teacher_b_ptr, cols, teacher_b_row_stride, length, TEACHER_DIM, BLOCK_TEACHER)
-        s = dot(student_a, tl.trans(student_b), zeros)
-        t = dot(teacher_a, tl.trans(teacher_b), zeros)
+        s = dot(student_a, tl.trans(student_b), zeros, PRECISION)
+        t = dot(teacher_a, tl.trans(teacher_b), zeros, PRECISION)
         ds = _score_gradient(
             s, t, student_lse[:, None], teacher_lse[:, None], student_scale, teacher_scale, HAS_SOFTMAX
         )
         # Past the sequence exp2(-lse) may be infinite, and infinity times the zeros of student_b is not zero.
         ds = tl.where(cols[None, :] < length, ds, 0.0)
-        da = dot(cast(ds, student_b.dtype), student_b, da)
+        da = dot(cast(ds, student_b.dtype), student_b, da, PRECISION)
     da *= (dloss * student_scale)[:, None]
     da_ptr += start * heads * STUDENT_DIM + h * STUDENT_DIM
     store_heads(da_ptr, da, rows, heads * STUDENT_DIM, length, STUDENT_DIM, BLOCK_STUDENT)
@@ -215,6 +217,7 @@ def relation_backward_b(
     BLOCK_TEACHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
     HAS_CU_SEQLENS: tl.constexpr,
     HAS_SOFTMAX: tl.constexpr,
 ):
@@ -261,13 +264,13 @@ def relation_backward_b(
         if HAS_SOFTMAX:
             student_lse = tl.load(student_lse_ptr + vector_rows, mask=inside, other=0.0)
             teacher_lse = tl.load(teacher_lse_ptr + vector_rows, mask=inside, other=0.0)
-        s = dot(student_b, tl.trans(student_a), zeros)
-        t = dot(teacher_b, tl.trans(teacher_a), zeros)
+        s = dot(student_b, tl.trans(student_a), zeros, PRECISION)
+        t = dot(teacher_b, tl.trans(teacher_a), zeros, PRECISION)
         # Rows past the sequence have dloss = 0; columns past it are not stored.
         ds = dloss[None, :] * _score_gradient(
             s, t, student_lse[None, :], teacher_lse[None, :], student_scale, teacher_scale, HAS_SOFTMAX
         )
-        db = dot(cast(ds, student_a.dtype), student_a, db)
+        db = dot(cast(ds, student_a.dtype), student_a, db, PRECISION)
     db *= tl.load(dloss_max_ptr) * student_scale
     db_ptr += start * heads * STUDENT_DIM + h * STUDENT_DIM
     store_heads(db_ptr, db, cols, heads * STUDENT_DIM, length, STUDENT_DIM, BLOCK_STUDENT)

@@ -23,6 +23,7 @@ from .attention_tables import (
     ATTENTION_TF32_OWN,
     RELATION_FLOAT,
     RELATION_HALF,
+    RELATION_TF32,
     ROWS_OF,
     TF32_HEAD_DIMS,
     TF32_TARGETS,
@@ -167,27 +168,38 @@ def attention_tiles(qkv: torch.Tensor, maps: bool, max_seqlen: int, batch: int, 
 
 def relation_tiles(kernel: str, student: torch.Tensor, teacher: torch.Tensor) -> Tiles:
     """`relation_table` for operands (tokens, heads, dim) of both models, on the device they are on."""
-    wider = student if student.element_size() >= teacher.element_size() else teacher
-    dim = max(student.shape[2], teacher.shape[2])
-    shipped = relation_table(arch(student.device), kernel, wider.element_size(), dim)
-    return tuned_tiles(f"relation_{kernel}", wider, dim, shipped)
+    wider, itemsize = student, student.element_size()
+    if itemsize < teacher.element_size():
+        wider, itemsize = teacher, teacher.element_size()
+    narrow, dim = sorted((int(student.shape[2]), int(teacher.shape[2])))
+    tf32 = itemsize == 4 and allows_tf32()
+    shipped = relation_table(arch(student.device), kernel, itemsize, dim, narrow, tf32)
+    return shipped | tuned_tiles(f"relation_{kernel}", wider, dim, {}, tf32=tf32)
 
 
 @functools.cache
-def relation_table(target: str, kernel: str, itemsize: int, dim: int) -> Tiles:
-    """Tiles of a relation kernel.
+def relation_table(
+    target: str, kernel: str, itemsize: int, dim: int, narrow: int | None = None, tf32: bool = False
+) -> Tiles:
+    """Tiles of a relation kernel, and the PRECISION of its products: see `numerics.dot`.
 
     Args:
         target: what `backend.arch` says.
         kernel: "forward", "backward_a" or "backward_b".
         itemsize: bytes of an element of the wider of both models' operands.
         dim: the larger of both models' dims, up to 128.
+        narrow: the smaller of them; default the same.
+        tf32: what `backend.allows_tf32` says.
     """
     if target == "interpreter":
-        return _ATTENTION_INTERPRETED
+        return _ATTENTION_INTERPRETED | {"PRECISION": "ieee"}
+    if itemsize == 4 and target in TF32_TARGETS and {dim, narrow or dim} <= set(TF32_HEAD_DIMS):
+        return RELATION_TF32[target, kernel][dim] | {"PRECISION": "tf32" if tf32 else "tf32x3"}
     if itemsize == 4:
-        return next(tiles for widest, tiles in RELATION_FLOAT[kernel] if dim <= widest)
-    return RELATION_HALF[target, kernel]
+        tiles = next(tiles for widest, tiles in RELATION_FLOAT[kernel] if dim <= widest)
+    else:
+        tiles = RELATION_HALF[target, kernel]
+    return tiles | {"PRECISION": "ieee"}
 
 
 @functools.cache

@@ -77,6 +77,35 @@ def test_how_float32_is_multiplied(
         assert tiles.attention_table(target, kernel, itemsize, head_dim, maps, up_to, tf32)["PRECISION"] == precision
 
 
+@pytest.mark.parametrize(
+    ("target", "itemsize", "dims", "tf32", "precision"),
+    [
+        ("sm_90", 4, (32, 64), False, "tf32x3"),
+        ("sm_90", 4, (64, 32), True, "tf32"),
+        ("sm_80", 4, (32, 32), False, "tf32x3"),
+        ("sm_80", 4, (48, 64), True, "ieee"),
+        ("sm_80", 4, (64, 128), True, "ieee"),
+        ("sm_86", 4, (64, 64), True, "ieee"),
+        ("sm_80", 2, (64, 64), True, "ieee"),
+        ("gfx942", 4, (64, 64), True, "ieee"),
+        ("interpreter", 4, (64, 64), True, "ieee"),
+    ],
+)
+def test_how_float32_relations_are_multiplied(
+    target: str, itemsize: int, dims: tuple[int, int], tf32: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "arch", lambda device: target)
+    monkeypatch.setattr(tiles, "allows_tf32", lambda: tf32)
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    student, teacher = (torch.empty(0, 1, dim, dtype=dtype) for dim in dims)
+    for kernel in ("forward", "backward_a", "backward_b"):
+        chosen = tiles.relation_tiles(kernel, student, teacher)
+        assert chosen["PRECISION"] == precision
+        assert chosen == tiles.relation_table(target, kernel, itemsize, max(dims), min(dims), tf32)
+        if itemsize == 4:  # the wider dtype decides
+            assert tiles.relation_tiles(kernel, student, teacher.half()) == chosen
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_follows_where_torch_is_told_of_tf32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "arch", lambda device: "sm_80")

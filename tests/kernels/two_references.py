@@ -60,7 +60,10 @@ def two_references(
     got, got_grads, _ = _run(kernel, inputs, cotangents)
     assert got.keys() == own.keys()
     for name, y in got.items():
-        _compare(name, y, own[name], exact[name], FLOOR)
+        floor = FLOOR
+        if y.dtype == torch.float32 and y.numel():  # large values are a few roundings apart
+            floor = max(floor, 4.0 * torch.finfo(torch.float32).eps * exact[name].abs().max().item())
+        _compare(name, y, own[name], exact[name], floor)
     for name, g in got_grads.items():
         want = exact_grads[name]
         rows = (summed_rows or {}).get(name.removeprefix("gradient of "), 1)

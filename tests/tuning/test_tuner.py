@@ -137,6 +137,20 @@ def test_a_models_launches() -> None:
     }
 
 
+def test_launches_follow_where_torch_is_told_of_tf32() -> None:
+    matmul = torch.backends.cuda.matmul
+    before, found = matmul.fp32_precision, {}
+    try:
+        for matmul.fp32_precision in ("ieee", "tf32"):
+            for dtype in (torch.float32, torch.bfloat16):
+                every = launches(COMMON, dtype, full=True)
+                found[matmul.fp32_precision, dtype] = {x.traits.op for x in every if x.tf32}
+    finally:
+        matmul.fp32_precision = before
+    rounded = {key: ops for key, ops in found.items() if ops}
+    assert rounded == {("tf32", torch.float32): {"attention", "relation"}}
+
+
 def test_all_neighbours_are_tiles_that_a_file_may_hold() -> None:
     for launch in launches(COMMON, torch.bfloat16, full=True):
         for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
