@@ -20,7 +20,6 @@ from .attention_backward_kernels import attention_backward_dkv, attention_backwa
 from .attention_kernels import attention_forward
 from .attention_map import AttentionContext, HandOut, handed_out, in_graph, watch
 from .backend import uses_triton
-from .gradients import forbid_double_backward
 from .launch import cdiv, dropout_arguments, register_op, wrap_triton
 from .sequences import batch_size, blocked_length
 from .tiles import attention_tiles, block_width
@@ -269,7 +268,7 @@ def _backward(
     return dqkv, dhead_mask, dq_sums, dkv_sums
 
 
-forbid_double_backward(_backward, "attention")
+_backward.forbid_double_backward("attention")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import torch
 
 from .backend import is_traced
-from .gradients import forbid_double_backward
 from .launch import register_op
 from .sequences import batch_size
 
@@ -85,7 +84,7 @@ def map_gradient(
         return dout.transpose(1, 2) @ v.permute(0, 2, 3, 1)
 
 
-forbid_double_backward(map_gradient, "attention")
+map_gradient.forbid_double_backward("attention")
 
 
 def _map_rows(

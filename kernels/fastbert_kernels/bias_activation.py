@@ -12,7 +12,6 @@ from . import reference
 from .backend import check_same_device, uses_triton
 from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
-from .gradients import forbid_double_backward
 from .language import tl, triton
 from .launch import cdiv, is_watched, register_op, row_multiple, wrap_triton
 from .numerics import activation as apply_activation
@@ -179,7 +178,7 @@ def _backward(
     return _launch_backward(dy.contiguous(), x, then_bias, activation, again, dx=torch.empty_like(x))
 
 
-forbid_double_backward(_backward, "bias_activation")
+_backward.forbid_double_backward("bias_activation")
 
 
 def backward_in_place(

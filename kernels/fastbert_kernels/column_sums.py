@@ -5,7 +5,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .gradients import forbid_double_backward
 from .language import tl, triton
 from .launch import cdiv, register_op, row_multiple, wrap_triton
 from .numerics import cast, known_multiple
@@ -150,7 +149,7 @@ def _sums(
     return out
 
 
-forbid_double_backward(_sums, "weight gradient")
+_sums.forbid_double_backward("weight gradient")
 
 
 def column_sums(*partial_sums: PartialSums) -> list[torch.Tensor | None]:

@@ -4,19 +4,16 @@ Gradients are those of the parts, each of which torch can differentiate any numb
 """
 
 import itertools
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from . import reference
 from .attention import attention
+from .block_records import AttentionArguments, FeedForwardArguments
 from .onednn import linear, product_dtype
 from .stacked import ContextUse, stacked
 from .torch_attention import fused_attention
-
-if TYPE_CHECKING:
-    from .blocks import AttentionArguments, FeedForwardArguments
 
 #: Rows for each thread that go from the attention's result to the layer's at once: what lies between stays in the
 #: caches, in memory that is used again, and the products have few shapes, for each of which oneDNN compiles code.
@@ -28,7 +25,7 @@ FEW_SCORES = 2**15
 
 
 def _norm(
-    x: torch.Tensor, residual: torch.Tensor, arguments: "AttentionArguments | FeedForwardArguments"
+    x: torch.Tensor, residual: torch.Tensor, arguments: AttentionArguments | FeedForwardArguments
 ) -> torch.Tensor:
     """LayerNorm(dropout(x @ weight^T + bias) + residual): x (rows, in), residual (rows, hidden)."""
     if arguments.hidden_dropout_p > 0.0:
@@ -40,7 +37,7 @@ def _norm(
     return F.layer_norm(z, z.shape[-1:], arguments.norm_weight, arguments.norm_bias, arguments.eps)
 
 
-def _feed_forward(x: torch.Tensor, arguments: "FeedForwardArguments") -> torch.Tensor:
+def _feed_forward(x: torch.Tensor, arguments: FeedForwardArguments) -> torch.Tensor:
     """The feed-forward block on rows (rows, hidden)."""
     return _norm(linear(x, arguments.up_weight, arguments.up_bias, arguments.activation), x, arguments)
 
@@ -69,7 +66,7 @@ def _attend_in_parts(qkv: torch.Tensor, length: int, scale: float, keys: int) ->
     return reference.as_rows(context.view(-1, heads, length, head_dim).transpose(1, 2))
 
 
-def _key_ends(arguments: "AttentionArguments") -> list[int] | None:
+def _key_ends(arguments: AttentionArguments) -> list[int] | None:
     """How many keys each sequence sees, where it sees the first ones, and there is one."""
     if arguments.key_spans is None:
         return None
@@ -77,7 +74,7 @@ def _key_ends(arguments: "AttentionArguments") -> list[int] | None:
     return [end for _, end in spans] if all(first == 0 < end for first, end in spans) else None
 
 
-def _attend(hidden: torch.Tensor, arguments: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
+def _attend(hidden: torch.Tensor, arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The context of rows (tokens, hidden), like them, and the maps if asked for."""
     views = (arguments.qkv_weight,) if arguments.qkv_bias is None else (arguments.qkv_weight, arguments.qkv_bias)
     use = None if arguments.probs_seq is None else ContextUse()
@@ -128,20 +125,20 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def attention_block(hidden: torch.Tensor, arguments: "AttentionArguments") -> tuple[torch.Tensor, torch.Tensor | None]:
+def attention_block(hidden: torch.Tensor, arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`blocks.attention_block` on a CPU."""
     x = _rows(hidden)
     context, probs = _attend(x, arguments)
     return _norm(context, x, arguments).view(hidden.shape), probs
 
 
-def feed_forward_block(hidden: torch.Tensor, arguments: "FeedForwardArguments") -> torch.Tensor:
+def feed_forward_block(hidden: torch.Tensor, arguments: FeedForwardArguments) -> torch.Tensor:
     """`blocks.feed_forward_block` on a CPU."""
     return _feed_forward(_rows(hidden), arguments).view(hidden.shape)
 
 
 def layer_block(
-    hidden: torch.Tensor, first: "AttentionArguments", second: "FeedForwardArguments"
+    hidden: torch.Tensor, first: AttentionArguments, second: FeedForwardArguments
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`blocks.layer_block` on a CPU."""
     x = _rows(hidden)

@@ -15,7 +15,7 @@ from .backend import check_mode, check_same_device, has_values, uses_triton
 from .catalogue import Tiles
 from .column_sums import column_sums, empty_partials
 from .embedding_kernels import embed_backward, embed_forward
-from .gradients import forbid_double_backward, needed_gradients
+from .gradients import needed_gradients
 from .launch import cdiv, dropout_arguments, register_op, row_multiple, wrap_triton
 from .layer_norm import MAX_FEATURES
 from .tiles import row_tiles
@@ -200,7 +200,7 @@ def _backward(
     return dz, partials, type_partials, found_words, found_positions
 
 
-forbid_double_backward(_backward, "embed")
+_backward.forbid_double_backward("embed")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -20,7 +20,7 @@ from .bias_activation import check as check_bias_activation
 from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums
 from .feed_forward_kernels import feed_forward_backward, feed_forward_forward
-from .gradients import forbid_double_backward, needed_gradients
+from .gradients import needed_gradients
 from .language import triton
 from .launch import cdiv, multiprocessors, register_op, row_multiple, wrap_triton
 from .tiles import PRODUCT_PROGRAMS, feed_forward_fits, feed_forward_tiles
@@ -119,7 +119,7 @@ def _backward(
     return dpre, y, partials
 
 
-forbid_double_backward(_backward, "feed_forward")
+_backward.forbid_double_backward("feed_forward")
 
 
 def products(

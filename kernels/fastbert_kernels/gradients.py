@@ -1,15 +1,12 @@
 """What the backward passes of all ops and blocks have in common: which gradients they are asked for, and refusals."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch._C import _will_engine_execute_node as will_run
 from torch._C._functorch import is_legacy_batchedtensor
 
 from .backend import is_transformed
-
-if TYPE_CHECKING:
-    from .launch import Op
 
 
 def _reached(step: Any) -> bool:
@@ -53,12 +50,3 @@ def second_derivative_error(name: str, instead: str = PLAIN_PYTORCH) -> NotImple
     return NotImplementedError(
         f"fastbert's {name} kernel has no second derivative: for gradients of gradients {instead}"
     )
-
-
-def forbid_double_backward(op: "Op", name: str, *instead: str) -> None:
-    """Make differentiating a backward op an error that says what to do instead, not a silently missing gradient."""
-
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise second_derivative_error(name, *instead)
-
-    op.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)

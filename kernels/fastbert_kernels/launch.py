@@ -10,7 +10,7 @@ import torch
 
 from . import reference
 from .backend import INTERPRETED, is_watched
-from .gradients import refuse_batched
+from .gradients import refuse_batched, second_derivative_error
 from .language import MISSING, triton
 
 #: Functions of one kernel, whose arguments are put in: what a launch is looked up by, and the launch.
@@ -197,6 +197,14 @@ class Op:
         function = type(class_name, (torch.autograd.Function,), methods)
         # Its `apply` first looks whether functorch, which `is_watched` rules out, has wrapped an argument.
         self.recorded = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def forbid_double_backward(self, name: str, *instead: str) -> None:
+        """Make differentiating a backward op an error that says what to do instead, not a silently missing gradient."""
+
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            raise second_derivative_error(name, *instead)
+
+        self.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
 
     def __call__(self, *args: Any) -> Any:
         if is_watched() or type(args[0]) is not torch.Tensor:

@@ -12,7 +12,6 @@ from . import reference
 from .backend import check_same_device, uses_triton
 from .catalogue import Tiles
 from .column_sums import PartialSums, column_sums, empty_partials
-from .gradients import forbid_double_backward
 from .language import tl, triton
 from .launch import cdiv, dropout_arguments, is_watched, register_op, row_multiple, wrap_triton
 from .numerics import dropout_keep, known_multiple, load_rows, load_vector, store_rows, store_vector
@@ -314,7 +313,7 @@ def _backward(
     return dz, dx, y, partials
 
 
-forbid_double_backward(_backward, "add_layer_norm")
+_backward.forbid_double_backward("add_layer_norm")
 
 
 def gradients(

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from .backend import check_same_device, uses_triton
-from .gradients import forbid_double_backward
 from .launch import cdiv, register_op, wrap_triton
 from .relation_blocks import INSTEAD_OF_SECOND_DERIVATIVE, relation_loss_by_blocks
 from .relation_kernels import relation_backward_a, relation_backward_b, relation_forward
@@ -162,7 +161,7 @@ def _backward(
     return da, db
 
 
-forbid_double_backward(_backward, "relation", INSTEAD_OF_SECOND_DERIVATIVE)
+_backward.forbid_double_backward("relation", INSTEAD_OF_SECOND_DERIVATIVE)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
