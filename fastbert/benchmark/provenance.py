@@ -1,5 +1,6 @@
 """Where a figure comes from: device, driver, clocks, versions, commit, date."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
@@ -51,13 +52,18 @@ def versions() -> dict[str, str]:
     """Versions of fastbert, Python, CUDA and the packages that a figure depends on, as far as they are installed."""
     # Of torch the build too, which its package does not always tell.
     found = {"python": platform.python_version(), "fastbert": fastbert.__version__, "torch": torch.__version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found |= installed(*_PACKAGES)
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
+    return found
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """Versions of packages, of those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
     return found
 
 

@@ -8,13 +8,16 @@ import typer
 
 from .common import VARIABLES
 
+#: Packages that a model here may meet, beside those that a figure depends on.
+_AROUND = ("tokenizers", "safetensors", "accelerate", "peft", "sentence-transformers", "setfit", "captum", "numpy")
+
 
 def env() -> None:
     """Print versions, the device and the choices in force: what a bug report needs."""
     import torch
 
     import fastbert
-    from fastbert.benchmark.provenance import facts
+    from fastbert.benchmark.provenance import facts, installed
     from fastbert.modules.explaining import describe_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,6 +25,7 @@ def env() -> None:
     versions = found.pop("versions")
     lines = {
         **versions,
+        **installed(*_AROUND),
         "system": platform.platform(),
         "processor": platform.machine(),
         **{name: value for name, value in found.items() if name != "date"},

@@ -1,10 +1,12 @@
 """`fastbert env`, `fastbert --version` and `python -m fastbert`; help whose lines are whole."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 from typer.testing import CliRunner
 
@@ -22,6 +24,8 @@ def test_env_has_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["fastbert"] == fastbert.__version__
     assert found["torch"] == torch.__version__
     assert found["FASTBERT_CHECK"] == "1"
+    assert found["tokenizers"] == tokenizers.__version__
+    assert ("peft" in found) == (importlib.util.find_spec("peft") is not None)
     assert {"python", "transformers", "system", "device", "commit", "runs as", "installed in"} <= found.keys()
 
 
