@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert.batch.batch import UNLABELLED, Inputs, Padding
+from fastbert.batch.batch import UNLABELLED, Inputs, Padding, check_in
 from fastbert.batch.layout import Layout
 from fastbert.families import HEADS
 from fastbert.modules.call import Plan
@@ -253,7 +253,8 @@ class GraphedStep(Replayed):
         """Check a batch, and bring its ids and labels into its layout."""
         token_labels, sequence_labels = self._labels
         words, mask, types, positions = map(batch.get, _IDS)
-        checked = self._bert.check_in(Inputs(words, mask, types, positions), Padding(lambda mask: True))
+        inputs = Inputs(words, mask, types, positions)
+        checked = check_in(inputs, self._bert.shape(), Padding(lambda mask: True))
         layout = checked.layout
         labels = {name: batch[name] for name in (*token_labels, *sequence_labels)}
         check_same_device("a step", input_ids=words, **labels)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 
-from fastbert.batch.batch import PACKED_KEYWORDS, Batch, EncoderShape, Inputs, Padding, check_in
+from fastbert.batch.batch import PACKED_KEYWORDS, EncoderShape, Inputs, Padding, check_in
 from fastbert.batch.first_tokens import READ_ROWS
 from fastbert.batch.prefix import CACHE, either, prefix_length
 from fastbert.notices import say_once, warn_of_padding, warn_once
@@ -170,14 +170,15 @@ class EncoderModel(nn.Module):
             raise ValueError("is_causal=True is for decoders: pass a 4-D attention_mask, or use fastbert.unfuse(model)")
         reads_first = self._reads_first(read_rows, cache is not None, outputs)
         if plan.replay is not None and plan.replay.takes(self, inputs, outputs):
-            last = plan.replay.replay(self.check_in(inputs, self._padding(packing, plan, outputs, why_read)))
+            padding = self._padding(packing, plan, outputs, why_read)
+            last = plan.replay.replay(check_in(inputs, self.shape(), padding))
             if last is not None:
                 return self._made(last[:, :1] if reads_first else last, None, None, None, outputs, plan)
         look = Strangers(self)
         why = functools.partial(why_kept, strangers=look)
-        batch = self.check_in(inputs, self._padding(packing, plan, outputs, why), reads_first)
+        batch = check_in(inputs, self.shape(), self._padding(packing, plan, outputs, why), reads_first)
         seed = self._draw_seed()
-        self._check_reentrant(outputs, batch)
+        self._check_reentrant(outputs, batch.prefix is not None)
         hidden = self.embed(batch.embeddings, seed)
         compiled = torch.compiler.is_compiling()
         strangers = batch.bias is not None and (self._has_strangers() if compiled else look.first is not None)
@@ -200,10 +201,10 @@ class EncoderModel(nn.Module):
             maps = encoded.attentions
         return self._made(last, states, maps, batch.layout.cu_seqlens, outputs, plan)
 
-    def check_in(self, inputs: Inputs, padding: Padding, reads_first: bool = False) -> Batch:
-        """`batch.check_in` for this model."""
+    def shape(self) -> EncoderShape:
+        """What `batch.check_in` knows of this model."""
         positions = self.embeddings.position_embeddings
-        shape = EncoderShape(
+        return EncoderShape(
             name=type(self).__name__,
             layers=len(self.layers),
             heads=self.config.num_attention_heads,
@@ -213,7 +214,6 @@ class EncoderModel(nn.Module):
             pools=getattr(self, "pooler", None) is not None,
             rule=self.embeddings,
         )
-        return check_in(inputs, shape, padding, reads_first)
 
     def embed(self, words: Mapping[str, torch.Tensor | None], seed: torch.Tensor | None = None) -> torch.Tensor:
         """The first hidden states, of the embeddings' arguments in a batch's layout."""
@@ -364,7 +364,7 @@ class EncoderModel(nn.Module):
         unfused = [i for i, (_, layer) in enumerate(named_layers(self)) if not attends_fused(layer)]
         return f"it was given a cache, and attention is not fused in layers {unfused}" if unfused else None
 
-    def _check_reentrant(self, outputs: Outputs, batch: Batch) -> None:
+    def _check_reentrant(self, outputs: Outputs, prefixed: bool) -> None:
         """Reentrant checkpointing gives a gradient to the hidden states alone."""
         if not (self.training and torch.is_grad_enabled()) or len(self.layers) == 0:
             return
@@ -372,7 +372,7 @@ class EncoderModel(nn.Module):
         checkpointed = getattr(layer, "gradient_checkpointing", False)  # some families' layers cannot be
         if not (checkpointed and layer._gradient_checkpointing_func.keywords.get("use_reentrant")):
             return
-        if batch.prefix is not None:
+        if prefixed:
             raise ValueError(
                 "reentrant gradient checkpointing gives the cache no gradient: use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"

@@ -51,11 +51,6 @@ def runs_as_block(x: torch.Tensor) -> bool:
     return uses_triton(x) or (uses_cpu_layers(x) and product_dtype(x.dtype) is not None)
 
 
-def _run(block: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Run a block as a step of autograd if gradients are on, else its forward alone."""
-    return _apply(block, *arguments) if torch.is_grad_enabled() else block.forward(None, *arguments)
-
-
 def _apply(step: type[torch.autograd.Function], *arguments: Any) -> Any:
     # Its own `apply` first looks whether functorch, which `is_traced` rules out, has wrapped an argument.
     return super(torch.autograd.Function, step).apply(*arguments)  # type: ignore[misc]
@@ -261,18 +256,6 @@ def _run_with_maps(
     return y, handed
 
 
-def _run_layer(
-    hidden: torch.Tensor, attention: AttentionArguments, feed_forward: FeedForwardArguments | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    projections = attention.projection_parameters()
-    if attention.probs_seq is not None and in_graph(hidden, *projections):
-        return _run_with_maps(hidden, attention, feed_forward)
-    block = AttentionBlock if feed_forward is None else Layer
-    first = () if feed_forward is None else feed_forward.parameters()
-    y, probs = _run(block, attention, feed_forward, hidden, *first, *attention.output_parameters(), *projections)
-    return y, None if probs is None else handed_out(probs, attention.hand_out)[0]
-
-
 def attention_block(hidden: torch.Tensor, attention: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """LayerNorm(dropout(attention(hidden) @ weight^T + bias) + hidden), where `runs_as_block`.
 
@@ -287,9 +270,7 @@ def attention_block(hidden: torch.Tensor, attention: AttentionArguments) -> tupl
         ValueError, TypeError: as the ops do.
         RuntimeError: for products of different dtypes.
     """
-    if not uses_triton(hidden):
-        return cpu_layer.attention_block(hidden, attention)
-    return _run_layer(hidden, attention, None)
+    return layer_block(hidden, attention, None)
 
 
 def feed_forward_block(hidden: torch.Tensor, feed_forward: FeedForwardArguments) -> torch.Tensor:
@@ -308,13 +289,21 @@ def feed_forward_block(hidden: torch.Tensor, feed_forward: FeedForwardArguments)
     """
     if not uses_triton(hidden):
         return cpu_layer.feed_forward_block(hidden, feed_forward)
-    return _run(FeedForwardBlock, feed_forward, hidden, *feed_forward.parameters())
+    given = feed_forward, hidden, *feed_forward.parameters()
+    return _apply(FeedForwardBlock, *given) if torch.is_grad_enabled() else FeedForwardBlock.forward(None, *given)
 
 
 def layer_block(
-    hidden: torch.Tensor, attention: AttentionArguments, feed_forward: FeedForwardArguments
+    hidden: torch.Tensor, attention: AttentionArguments, feed_forward: FeedForwardArguments | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`attention_block`, then `feed_forward_block`: the hidden states and the probabilities; raises as they do."""
+    """`attention_block`, then `feed_forward_block` if there is one: the hidden states and the probabilities; raises as
+    they do."""
     if not uses_triton(hidden):
         return cpu_layer.layer_block(hidden, attention, feed_forward)
-    return _run_layer(hidden, attention, feed_forward)
+    projections = attention.projection_parameters()
+    if attention.probs_seq is not None and in_graph(hidden, *projections):
+        return _run_with_maps(hidden, attention, feed_forward)
+    block, first = (AttentionBlock, ()) if feed_forward is None else (Layer, feed_forward.parameters())
+    given = attention, feed_forward, hidden, *first, *attention.output_parameters(), *projections
+    y, probs = _apply(block, *given) if torch.is_grad_enabled() else block.forward(None, *given)
+    return y, None if probs is None else handed_out(probs, attention.hand_out)[0]

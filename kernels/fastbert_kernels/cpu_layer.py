@@ -125,24 +125,19 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def attention_block(hidden: torch.Tensor, arguments: AttentionArguments) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`blocks.attention_block` on a CPU."""
-    x = _rows(hidden)
-    context, probs = _attend(x, arguments)
-    return _norm(context, x, arguments).view(hidden.shape), probs
-
-
 def feed_forward_block(hidden: torch.Tensor, arguments: FeedForwardArguments) -> torch.Tensor:
     """`blocks.feed_forward_block` on a CPU."""
     return _feed_forward(_rows(hidden), arguments).view(hidden.shape)
 
 
 def layer_block(
-    hidden: torch.Tensor, first: AttentionArguments, second: FeedForwardArguments
+    hidden: torch.Tensor, first: AttentionArguments, second: FeedForwardArguments | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`blocks.layer_block` on a CPU."""
     x = _rows(hidden)
     context, probs = _attend(x, first)
+    if second is None:
+        return _norm(context, x, first).view(hidden.shape), probs
     rows = ROWS * torch.get_num_threads()
     # Not where what lies between is kept for the backward pass anyway; nor with dropout, which draws for parts what it
     # does not draw for the whole: reentrant checkpointing runs this without gradients first, and then with them.
