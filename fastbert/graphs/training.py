@@ -254,7 +254,7 @@ class GraphedStep(Replayed):
         token_labels, sequence_labels = self._labels
         words, mask, types, positions = map(batch.get, _IDS)
         inputs = Inputs(words, mask, types, positions)
-        checked = check_in(inputs, self._bert.shape(), Padding(lambda mask: True))
+        checked = check_in(inputs, self._bert.encoder_shape(), Padding(lambda mask: True))
         layout = checked.layout
         labels = {name: batch[name] for name in (*token_labels, *sequence_labels)}
         check_same_device("a step", input_ids=words, **labels)

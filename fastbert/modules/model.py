@@ -171,12 +171,12 @@ class EncoderModel(nn.Module):
         reads_first = self._reads_first(read_rows, cache is not None, outputs)
         if plan.replay is not None and plan.replay.takes(self, inputs, outputs):
             padding = self._padding(packing, plan, outputs, why_read)
-            last = plan.replay.replay(check_in(inputs, self.shape(), padding))
+            last = plan.replay.replay(check_in(inputs, self.encoder_shape(), padding))
             if last is not None:
                 return self._made(last[:, :1] if reads_first else last, None, None, None, outputs, plan)
         look = Strangers(self)
         why = functools.partial(why_kept, strangers=look)
-        batch = check_in(inputs, self.shape(), self._padding(packing, plan, outputs, why), reads_first)
+        batch = check_in(inputs, self.encoder_shape(), self._padding(packing, plan, outputs, why), reads_first)
         seed = self._draw_seed()
         self._check_reentrant(outputs, batch.prefix is not None)
         hidden = self.embed(batch.embeddings, seed)
@@ -201,7 +201,7 @@ class EncoderModel(nn.Module):
             maps = encoded.attentions
         return self._made(last, states, maps, batch.layout.cu_seqlens, outputs, plan)
 
-    def shape(self) -> EncoderShape:
+    def encoder_shape(self) -> EncoderShape:
         """What `batch.check_in` knows of this model."""
         positions = self.embeddings.position_embeddings
         return EncoderShape(
