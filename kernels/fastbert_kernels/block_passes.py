@@ -273,5 +273,5 @@ def projection_gradients(
     gradients: ProjectionParameters[torch.Tensor | None], vectors: Sequence[torch.Tensor | None]
 ) -> ProjectionParameters[torch.Tensor | None]:
     """Those that `attend_backward` returns, and of the biases what `column_sums` made of its sums."""
-    dquery_bias, dkey_bias, dvalue_bias = vectors
-    return gradients._replace(query_bias=dquery_bias, key_bias=dkey_bias, value_bias=dvalue_bias)
+    *others, _, _, _ = gradients
+    return ProjectionParameters(*others, *vectors)

@@ -24,12 +24,11 @@ def needed_gradients(ctx: Any) -> tuple[bool, ...]:
     """
     steps = [step for step, _ in ctx.next_functions if step is not None]
     try:
-        reached = [*map(will_run, steps)]
+        if all(map(will_run, steps)):
+            return ctx.needs_input_grad
     except RuntimeError:
-        reached = [_reached(step) for step in steps]
-    if all(reached):
-        return ctx.needs_input_grad
-    found = iter(reached)
+        pass
+    found = map(_reached, steps)
     return tuple([needs and next(found) for needs in ctx.needs_input_grad])
 
 
@@ -39,7 +38,10 @@ PLAIN_PYTORCH = "run plain PyTorch, by FASTBERT_BACKEND=torch or fastbert_kernel
 
 def refuse_batched(name: str, grads: tuple[torch.Tensor | None, ...]) -> None:
     """Raise NotImplementedError where a backward pass runs under vmap, as with is_grads_batched=True."""
-    if is_transformed() or any(is_legacy_batchedtensor(grad) for grad in grads if grad is not None):
+    batched = is_transformed()
+    for grad in grads:
+        batched = batched or (grad is not None and is_legacy_batchedtensor(grad))
+    if batched:
         raise NotImplementedError(
             f"fastbert's {name} kernel takes one gradient at a time: for is_grads_batched=True, or a vmap over a "
             f"backward pass, {PLAIN_PYTORCH}"
