@@ -15,13 +15,18 @@ from .onednn import linear, product_dtype
 from .stacked import ContextUse, stacked
 from .torch_attention import fused_attention
 
-#: Rows for each thread that go from the attention's result to the layer's at once: what lies between stays in the
-#: caches, in memory that is used again, and the products have few shapes, for each of which oneDNN compiles code.
+#: Rows for each thread that go from the attention's result to the layer's at once, and through the attention of short
+#: sequences in float32: what lies between stays in the caches, in memory that is used again, and the products have few
+#: shapes, for each of which oneDNN compiles code.
 ROWS = 256
 
-#: Scores for each thread that attention in half precision computes at once, and so few that torch's own is faster.
+#: Scores for each thread that attention by products computes at once, and of half precision so few that torch's own is
+#: faster.
 SCORES = 2**19
 FEW_SCORES = 2**15
+
+#: Tokens of a sequence up to which attention in float32 is faster by products too, forward and backward.
+FLOAT_LENGTH = 160
 
 
 def _norm(
@@ -45,9 +50,16 @@ def _feed_forward(x: torch.Tensor, arguments: FeedForwardArguments) -> torch.Ten
 def _attend_run(qkv: torch.Tensor, length: int, scale: float, keys: int) -> torch.Tensor:
     """The context (tokens, heads, head_dim) of sequences of one length, which see their first keys."""
     of_sequence = qkv.shape[2] * length * keys  # scores
-    few = qkv.shape[0] // length * of_sequence < FEW_SCORES and not qkv.requires_grad
-    if product_dtype(qkv.dtype) == qkv.dtype != torch.float32 and not few:
-        tokens = length * max(1, SCORES * torch.get_num_threads() // of_sequence)
+    threads = torch.get_num_threads()
+    at_once = SCORES * threads // of_sequence  # sequences
+    if qkv.dtype == torch.float32:
+        by_products = length <= FLOAT_LENGTH
+        at_once = min(at_once, ROWS * threads // length)
+    else:
+        few = qkv.shape[0] // length * of_sequence < FEW_SCORES and not qkv.requires_grad
+        by_products = product_dtype(qkv.dtype) == qkv.dtype and not few
+    if by_products:
+        tokens = length * max(1, at_once)
         contexts = [_attend_in_parts(part, length, scale, keys) for part in qkv.split(tokens)]
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
@@ -56,8 +68,8 @@ def _attend_run(qkv: torch.Tensor, length: int, scale: float, keys: int) -> torc
 
 
 def _attend_in_parts(qkv: torch.Tensor, length: int, scale: float, keys: int) -> torch.Tensor:
-    """`_attend_run` in products of half precision, faster there than torch's fused attention: its backward pass, too,
-    which reads probabilities that are kept."""
+    """`_attend_run` in products, faster in half precision and for short sequences than torch's fused attention: its
+    backward pass, too, which reads probabilities that are kept."""
     _, _, heads, head_dim = qkv.shape
     q, k, v = qkv.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4).reshape(3, -1, length, head_dim)
     k, v = k[:, :keys], v[:, :keys]
