@@ -197,6 +197,7 @@ def test_every_element_that_is_read_is_written(name: str) -> None:
     _, fused = heads(name)
     step = rerun(fused, sgd(fused, lr=0.0), tokens=(40,))
     large, small = batch_of(name, [12, 9, 7, 4], 12), batch_of(name, [3, 2], 4)
+    step(**small)  # recorded; on a CPU other code runs then than in what is run again
     wanted = step(**small)
     step(**large)
     assert torch.equal(step(**small), wanted)
@@ -253,7 +254,8 @@ def test_a_thread_at_a_time_steps() -> None:
     _, fused = heads("BertForTokenClassification")
     step = rerun(fused, sgd(fused, lr=0.0))
     batches = ragged("BertForTokenClassification")[:4]
-    wanted = [step(**batch) for batch in batches]
+    # Recorded first; on a CPU other code runs then than in what is run again.
+    _, wanted = ([step(**batch) for batch in batches] for _ in range(2))
     wrong: list[int] = []
 
     def work(i: int) -> None:
@@ -265,7 +267,7 @@ def test_a_thread_at_a_time_steps() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert step.captures + step.replays == 24
+    assert step.captures + step.replays == 28
 
 
 def test_autocast_is_recorded_by_its_dtype() -> None:
