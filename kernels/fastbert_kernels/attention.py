@@ -20,6 +20,7 @@ from .attention_backward_kernels import attention_backward_dkv, attention_backwa
 from .attention_kernels import attention_forward
 from .attention_map import AttentionContext, HandOut, handed_out, in_graph, watch
 from .backend import uses_triton
+from .catalogue import Tiles
 from .launch import cdiv, dropout_arguments, register_op, wrap_triton
 from .sequences import batch_size, blocked_length
 from .tiles import attention_tiles, block_width
@@ -162,12 +163,20 @@ def _backward_fake(
     sums: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dhead_mask = qkv.new_empty(0) if head_mask is None else torch.empty_like(head_mask)
-    batch = batch_size(qkv, cu_seqlens, max_seqlen)
     maps = _moves_maps(bias, key_spans, 0 if dprobs is None else dprobs.shape[-1])
+    batch = batch_size(qkv, cu_seqlens, max_seqlen)
+    *_, dq_sums, dkv_sums = _backward_plan(qkv, cu_seqlens, max_seqlen, batch, maps, sums)
+    return torch.empty_like(qkv), dhead_mask, dq_sums, dkv_sums
+
+
+def _backward_plan(
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int, batch: int, maps: bool, sums: bool
+) -> tuple[Tiles, Tiles, torch.Tensor, torch.Tensor]:
+    """Of dQ, and of dK and dV: tiles, and the memory of partial sums, empty without `sums`."""
     dq_tiles, dkv_tiles = attention_tiles(qkv, maps, max_seqlen, batch, "backward_dq", "backward_dkv")
     dq_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, batch, dq_tiles["BLOCK_M"], 1 if sums else 0)
     dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, batch, dkv_tiles["BLOCK_N"], 2 if sums else 0)
-    return torch.empty_like(qkv), dhead_mask, dq_sums, dkv_sums
+    return dq_tiles, dkv_tiles, dq_sums, dkv_sums
 
 
 def _empty_sums(
@@ -238,12 +247,10 @@ def _backward(
         "HAS_SUMS": sums,
     }
     maps = _moves_maps(bias, key_spans, probs_seq)
-    dq_tiles, dkv_tiles = attention_tiles(qkv, maps, max_seqlen, batch, "backward_dq", "backward_dkv")
+    dq_tiles, dkv_tiles, dq_sums, dkv_sums = _backward_plan(qkv, cu_seqlens, max_seqlen, batch, maps, sums)
     blocks = cdiv(max_seqlen, dq_tiles["BLOCK_M"])
     delta = torch.empty_like(stats)
     dqkv = torch.empty_like(qkv)
-    dq_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, batch, dq_tiles["BLOCK_M"], 1 if sums else 0)
-    dkv_sums = _empty_sums(qkv, cu_seqlens, max_seqlen, batch, dkv_tiles["BLOCK_N"], 2 if sums else 0)
     if head_mask is None:
         dhead_mask = partials = qkv.new_empty(0)
     else:

@@ -117,9 +117,7 @@ def is_traced() -> bool:
 
 def is_watched() -> bool:
     """Whether any of these, or a dispatch mode, is to see ops, and not what they are made of."""
-    # `is_traced`, written out: it is asked in every launch.
-    traced = torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing()
-    return traced or _len_torch_dispatch_stack() > 0
+    return is_traced() or _len_torch_dispatch_stack() > 0
 
 
 def is_transformed() -> bool:

@@ -51,7 +51,10 @@ def runs_as_block(x: torch.Tensor) -> bool:
     return uses_triton(x) or (uses_cpu_layers(x) and product_dtype(x.dtype) is not None)
 
 
-def _apply(step: type[torch.autograd.Function], *arguments: Any) -> Any:
+def _run(step: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Run a step of autograd if gradients are on, else its forward alone."""
+    if not torch.is_grad_enabled():
+        return step.forward(None, *arguments)
     # Its own `apply` first looks whether functorch, which `is_traced` rules out, has wrapped an argument.
     return super(torch.autograd.Function, step).apply(*arguments)  # type: ignore[misc]
 
@@ -246,10 +249,10 @@ def _run_with_maps(
     hidden: torch.Tensor, attention: AttentionArguments, feed_forward: FeedForwardArguments | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer, or its attention block, in two steps of autograd with the map between them."""
-    probs, context, residual, qkv = _apply(AttentionMap, attention, hidden, *attention.projection_parameters())
+    probs, context, residual, qkv = _run(AttentionMap, attention, hidden, *attention.projection_parameters())
     handed, inner = handed_out(probs, attention.hand_out)
     parameters = () if feed_forward is None else feed_forward.parameters()
-    y = _apply(
+    y = _run(
         AfterMap, attention, feed_forward, watch(handed), inner, context, residual, qkv, *parameters,
         *attention.output_parameters(),
     )  # fmt: skip
@@ -289,8 +292,7 @@ def feed_forward_block(hidden: torch.Tensor, feed_forward: FeedForwardArguments)
     """
     if not uses_triton(hidden):
         return cpu_layer.feed_forward_block(hidden, feed_forward)
-    given = feed_forward, hidden, *feed_forward.parameters()
-    return _apply(FeedForwardBlock, *given) if torch.is_grad_enabled() else FeedForwardBlock.forward(None, *given)
+    return _run(FeedForwardBlock, feed_forward, hidden, *feed_forward.parameters())
 
 
 def layer_block(
@@ -304,6 +306,5 @@ def layer_block(
     if attention.probs_seq is not None and in_graph(hidden, *projections):
         return _run_with_maps(hidden, attention, feed_forward)
     block, first = (AttentionBlock, ()) if feed_forward is None else (Layer, feed_forward.parameters())
-    given = attention, feed_forward, hidden, *first, *attention.output_parameters(), *projections
-    y, probs = _apply(block, *given) if torch.is_grad_enabled() else block.forward(None, *given)
+    y, probs = _run(block, attention, feed_forward, hidden, *first, *attention.output_parameters(), *projections)
     return y, None if probs is None else handed_out(probs, attention.hand_out)[0]

@@ -117,15 +117,10 @@ def _sums(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Sums over the rows of float32 matrices (rows, columns), one after the other: (columns of all,)."""
-    rows1, columns1 = first.shape
-    rows2, columns2 = (0, 0) if second is None else second.shape
-    rows3, columns3 = (0, 0) if third is None else third.shape
-    rows4, columns4 = (0, 0) if fourth is None else fourth.shape
-    rows5, columns5 = (0, 0) if fifth is None else fifth.shape
+    shapes = [(0, 0) if it is None else it.shape for it in (first, second, third, fourth, fifth)]
+    (rows1, columns1), (rows2, columns2), (rows3, columns3), (rows4, columns4), (rows5, columns5) = shapes
     out = first.new_empty(columns1 + columns2 + columns3 + columns4 + columns5, dtype=dtype)
-    block_n = TILES["BLOCK_N"]
-    blocks = cdiv(columns1, block_n) + cdiv(columns2, block_n) + cdiv(columns3, block_n)
-    blocks += cdiv(columns4, block_n) + cdiv(columns5, block_n)
+    blocks = sum([cdiv(columns, TILES["BLOCK_N"]) for _, columns in shapes])
     wrap_triton(_column_sums)[(blocks,)](
         first_ptr=first,
         second_ptr=first if second is None else second,

@@ -168,9 +168,8 @@ def attention_tiles(qkv: torch.Tensor, maps: bool, max_seqlen: int, batch: int, 
 
 def relation_tiles(kernel: str, student: torch.Tensor, teacher: torch.Tensor) -> Tiles:
     """`relation_table` for operands (tokens, heads, dim) of both models, on the device they are on."""
-    wider, itemsize = student, student.element_size()
-    if itemsize < teacher.element_size():
-        wider, itemsize = teacher, teacher.element_size()
+    wider = student if student.element_size() >= teacher.element_size() else teacher
+    itemsize = wider.element_size()
     narrow, dim = sorted((int(student.shape[2]), int(teacher.shape[2])))
     tf32 = itemsize == 4 and allows_tf32()
     shipped = relation_table(arch(student.device), kernel, itemsize, dim, narrow, tf32)
