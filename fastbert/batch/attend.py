@@ -1,6 +1,8 @@
 """What the attention of every layer needs to know of a batch."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,10 +48,7 @@ class Attend(Movable):
         """Whether a block may take the attention: none knows a prefix, or computes some tokens only."""
         return self.prefix is None and self.first is None and not self.by_modules
 
-    def whole(self) -> "Attend":
-        """The same of a layer that computes all tokens."""
-        return self if self.first is None else replace(self, first=None)
-
-    def reseeded(self) -> "Attend":
-        """The same without a seed: each module draws its own."""
-        return replace(self, seed=None)
+    @classmethod
+    def of_keywords(cls, kwargs: Mapping[str, Any]) -> "Attend":
+        """How tokens lie as Hugging Face's keywords say it to a module that is called on its own."""
+        return cls(kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"))

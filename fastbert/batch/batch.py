@@ -13,10 +13,10 @@ from fastbert_kernels.backend import check_same_device, has_values
 from fastbert_kernels.sequences import key_spans
 
 from .attend import Attend
-from .first_tokens import FirstTokens, first_tokens
+from .first_tokens import first_tokens
 from .layout import Layout, dense_layout, pack_unless
 from .masks import dense_bias, layer_head_masks, token_mask
-from .prefix import Prefix, place_prefix, prefix_length
+from .prefix import place_prefix, prefix_length
 
 #: The label of what has none.
 UNLABELLED: int = CrossEntropyLoss().ignore_index
@@ -96,9 +96,7 @@ class Batch:
         zeroed: bool (batch, seq), False where the outputs are to be zero because the padding was not dropped.
         embeddings: the keyword arguments of the embeddings, in the layout.
         head_masks: one (heads,) or None a layer.
-        visible: bool (batch, keys), the mask of keys that `bias` is made of; None where it is of more.
-        prefix: what each sequence sees before itself, counted in by `bias` and `visible`.
-        first: the tokens that the last layer computes; None: all.
+        attend: what the attention of every layer needs to know; a prefix is counted in by `bias` too. Without a seed.
     """
 
     layout: Layout
@@ -106,28 +104,18 @@ class Batch:
     zeroed: torch.Tensor | None
     embeddings: dict[str, torch.Tensor | None]
     head_masks: list[torch.Tensor | None]
-    visible: torch.Tensor | None = None
-    prefix: Prefix | None = None
-    first: FirstTokens | None = None
-
-    def attend(self, seed: torch.Tensor | None, by_modules: bool = False, mask_changes: bool = False) -> Attend:
-        """What the attention of every layer needs to know; `mask_changes`: somebody may give it another mask."""
-        lies = self.layout if self.prefix is None else self.prefix.layout
-        spans = None if self.visible is None or mask_changes else key_spans(self.visible)
-        return Attend(
-            lies.cu_seqlens, lies.max_seqlen, lies.order, lies.seq, lies.columns, seed, self.prefix, self.first, spans,
-            by_modules,
-        )  # fmt: skip
+    attend: Attend
 
     def all_rows(self) -> torch.Tensor | None:
         """The additive mask with all its rows, as Hugging Face makes it, for somebody who may look at it."""
-        if self.bias is None or self.bias.shape[2] > 1 or self.prefix is not None:
+        if self.bias is None or self.bias.shape[2] > 1 or self.attend.prefix is not None:
             return self.bias
         return self.bias.expand(self.layout.batch, 1, self.layout.seq, self.bias.shape[3])
 
-    def check_out(self, hidden: torch.Tensor, first: FirstTokens | None = None) -> torch.Tensor:
-        """Hidden states in the layout as (batch, seq, hidden), or (batch, 1, hidden) of the first tokens; zero at
-        padding. A batch that its caller packed stays packed."""
+    def check_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states in the layout as (batch, seq, hidden), or (batch, 1, hidden) of the first tokens where the last
+        layer computes no others; zero at padding. A batch that its caller packed stays packed."""
+        first = self.attend.first
         if first is None:
             hidden = self.layout.unpack(hidden)
         elif first.absent is not None:
@@ -203,91 +191,71 @@ def check_in(inputs: Inputs, shape: EncoderShape, padding: Padding, reads_first:
         token_type_ids=inputs.token_type_ids, position_ids=inputs.position_ids, head_mask=inputs.head_mask,
         cache=inputs.cache.layers[0].keys if before else None,
     )  # fmt: skip
-    embeddings = {
-        "input_ids": inputs.input_ids,
-        "inputs_embeds": inputs.inputs_embeds,
-        "token_type_ids": _broadcast_ids("token_type_ids", inputs.token_type_ids, batch, seq),
-        "position_ids": _broadcast_ids("position_ids", inputs.position_ids, batch, seq),
-    }
+    mask = inputs.attention_mask
+    wide = (batch, shape.heads, seq, before + seq)
+    layout = dense_layout(batch, seq)
     bias = zeroed = visible = None
     if inputs.packed:
-        layout = _lay_callers(inputs, embeddings, words, shape, before)
-    else:
-        layout, bias, zeroed, visible = _lay(inputs.attention_mask, embeddings, words, shape, before, padding)
-    if layout.indices is not None:
-        embeddings = {name: value if value is None else layout.pack(value) for name, value in embeddings.items()}
-    prefix = None
-    if before:
-        prefix = place_prefix(inputs.cache, layout, shape.heads, shape.head_dim)
-        bias = None if bias is None else prefix.widen(bias)
-    return Batch(
-        layout,
-        bias,
-        zeroed,
-        embeddings,
-        layer_head_masks(inputs.head_mask, shape.layers, shape.heads),
-        visible,
-        prefix,
-        first_tokens(layout, words.shape[1] if inputs.packed else layout.tokens) if reads_first else None,
-    )
-
-
-def _lay(
-    mask: torch.Tensor | None,
-    embeddings: dict[str, torch.Tensor | None],
-    words: torch.Tensor,
-    shape: EncoderShape,
-    before: int,
-    padding: Padding,
-) -> tuple[Layout, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The layout of a padded batch, its bias, where its outputs are kept, and the mask of keys that the bias is made
-    of; positions are added where the layout or the prefix needs them."""
-    batch, seq = words.shape[:2]
-    if embeddings["position_ids"] is None:
-        _check_length(before + seq, shape, lambda: shape.rule.positions(words, before))
-        if before:
-            embeddings["position_ids"] = shape.rule.positions(words, before).expand(batch, seq)
-    layout = dense_layout(batch, seq)
-    if mask is None:
-        return layout, None, None, None
-    wide = (batch, shape.heads, seq, before + seq)
-    if mask.dim() != 2:
-        return layout, dense_bias(mask, wide), None, None
-    whole_mask = token_mask(mask, batch, before + seq)
-    mask = whole_mask[:, before:]
-    packed = None
-    known = padding.drops(mask) and has_values(mask)
-    if known and (not before or bool(whole_mask[:, :before].all())):
-        packed = pack_unless(mask, padding.is_read(mask))
-    if packed is None:
-        bias = dense_bias(whole_mask[:, None, None, :], wide)
-        return layout, bias, mask if padding.zeroes else None, whole_mask
-    layout = packed
+        layout = _callers_layout(inputs.packed, words, mask, before)
+    elif mask is not None and mask.dim() != 2:
+        bias = dense_bias(mask, wide)
+    elif mask is not None:
+        visible = token_mask(mask, batch, before + seq)
+        tokens = visible[:, before:]
+        drops = padding.drops(tokens) and has_values(tokens) and (not before or bool(visible[:, :before].all()))
+        packed = pack_unless(tokens, padding.is_read(tokens)) if drops else None
+        if packed is None:
+            bias, zeroed = dense_bias(visible[:, None, None, :], wide), tokens if padding.zeroes else None
+        else:
+            layout, visible = packed, None
     if layout.columns is not None and shape.pools:
         warn_once(
             "fastbert: padding is not at the end of every row; where it is at the start, pooler_output is made of "
             "padding: pad on the right, or set packing=False"
         )
-    if layout.indices is not None and embeddings["position_ids"] is None:
-        embeddings["position_ids"] = shape.rule.positions(words).expand(batch, seq)
-    return layout, None, None, None
+    embeddings = _embeddings_arguments(inputs, words, shape, layout, before)
+    prefix = place_prefix(inputs.cache, layout, shape.heads, shape.head_dim) if before else None
+    lies = layout if prefix is None else prefix.layout
+    attend = Attend(
+        lies.cu_seqlens, lies.max_seqlen, lies.order, lies.seq, lies.columns, prefix=prefix,
+        first=first_tokens(layout, seq if inputs.packed else layout.tokens) if reads_first else None,
+        key_spans=None if visible is None else key_spans(visible),
+    )  # fmt: skip
+    bias = bias if bias is None or prefix is None else prefix.widen(bias)
+    return Batch(
+        layout, bias, zeroed, embeddings, layer_head_masks(inputs.head_mask, shape.layers, shape.heads), attend
+    )
 
 
-def _lay_callers(
-    inputs: Inputs, embeddings: dict[str, torch.Tensor | None], words: torch.Tensor, shape: EncoderShape, before: int
-) -> Layout:
-    """The layout of a batch that its caller packed; its positions restart with each sequence."""
+def _embeddings_arguments(
+    inputs: Inputs, words: torch.Tensor, shape: EncoderShape, layout: Layout, before: int
+) -> dict[str, torch.Tensor | None]:
+    """What the embeddings are given, in the layout: with positions where that or a prefix of length `before` needs
+    them."""
+    batch, seq = words.shape[:2]
+    rule, positions = shape.rule, _broadcast_ids("position_ids", inputs.position_ids, batch, seq)
+    if positions is None and inputs.packed:
+        positions = packed = rule.packed_positions(words, inputs.packed["cu_seq_lens_q"])
+        _check_length(layout.seq, shape, lambda: packed)
+    elif positions is None:
+        _check_length(before + seq, shape, lambda: rule.positions(words, before))
+        if before or layout.indices is not None:
+            positions = rule.positions(words, before).expand(batch, seq)
+    embeddings = {
+        "input_ids": inputs.input_ids,
+        "inputs_embeds": inputs.inputs_embeds,
+        "token_type_ids": _broadcast_ids("token_type_ids", inputs.token_type_ids, batch, seq),
+        "position_ids": positions,
+    }
+    if layout.indices is None:
+        return embeddings
+    return {name: value if value is None else layout.pack(value) for name, value in embeddings.items()}
+
+
+def _callers_layout(packed: Mapping[str, Any], words: torch.Tensor, mask: torch.Tensor | None, before: int) -> Layout:
+    """The layout of a batch that its caller packed."""
     if before:
         raise ValueError("a packed batch takes no cache: pass a padded one, or leave it out")
-    layout = _callers_layout(inputs.packed, words, inputs.attention_mask)
-    if embeddings["position_ids"] is None:
-        positions = shape.rule.packed_positions(words, inputs.packed["cu_seq_lens_q"])
-        _check_length(layout.seq, shape, lambda: positions)
-        embeddings["position_ids"] = positions
-    return layout
-
-
-def _callers_layout(packed: Mapping[str, Any], words: torch.Tensor, mask: torch.Tensor | None) -> Layout:
     missing = [name for name in PACKED_KEYWORDS if name not in packed]
     if missing:
         raise ValueError(f"a packed batch needs all of {', '.join(PACKED_KEYWORDS)}: {', '.join(missing)} missing")

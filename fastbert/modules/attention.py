@@ -79,11 +79,6 @@ def mask_like(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor |
     return None if mask is None else mask.clamp(min=torch.finfo(hidden.dtype).min).to(hidden.dtype)
 
 
-def attend_from(attend: Attend | None, kwargs: dict[str, Any]) -> Attend:
-    """How tokens lie; to a module that is called on its own, Hugging Face's keywords say it."""
-    return Attend(kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")) if attend is None else attend
-
-
 def wants_map(slot: MapSlot | None, kwargs: dict[str, Any]) -> bool:
     """Whether a map is asked for: by the encoder, by Hugging Face's keyword where a module is called on its own, or by
     Hugging Face's own path, which records what modules return."""
@@ -185,7 +180,7 @@ class FusedSelfAttention(nn.Module):
             The context, like hidden_states, and, where they are wanted, the probabilities (batch, heads, map_seq,
             map_seq), else None.
         """
-        attend = attend_from(attend, kwargs)
+        attend = attend or Attend.of_keywords(kwargs)
         reason, cache = self.unfused_reason(), either(cache, past_key_values)
         if reason is None and cache is not None:
             reason = "a cache is Hugging Face's own path"
@@ -290,7 +285,7 @@ class FusedSelfAttention(nn.Module):
         return {
             "qkv_weight": weight,
             "qkv_bias": bias,
-            "qkv_parameters": weights + biases[0] if biases else weights,
+            "qkv_parameters": weights + (biases[0] if biases else (None, None, None)),
             "heads": self.num_attention_heads,
             "scale": self.scaling,
             "dropout_p": dropout.p if self.training else 0.0,

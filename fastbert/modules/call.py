@@ -1,6 +1,5 @@
 """What a call of an encoder model asks for: its caller's keywords, and what a caller inside this package adds."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,18 +62,16 @@ def asked_for(config: Any, layers: int, attentions: Any, hidden_states: Any, ret
     """The outputs of a call of a model with so many layers; what it does not say is the configuration's."""
     attentions = config.output_attentions if attentions is None else attentions
     hidden_states = config.output_hidden_states if hidden_states is None else hidden_states
+    selected: list[set[int]] = []
+    for wanted, count in ((attentions, layers), (hidden_states, layers + 1)):
+        if isinstance(wanted, int):
+            wanted = range(count) if wanted is True else [wanted] if wanted else ()
+        selected.append({i % count for i in wanted or () if -count <= i < count})
+    maps, states = selected
     return Outputs(
-        _selected(attentions, layers),
-        _selected(hidden_states, layers + 1),
+        maps,
+        states,
         bool(attentions),
         bool(hidden_states),
         getattr(config, "return_dict", True) if return_dict is None else return_dict,
     )
-
-
-def _selected(wanted: bool | int | Iterable[int] | None, count: int) -> set[int]:
-    """The indices an `output_*` argument selects among `count`; those out of range select nothing."""
-    if wanted is None or wanted is False or wanted is True:
-        return set(range(count)) if wanted else set()
-    indices = ([wanted] if wanted else []) if isinstance(wanted, int) else wanted
-    return {i % count for i in indices if -count <= i < count}

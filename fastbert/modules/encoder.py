@@ -1,6 +1,7 @@
 """The layers, one after the other."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ class FusedEncoder(nn.Module):
         states: list[torch.Tensor | None] = []
         maps: list[torch.Tensor | None] = []
         if len(set(self.layer)) < len(self.layer):
-            attend = attend.reseeded()  # a layer that is there twice would drop the same elements twice
-        inner = attend.whole()
+            attend = replace(attend, seed=None)  # a layer that is there twice would drop the same elements twice
+        inner = attend if attend.first is None else replace(attend, first=None)
         for i, layer in enumerate(self.layer):
             state = None
             if i in state_layers:

@@ -18,7 +18,7 @@ from fastbert_kernels import (
 )
 from fastbert_kernels.attention_map import HandOut
 
-from .attention import MapSlot, attend_from, hand_out_of, leave_foreign_map, leave_map, mask_like, wants_map
+from .attention import MapSlot, hand_out_of, leave_foreign_map, leave_map, mask_like, wants_map
 from .dropout import seed_for
 from .look import block_arguments, chunk_is_replaced, look_at
 from .readable import is_called, is_capturing
@@ -112,7 +112,7 @@ class FusedAttention(nn.Module):
         if self.is_cross_attention or args or is_patched(self):
             named = {} if cache is None else {CACHE: cache}
             return super().forward(hidden_states, attention_mask, *args, **named, **kwargs)
-        attend = attend_from(attend, kwargs)
+        attend = attend or Attend.of_keywords(kwargs)
         if not takes_ours(self.self):
             refuse_packed(self.self, attend, head_mask)
             context, probs = self.self(
@@ -182,11 +182,10 @@ class FusedLayer(nn.Module):
             return self._hugging_faces(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, cache, **kwargs
             )
-        attend = attend_from(attend, kwargs)
+        attend = attend or Attend.of_keywords(kwargs)
         look = look_at(self) if runs_as_block(hidden_states) and not is_capturing() else None
         if look is not None and look.whole and attend.fits_block and not _is_trained(attention_mask):
-            wanted, hand_out = wants_map(map_slot, kwargs), hand_out_of(map_slot)
-            block = look.attention
+            block, wanted, hand_out = look.attention, map_slot is not None, hand_out_of(map_slot)
             hidden, probs = layer_block(
                 hidden_states,
                 _attention_arguments(block, hidden_states, attention_mask, attend, head_mask, wanted, hand_out),

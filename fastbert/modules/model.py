@@ -178,21 +178,24 @@ class EncoderModel(nn.Module):
         why = functools.partial(why_kept, strangers=look)
         batch = check_in(inputs, self.encoder_shape(), self._padding(packing, plan, outputs, why), reads_first)
         seed = self._draw_seed()
-        self._check_reentrant(outputs, batch.prefix is not None)
+        self._check_reentrant(outputs, batch.attend.prefix is not None)
         hidden = self.embed(batch.embeddings, seed)
         compiled = torch.compiler.is_compiling()
         strangers = batch.bias is not None and (self._has_strangers() if compiled else look.first is not None)
+        attend = dataclasses.replace(batch.attend, seed=seed, by_modules=self._is_captured_and_checkpointed())
+        if strangers:  # who may give a layer another mask
+            attend = dataclasses.replace(attend, key_spans=None)
         encoded = self.encoder(
             hidden,
             batch.all_rows() if strangers else batch.bias,
-            attend=batch.attend(seed, self._is_captured_and_checkpointed(), mask_changes=strangers),
+            attend=attend,
             head_masks=batch.head_masks,
             state_layers=outputs.states,
             map_layers=outputs.maps,
             hand_out_state=batch.hand_out_state,
             hand_out_map=batch.hand_out_map,
         )
-        last = batch.check_out(encoded.last_hidden_state, batch.first)
+        last = batch.check_out(encoded.last_hidden_state)
         states = maps = None
         if outputs.wants_states:
             *inner, final = encoded.hidden_states

@@ -68,7 +68,7 @@ class AttentionArguments(NamedTuple):
 
     Attributes:
         qkv_weight, qkv_bias: (3 * hidden, hidden) and (3 * hidden,), detached.
-        qkv_parameters: the three weights, and the biases if any, that these are views of.
+        qkv_parameters: the three weights and the three biases, or None, that these are views of.
         weight, bias: (hidden, hidden) and (hidden,), of the output product.
         norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
         mask: the `bias` of `attention.attention`, which says what the others of these names are.
@@ -78,7 +78,7 @@ class AttentionArguments(NamedTuple):
 
     qkv_weight: torch.Tensor
     qkv_bias: torch.Tensor | None
-    qkv_parameters: tuple[torch.Tensor, ...]
+    qkv_parameters: tuple[torch.Tensor | None, ...]
     weight: torch.Tensor
     bias: torch.Tensor | None
     norm_weight: torch.Tensor
@@ -101,13 +101,8 @@ class AttentionArguments(NamedTuple):
     hidden_stream: int
     hand_out: HandOut | None = None
 
-    def projection_parameters(self) -> ProjectionParameters[torch.Tensor | None]:
-        """What may have a gradient, up to the map and the context."""
-        no_biases = () if self.qkv_bias is not None else (None, None, None)
-        return ProjectionParameters(self.head_mask, *self.qkv_parameters, *no_biases)
-
     def output_parameters(self) -> OutputParameters[torch.Tensor | None]:
-        """What may have a gradient, from there on."""
+        """What may have a gradient, from the context on."""
         return OutputParameters(self.weight, self.bias, self.norm_weight, self.norm_bias)
 
 

@@ -51,12 +51,12 @@ def runs_as_block(x: torch.Tensor) -> bool:
     return uses_triton(x) or (uses_cpu_layers(x) and product_dtype(x.dtype) is not None)
 
 
-def _run(step: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Run a step of autograd if gradients are on, else its forward alone."""
+def _function(step: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """A step of autograd as a function; where gradients are off, its forward alone."""
     if not torch.is_grad_enabled():
-        return step.forward(None, *arguments)
+        return functools.partial(step.forward, None)
     # Its own `apply` first looks whether functorch, which `is_traced` rules out, has wrapped an argument.
-    return super(torch.autograd.Function, step).apply(*arguments)  # type: ignore[misc]
+    return super(torch.autograd.Function, step).apply  # type: ignore[misc]
 
 
 class SecondDerivative(torch.autograd.Function):
@@ -246,14 +246,17 @@ class AfterMap(torch.autograd.Function):
 
 
 def _run_with_maps(
-    hidden: torch.Tensor, attention: AttentionArguments, feed_forward: FeedForwardArguments | None
+    hidden: torch.Tensor,
+    attention: AttentionArguments,
+    feed_forward: FeedForwardArguments | None,
+    projections: ProjectionParameters[torch.Tensor | None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer, or its attention block, in two steps of autograd with the map between them."""
-    probs, context, residual, qkv = _run(AttentionMap, attention, hidden, *attention.projection_parameters())
+    probs, context, residual, qkv = _function(AttentionMap)(attention, hidden, *projections)
     handed, inner = handed_out(probs, attention.hand_out)
     parameters = () if feed_forward is None else feed_forward.parameters()
-    y = _run(
-        AfterMap, attention, feed_forward, watch(handed), inner, context, residual, qkv, *parameters,
+    y = _function(AfterMap)(
+        attention, feed_forward, watch(handed), inner, context, residual, qkv, *parameters,
         *attention.output_parameters(),
     )  # fmt: skip
     return y, handed
@@ -292,7 +295,7 @@ def feed_forward_block(hidden: torch.Tensor, feed_forward: FeedForwardArguments)
     """
     if not uses_triton(hidden):
         return cpu_layer.feed_forward_block(hidden, feed_forward)
-    return _run(FeedForwardBlock, feed_forward, hidden, *feed_forward.parameters())
+    return _function(FeedForwardBlock)(feed_forward, hidden, *feed_forward.parameters())
 
 
 def layer_block(
@@ -302,9 +305,9 @@ def layer_block(
     they do."""
     if not uses_triton(hidden):
         return cpu_layer.layer_block(hidden, attention, feed_forward)
-    projections = attention.projection_parameters()
+    projections = ProjectionParameters(attention.head_mask, *attention.qkv_parameters)
     if attention.probs_seq is not None and in_graph(hidden, *projections):
-        return _run_with_maps(hidden, attention, feed_forward)
+        return _run_with_maps(hidden, attention, feed_forward, projections)
     block, first = (AttentionBlock, ()) if feed_forward is None else (Layer, feed_forward.parameters())
-    y, probs = _run(block, attention, feed_forward, hidden, *first, *attention.output_parameters(), *projections)
+    y, probs = _function(block)(attention, feed_forward, hidden, *first, *attention.output_parameters(), *projections)
     return y, None if probs is None else handed_out(probs, attention.hand_out)[0]

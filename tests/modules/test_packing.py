@@ -14,8 +14,9 @@ from transformers.models.bert import modeling_bert
 
 import fastbert
 from fastbert import notices
-from fastbert.batch import batch as batches
+from fastbert.batch.attend import Attend
 from fastbert.modules import packing as packing_module
+from fastbert.modules.encoder import FusedEncoder
 from fastbert_kernels import backend
 
 LENGTHS = [11, 4, 7]
@@ -98,14 +99,13 @@ def test_the_log_tells_once_how_much_padding_is_kept(caplog: pytest.LogCaptureFi
 
 def test_attention_is_told_the_lengths_of_kept_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    made = batches.Batch.attend
+    run = FusedEncoder.forward
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        attend = made(*args, **kwargs)
+    def noted(*args: Any, attend: Attend, **kwargs: Any) -> Any:
         told.append(None if attend.key_spans is None else attend.key_spans.tolist())
-        return attend
+        return run(*args, attend=attend, **kwargs)
 
-    monkeypatch.setattr(batches.Batch, "attend", noted)
+    monkeypatch.setattr(FusedEncoder, "forward", noted)
     fused = pair(packing="auto")[1]
     x, mask = ids(3, 11), mask_of(LENGTHS, 11)
     fused(x, mask)
