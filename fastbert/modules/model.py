@@ -148,22 +148,12 @@ class EncoderModel(nn.Module):
         outputs = asked_for(self.config, len(self.layers), output_attentions, output_hidden_states, return_dict)
         reason = self._leaves_fast_path(encoder_hidden_states, cache)
         if reason is not None:
-            self._refuse_elsewhere(reason, plan, inputs)
-            if plan.replay is not None:
-                plan.replay.refuse(reason)
-            given = {
-                "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-                "position_ids": position_ids, "inputs_embeds": inputs_embeds,
-                "encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask,
-                "use_cache": use_cache, CACHE: cache,
-            }  # fmt: skip
-            return super().forward(
-                **{name: value for name, value in given.items() if value is not None},
-                output_attentions=outputs.wants_maps,
-                output_hidden_states=outputs.wants_states,
-                return_dict=outputs.as_dict,
-                **kwargs,
-            )
+            of_decoder = {
+                "encoder_hidden_states": encoder_hidden_states,
+                "encoder_attention_mask": encoder_attention_mask,
+                "use_cache": use_cache,
+            }
+            return self._hugging_faces(reason, plan, inputs, outputs, of_decoder, kwargs)
         if torch.compiler.is_compiling():
             self._say_unfused()
         if kwargs.get("is_causal"):
@@ -257,8 +247,16 @@ class EncoderModel(nn.Module):
         """A family's output as Hugging Face gives it where no class is asked for."""
         return output.to_tuple()
 
-    def _refuse_elsewhere(self, reason: str, plan: Plan, inputs: Inputs) -> None:
-        """Say that a call takes Hugging Face's own path, unless something was asked for that only ours has."""
+    def _hugging_faces(
+        self,
+        reason: str,
+        plan: Plan,
+        inputs: Inputs,
+        outputs: Outputs,
+        of_decoder: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Hugging Face's own forward, and why; unless something was asked for that only ours has."""
         if plan.labelled is not None:
             raise ValueError(f"read_rows='labelled' has no effect on Hugging Face's own path ({reason}): set 'all'")
         warn_once(f"fastbert: {type(self).__name__} takes Hugging Face's own path: {reason}")
@@ -266,6 +264,17 @@ class EncoderModel(nn.Module):
             raise ValueError(f"{reason}, and knows neither packed sequences nor head_mask: pass a padded batch")
         if inputs.head_mask is not None:
             raise ValueError(f"head_mask has no effect on Hugging Face's own path ({reason}): leave it out")
+        if plan.replay is not None:
+            plan.replay.refuse(reason)
+        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+        given = {name: getattr(inputs, name) for name in names} | of_decoder | {CACHE: inputs.cache}
+        return super().forward(
+            **{name: value for name, value in given.items() if value is not None},
+            output_attentions=outputs.wants_maps,
+            output_hidden_states=outputs.wants_states,
+            return_dict=outputs.as_dict,
+            **kwargs,
+        )
 
     def _padding(self, packing: Any, plan: Plan, outputs: Outputs, why: Callable[..., str | None]) -> Padding:
         """What becomes of padding in a call, by `why`, one of packing's two questions."""

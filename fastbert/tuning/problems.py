@@ -36,7 +36,7 @@ from fastbert_kernels.embedding_kernels import embed_backward, embed_forward
 from fastbert_kernels.feed_forward import _backward as feed_forward_backward_op
 from fastbert_kernels.feed_forward import _forward as feed_forward_forward_op
 from fastbert_kernels.feed_forward_kernels import feed_forward_backward, feed_forward_forward
-from fastbert_kernels.layer_norm import _add_layer_norm_backward, _add_layer_norm_forward
+from fastbert_kernels.layer_norm_kernels import add_layer_norm_backward, add_layer_norm_forward
 from fastbert_kernels.relation_kernels import relation_backward_a, relation_backward_b, relation_forward
 from fastbert_kernels.sequences import key_spans
 from fastbert_kernels.tiles import FEED_FORWARD_ACTIVATIONS, short_class
@@ -54,8 +54,8 @@ COMPILED: dict[str, Any] = {
     "relation_backward_b": relation_backward_b,
     "bias_activation_forward": _bias_activation_forward,
     "bias_activation_backward": _bias_activation_backward,
-    "add_layer_norm_forward": _add_layer_norm_forward,
-    "add_layer_norm_backward": _add_layer_norm_backward,
+    "add_layer_norm_forward": add_layer_norm_forward,
+    "add_layer_norm_backward": add_layer_norm_backward,
     "embed_forward": embed_forward,
     "embed_backward": embed_backward,
     "feed_forward_forward": feed_forward_forward,

@@ -1,7 +1,7 @@
 """Device code of the embeddings: three gathers, norm and dropout in one pass, and the way back."""
 
 from .language import tl, triton
-from .layer_norm import normalize, normalize_backward
+from .layer_norm_kernels import normalize, normalize_backward
 from .numerics import dropout_keep, known_multiple, load_rows, load_vector, store_rows
 from .tiles import LOAD_STAGES
 

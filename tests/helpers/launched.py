@@ -18,8 +18,8 @@ import fastbert
 from bench.stand_in import as_on_a_gpu
 from fastbert.distill import attention_loss, capture
 from fastbert.tuning.problems import COMPILED
-from fastbert_kernels import layer_norm
 from fastbert_kernels.launch import wrap_triton
+from fastbert_kernels.layer_norm_kernels import add_layer_norm_forward
 
 
 def model() -> fastbert.BertModel:
@@ -31,7 +31,7 @@ def model() -> fastbert.BertModel:
 
 def keys() -> list[tuple[str, str]]:
     """What one kernel is looked up by, here and by Triton, for arguments of every kind that it compiles anew for."""
-    kernel: Any = layer_norm._add_layer_norm_forward
+    kernel: Any = add_layer_norm_forward
     memory = torch.zeros(64)
     changes: dict[str, list[Any]] = {
         "x_ptr": [memory, memory[1:], memory[4:], memory.bfloat16()],
