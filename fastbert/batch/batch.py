@@ -10,7 +10,6 @@ from torch.nn import CrossEntropyLoss
 from fastbert.notices import warn_once
 from fastbert_kernels.attention_map import in_graph
 from fastbert_kernels.backend import check_same_device, has_values
-from fastbert_kernels.sequences import key_spans
 
 from .attend import Attend
 from .first_tokens import first_tokens
@@ -96,7 +95,9 @@ class Batch:
         zeroed: bool (batch, seq), False where the outputs are to be zero because the padding was not dropped.
         embeddings: the keyword arguments of the embeddings, in the layout.
         head_masks: one (heads,) or None a layer.
-        attend: what the attention of every layer needs to know; a prefix is counted in by `bias` too. Without a seed.
+        attend: what the attention of every layer needs to know, but for the seed, `key_spans` and `by_modules`.
+        visible: bool (batch, keys), the mask of keys that `bias` is made of; None where it is of more. A prefix in
+            `attend` is counted in by both.
     """
 
     layout: Layout
@@ -105,6 +106,7 @@ class Batch:
     embeddings: dict[str, torch.Tensor | None]
     head_masks: list[torch.Tensor | None]
     attend: Attend
+    visible: torch.Tensor | None
 
     def all_rows(self) -> torch.Tensor | None:
         """The additive mask with all its rows, as Hugging Face makes it, for somebody who may look at it."""
@@ -191,6 +193,14 @@ def check_in(inputs: Inputs, shape: EncoderShape, padding: Padding, reads_first:
         token_type_ids=inputs.token_type_ids, position_ids=inputs.position_ids, head_mask=inputs.head_mask,
         cache=inputs.cache.layers[0].keys if before else None,
     )  # fmt: skip
+    embeddings = {
+        "input_ids": inputs.input_ids,
+        "inputs_embeds": inputs.inputs_embeds,
+        "token_type_ids": _broadcast_ids("token_type_ids", inputs.token_type_ids, batch, seq),
+        "position_ids": _broadcast_ids("position_ids", inputs.position_ids, batch, seq),
+    }
+    if inputs.position_ids is None and not inputs.packed:
+        _check_length(before + seq, shape, lambda: shape.rule.positions(words, before))
     mask = inputs.attention_mask
     wide = (batch, shape.heads, seq, before + seq)
     layout = dense_layout(batch, seq)
@@ -213,43 +223,32 @@ def check_in(inputs: Inputs, shape: EncoderShape, padding: Padding, reads_first:
             "fastbert: padding is not at the end of every row; where it is at the start, pooler_output is made of "
             "padding: pad on the right, or set packing=False"
         )
-    embeddings = _embeddings_arguments(inputs, words, shape, layout, before)
+    if inputs.position_ids is None:
+        embeddings["position_ids"] = _positions(inputs.packed, words, shape, layout, before)
+    if layout.indices is not None:
+        embeddings = {name: value if value is None else layout.pack(value) for name, value in embeddings.items()}
     prefix = place_prefix(inputs.cache, layout, shape.heads, shape.head_dim) if before else None
     lies = layout if prefix is None else prefix.layout
     attend = Attend(
         lies.cu_seqlens, lies.max_seqlen, lies.order, lies.seq, lies.columns, prefix=prefix,
         first=first_tokens(layout, seq if inputs.packed else layout.tokens) if reads_first else None,
-        key_spans=None if visible is None else key_spans(visible),
     )  # fmt: skip
     bias = bias if bias is None or prefix is None else prefix.widen(bias)
-    return Batch(
-        layout, bias, zeroed, embeddings, layer_head_masks(inputs.head_mask, shape.layers, shape.heads), attend
-    )
+    head_masks = layer_head_masks(inputs.head_mask, shape.layers, shape.heads)
+    return Batch(layout, bias, zeroed, embeddings, head_masks, attend, visible)
 
 
-def _embeddings_arguments(
-    inputs: Inputs, words: torch.Tensor, shape: EncoderShape, layout: Layout, before: int
-) -> dict[str, torch.Tensor | None]:
-    """What the embeddings are given, in the layout: with positions where that or a prefix of length `before` needs
-    them."""
-    batch, seq = words.shape[:2]
-    rule, positions = shape.rule, _broadcast_ids("position_ids", inputs.position_ids, batch, seq)
-    if positions is None and inputs.packed:
-        positions = packed = rule.packed_positions(words, inputs.packed["cu_seq_lens_q"])
-        _check_length(layout.seq, shape, lambda: packed)
-    elif positions is None:
-        _check_length(before + seq, shape, lambda: rule.positions(words, before))
-        if before or layout.indices is not None:
-            positions = rule.positions(words, before).expand(batch, seq)
-    embeddings = {
-        "input_ids": inputs.input_ids,
-        "inputs_embeds": inputs.inputs_embeds,
-        "token_type_ids": _broadcast_ids("token_type_ids", inputs.token_type_ids, batch, seq),
-        "position_ids": positions,
-    }
-    if layout.indices is None:
-        return embeddings
-    return {name: value if value is None else layout.pack(value) for name, value in embeddings.items()}
+def _positions(
+    packed: Mapping[str, Any], words: torch.Tensor, shape: EncoderShape, layout: Layout, before: int
+) -> torch.Tensor | None:
+    """Positions of a batch that came without; None where the embeddings make the same."""
+    if packed:
+        positions = shape.rule.packed_positions(words, packed["cu_seq_lens_q"])  # they restart with each sequence
+        _check_length(layout.seq, shape, lambda: positions)
+        return positions
+    if before or layout.indices is not None:
+        return shape.rule.positions(words, before).expand(words.shape[:2])
+    return None
 
 
 def _callers_layout(packed: Mapping[str, Any], words: torch.Tensor, mask: torch.Tensor | None, before: int) -> Layout:

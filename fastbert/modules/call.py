@@ -64,9 +64,13 @@ def asked_for(config: Any, layers: int, attentions: Any, hidden_states: Any, ret
     hidden_states = config.output_hidden_states if hidden_states is None else hidden_states
     selected: list[set[int]] = []
     for wanted, count in ((attentions, layers), (hidden_states, layers + 1)):
-        if isinstance(wanted, int):
-            wanted = range(count) if wanted is True else [wanted] if wanted else ()
-        selected.append({i % count for i in wanted or () if -count <= i < count})
+        if wanted is True:
+            wanted = range(count)
+        elif not wanted:
+            wanted = ()
+        elif isinstance(wanted, int):
+            wanted = (wanted,)
+        selected.append({i % count for i in wanted if -count <= i < count})  # those out of range select nothing
     maps, states = selected
     return Outputs(
         maps,

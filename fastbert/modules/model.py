@@ -15,6 +15,7 @@ from fastbert.batch.prefix import CACHE, either, prefix_length
 from fastbert.notices import say_once, warn_of_padding, warn_once
 from fastbert_kernels import uses_triton
 from fastbert_kernels.backend import has_values
+from fastbert_kernels.sequences import key_spans
 
 from .attention import attends_fused
 from .call import Outputs, Plan, asked_for
@@ -153,7 +154,7 @@ class EncoderModel(nn.Module):
                 "encoder_attention_mask": encoder_attention_mask,
                 "use_cache": use_cache,
             }
-            return self._hugging_faces(reason, plan, inputs, outputs, of_decoder, kwargs)
+            return self._forward_elsewhere(reason, plan, inputs, outputs, of_decoder, kwargs)
         if torch.compiler.is_compiling():
             self._say_unfused()
         if kwargs.get("is_causal"):
@@ -172,13 +173,13 @@ class EncoderModel(nn.Module):
         hidden = self.embed(batch.embeddings, seed)
         compiled = torch.compiler.is_compiling()
         strangers = batch.bias is not None and (self._has_strangers() if compiled else look.first is not None)
-        attend = dataclasses.replace(batch.attend, seed=seed, by_modules=self._is_captured_and_checkpointed())
-        if strangers:  # who may give a layer another mask
-            attend = dataclasses.replace(attend, key_spans=None)
+        # Strangers may give a layer another mask.
+        spans = None if batch.visible is None or strangers else key_spans(batch.visible)
+        by_modules = self._is_captured_and_checkpointed()
         encoded = self.encoder(
             hidden,
             batch.all_rows() if strangers else batch.bias,
-            attend=attend,
+            attend=dataclasses.replace(batch.attend, seed=seed, key_spans=spans, by_modules=by_modules),
             head_masks=batch.head_masks,
             state_layers=outputs.states,
             map_layers=outputs.maps,
@@ -247,7 +248,7 @@ class EncoderModel(nn.Module):
         """A family's output as Hugging Face gives it where no class is asked for."""
         return output.to_tuple()
 
-    def _hugging_faces(
+    def _forward_elsewhere(
         self,
         reason: str,
         plan: Plan,
@@ -256,7 +257,7 @@ class EncoderModel(nn.Module):
         of_decoder: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Hugging Face's own forward, and why; unless something was asked for that only ours has."""
+        """Log why, and run Hugging Face's own forward; ValueError where something was asked for that only ours has."""
         if plan.labelled is not None:
             raise ValueError(f"read_rows='labelled' has no effect on Hugging Face's own path ({reason}): set 'all'")
         warn_once(f"fastbert: {type(self).__name__} takes Hugging Face's own path: {reason}")

@@ -68,7 +68,7 @@ class AttentionArguments(NamedTuple):
 
     Attributes:
         qkv_weight, qkv_bias: (3 * hidden, hidden) and (3 * hidden,), detached.
-        qkv_parameters: the three weights and the three biases, or None, that these are views of.
+        qkv_parameters: the three weights, then the three biases or three times None; those two are views of them.
         weight, bias: (hidden, hidden) and (hidden,), of the output product.
         norm_weight, norm_bias, eps: as in `layer_norm.add_layer_norm`.
         mask: the `bias` of `attention.attention`, which says what the others of these names are.

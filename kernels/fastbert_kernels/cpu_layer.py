@@ -90,8 +90,8 @@ def _attend(hidden: torch.Tensor, arguments: AttentionArguments) -> tuple[torch.
     """The context of rows (tokens, hidden), like them, and the maps if asked for."""
     views = (arguments.qkv_weight,) if arguments.qkv_bias is None else (arguments.qkv_weight, arguments.qkv_bias)
     use = None if arguments.probs_seq is None else ContextUse()
-    parts = tuple([part for part in arguments.qkv_parameters if part is not None])
-    weight, *bias = stacked(views, parts, use)
+    parameters = tuple([parameter for parameter in arguments.qkv_parameters if parameter is not None])
+    weight, *bias = stacked(views, parameters, use)
     qkv = linear(hidden, weight, bias[0] if bias else None)
     qkv = qkv.view(-1, 3, arguments.heads, qkv.shape[-1] // (3 * arguments.heads))
     probs, packed, ends = None, arguments.cu_seqlens, _key_ends(arguments)

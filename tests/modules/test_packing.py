@@ -97,6 +97,15 @@ def test_the_log_tells_once_how_much_padding_is_kept(caplog: pytest.LogCaptureFi
     )
 
 
+@pytest.mark.parametrize("packing", ["auto", True])
+def test_a_call_that_fails_takes_no_notice_of_padding(caplog: pytest.LogCaptureFixture, packing: bool | str) -> None:
+    notices.say_once.cache_clear()
+    fused = pair(packing=packing)[1]
+    with caplog.at_level("WARNING", "fastbert"), pytest.raises(ValueError, match="sequence length 41 is over"):
+        fused(ids(3, 41), mask_of([41, 4, 7], 41).flip(1))
+    assert not caplog.messages
+
+
 def test_attention_is_told_the_lengths_of_kept_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     run = FusedEncoder.forward
