@@ -27,7 +27,8 @@ REASONS = {
     "gfx942 copies": "loads straight to LDS are 32 bits wide there; tiles come through registers",
     "after the product": "a tile is read when a product is done, while the multiprocessor's other program multiplies",
     "map's gradient": "a product starts from its tile, so that it is loaded to registers",
-    "in parts": "operands of products in TF32 parts are split in registers: with more tiles under way they spill",
+    "in parts": "products in TF32 parts split operands in registers, where a tile that two of them take is loaded to; "
+    "with more tiles under way they spill",
     "narrow rows": "a tile has fewer bytes for each thread than one access moves: 16, or 4 of an asynchronous copy",
     "few rows": "tensor cores of the target's own kind take 64 rows and four warps; fewer multiply as on sm_80",
     "odd width": "rows that are no multiple of 16 bytes start anywhere, and so do their tiles",
