@@ -210,6 +210,7 @@ _HANDED_ON: ContextVar[tuple[nn.Module, dict[str, Any]] | None] = ContextVar("fa
 class MPNetModel(EncoderModel, hf.MPNetModel):
     layer_parts = ("attention.attn", "attention", "intermediate", "output")
     output_class = BaseModelOutputWithPooling
+    score_bias = property(lambda self: self.encoder.relative_attention_bias)
 
     def forward(  # type: ignore[override]
         self,

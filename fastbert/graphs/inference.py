@@ -17,7 +17,7 @@ from fastbert.modules.call import Outputs, Plan
 from fastbert.modules.model import EncoderModel
 
 from .buckets import TOKENS, Bucket, choose_bucket
-from .recording import CudaRecorder, Recorder, Replayed, Watch, why_not_here, why_unrecordable
+from .recording import CudaRecorder, Recorder, Replayed, Watch, why_not_here, why_not_in_columns, why_unrecordable
 
 
 def _inner_modules(bert: EncoderModel) -> list[nn.Module]:
@@ -99,6 +99,10 @@ class Graphed(Replayed):
             self.refuse("its padding is kept: fuse(model, packing=True) drops it")
             return None
         layout = batch.layout
+        reason = why_not_in_columns(self._bert, layout)
+        if reason is not None:
+            self.refuse(reason)
+            return None
         bucket = choose_bucket(self.buckets, layout.tokens, layout.batch, layout.max_seqlen)
         with self._lock:
             self._recorder.follow()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastbert.batch.layout import Layout
 from fastbert.families import MODELS
 from fastbert.fusing import explain
 from fastbert.modules.attention import FusedSelfAttention
@@ -138,6 +139,13 @@ def why_unrecordable(bert: EncoderModel, called: list[nn.Module]) -> str | None:
             where = part.name if part.layer is None else f"layer {part.layer} {part.name}"
             return f"not all of it is fused: {where}: {part.reason}"
     return None
+
+
+def why_not_in_columns(bert: EncoderModel, layout: Layout) -> str | None:
+    """Why a batch whose tokens have gaps before or between them cannot be replayed: a recording knows no columns."""
+    if layout.columns is None or bert.score_bias is None:
+        return None
+    return "padding is not at the end of every row, and the bias of its scores counts columns"
 
 
 def why_not_here(device: torch.device) -> str | None:

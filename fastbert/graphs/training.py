@@ -20,7 +20,7 @@ from fastbert.modules.model import EncoderModel
 from fastbert_kernels.backend import check_same_device
 
 from .buckets import TOKENS, Bucket, choose_bucket
-from .recording import CudaRecorder, Recorder, Replayed, Watch, why_not_here, why_unrecordable
+from .recording import CudaRecorder, Recorder, Replayed, Watch, why_not_here, why_not_in_columns, why_unrecordable
 
 #: What a step takes besides labels.
 _IDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -173,8 +173,11 @@ class GraphedStep(Replayed):
             bucket = choose_bucket(self.buckets, layout.tokens, layout.batch, layout.max_seqlen)
             if bucket is None:
                 return self._go_plain(self._over(), batch)
+            reason = why_not_in_columns(self._bert, layout)
             if layout.columns is not None and self._labels[1]:
-                return self._go_plain("padding is not at the end of every row, whose first column is read", batch)
+                reason = "padding is not at the end of every row, whose first column is read"
+            if reason is not None:
+                return self._go_plain(reason, batch)
             self._arrays.fill(bucket, values, layout)
             key = bucket, self._autocast_dtype()
             if key in self._recordings:
@@ -234,6 +237,10 @@ class GraphedStep(Replayed):
             _is_hooked(p) for p in self.model.parameters()
         ):
             return "modules or parameters in it have backward hooks, which a replay would not call"
+        bias = self._bert.score_bias
+        if bias is not None and any(p.requires_grad for p in bias.parameters()):
+            (name,) = [name for name, module in self._bert.named_modules() if module is bias]
+            return f"{name} is trained, in plain PyTorch, which makes the GPU wait: freeze it (requires_grad_(False))"
         return why_unrecordable(self._bert, modules) or _why_unrecordable_optimizer(self.optimizer)
 
     def _hold_rates(self) -> None:

@@ -87,6 +87,11 @@ class EncoderModel(nn.Module):
         """Tokens in the longest sequence that it takes without `position_ids`."""
         return getattr(self.embeddings, "longest", self.config.max_position_embeddings)
 
+    @property
+    def score_bias(self) -> nn.Module | None:
+        """What makes a learned bias of attention's scores, of the columns of tokens, where a family has one."""
+        return None
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -149,6 +149,9 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 @heads_whose("sequence", "tokens", "words", "words and sequence")
 def test_replayed_steps_train_as_eager_does(family: Family, head: str) -> None:
     plain, fused = family.pair(head)
+    if fused.base_model.score_bias is not None:  # trained, it is plain PyTorch's
+        for model in (plain, fused):
+            model.base_model.encoder.relative_attention_bias.requires_grad_(False)
     plain.train()
     optimizer, step = sgd(plain), rerun_steps(fused.train(), sgd(fused), tokens=(sum(LENGTHS) + 3,))
     for _ in range(3):
@@ -168,11 +171,35 @@ def test_replayed_calls_are_the_models_own(family: Family, head: str) -> None:
     plain, fused = family.pair(head, packing=True)
     graphed = rerun_calls(fused)
     with torch.no_grad():
-        for kind in ("ragged", "pad inside", "full"):
+        for kind in ("ragged", "pad inside", "holes", "full"):
             given = family.batch(kind)
             ours, theirs = named_tensors(graphed(**given)), named_tensors(plain(**given))
             assert_equals(ours, zeroed(plain, theirs, given["attention_mask"]) if head == "Model" else theirs)
-    assert (graphed.captures, graphed.replays, graphed.plain.total()) == (1, 3, 0)
+    biased = getattr(fused, "base_model", fused).score_bias is not None  # of columns, which have gaps in "holes"
+    assert (graphed.captures, graphed.replays, graphed.plain.total()) == (1, 4 - biased, biased)
+
+
+def test_steps_with_a_bias_of_scores_are_replayed_where_no_column_counts() -> None:
+    family = FAMILIES["mpnet"]
+    plain, fused = family.pair("ForTokenClassification")
+    step = rerun_steps(fused.train(), sgd(fused), tokens=(sum(LENGTHS) + 3,))
+    given = family.labelled("ForTokenClassification")
+    step(**given)
+    fused.base_model.encoder.relative_attention_bias.requires_grad_(False)
+    step(**given)
+    step(**given)
+    mask = given["attention_mask"].clone()
+    mask[0, 4:6] = 0
+    labels = given["labels"].masked_fill(mask == 0, -100)
+    plain.load_state_dict(fused.state_dict())
+    loss = plain.train()(**given | {"attention_mask": mask, "labels": labels}).loss
+    assert abs(step(**given | {"attention_mask": mask}).item() - loss.item()) <= 2e-5
+    assert (step.captures, step.replays) == (1, 1)
+    assert step.plain == {
+        "encoder.relative_attention_bias is trained, in plain PyTorch, which makes the GPU wait: freeze it "
+        "(requires_grad_(False))": 1,
+        "padding is not at the end of every row, and the bias of its scores counts columns": 1,
+    }
 
 
 @each_family
