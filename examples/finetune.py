@@ -108,7 +108,7 @@ def read_checkpoint(model: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         fail(f"no BERT checkpoint in {model!r}: name a folder saved by transformers ({str(error).splitlines()[0]})")
     if config.model_type != "bert":
-        fail(f"model {model!r} is of type {config.model_type!r}, not 'bert': fastbert takes BERT only")
+        fail(f"model {model!r} is of type {config.model_type!r}, not 'bert': this example takes BERT only")
     if config.max_position_embeddings < MAX_LENGTH:
         fail(f"model {model!r} takes {config.max_position_embeddings} tokens, and the texts have up to {MAX_LENGTH}")
     return config, tokenizer

@@ -79,7 +79,7 @@ def capture(model: nn.Module, layers: Sequence[int] = (-1,)) -> Iterator[list[Pr
     """Keep the projections of some layers of every forward pass inside the block. The layers stay fused.
 
     Args:
-        model: a fused `BertModel`, or anything that holds exactly one.
+        model: a fused encoder, as `BertModel`, or anything that holds exactly one.
         layers: indices of encoder layers, negative ones from the last.
 
     Yields:
@@ -87,7 +87,7 @@ def capture(model: nn.Module, layers: Sequence[int] = (-1,)) -> Iterator[list[Pr
         order; the next forward pass replaces them. Their gradient reaches the model, unless it ran in `torch.no_grad`.
 
     Raises:
-        ValueError: on entry, for a model with no or several `BertModel`s, a layer that it does not have or whose
+        ValueError: on entry, for a model with no or several encoders, a layer that it does not have or whose
             attention is not fused or has a learned bias; in the forward pass, for a batch whose padding was not
             dropped, a mask of more than two dimensions, a cache, and reentrant gradient checkpointing, which detaches
             the projections.

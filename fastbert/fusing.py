@@ -1,4 +1,4 @@
-"""`fuse`, `unfuse` and `explain`: the fast path for a model that exists already.
+"""`fuse`, `unfuse`, `skip_unread` and `explain`: the fast path for a model that exists already.
 
 Classes are swapped on the instances of one model. Nothing global changes: another model of the same class stays as
 it is.
@@ -79,7 +79,7 @@ def fuse(model: Model, packing: bool | str = "auto") -> Model:
 
     Raises:
         TypeError: for what is no model.
-        ValueError: when there is no such encoder inside, or FSDP2 has sharded a module already.
+        ValueError: for another `packing`; when there is no such encoder inside, or FSDP2 has sharded a module already.
     """
     check_packing(packing)
     _check_model(model)
@@ -122,8 +122,9 @@ def unfuse(model: Model) -> Model:
     Also takes fastbert's own classes back to Hugging Face's.
 
     Raises:
-        ValueError: when there is no `BertModel` inside, or one whose class derives from fastbert's, or FSDP2 has
-            sharded a module.
+        TypeError: for what is no model.
+        ValueError: when there is no encoder of a known family inside, or one whose class derives from fastbert's, or
+            FSDP2 has sharded a module.
     """
     _check_model(model)
     _refuse_sharded(model, "unfuse")
@@ -157,9 +158,9 @@ def _put_back(module: nn.Module) -> None:
 def skip_unread(model: Model, skip: bool = True) -> Model:
     """Let every fused head inside a model do without the rows that nothing reads, in place. Losses and gradients stay.
 
-    - Sequence classification, next sentence prediction and multiple choice read the pooled output: the last layer
-      computes the first position of each sequence only (`BertModel.read_rows = "first"`), unless hidden states or
-      attentions are asked for.
+    - Sequence classification, next sentence prediction and multiple choice read the pooled output, or the first row:
+      the last layer computes the first position of each sequence only (`BertModel.read_rows = "first"`), unless hidden
+      states or attentions are asked for.
     - Masked language modelling and pretraining compute, in training, the logits of labelled positions only
       (`read_rows = "labelled"`); the output's logits are then (labelled positions, vocabulary).
 
@@ -171,7 +172,9 @@ def skip_unread(model: Model, skip: bool = True) -> Model:
         The same object.
 
     Raises:
-        ValueError: when there is no such head inside, or its `BertModel` is not fused.
+        TypeError: for what is no model.
+        ValueError: when there is no such head inside, its encoder is not fused, or a head for masked language modelling
+            derives from Hugging Face's class.
     """
     _check_model(model)
     heads: list[Any] = [
@@ -224,10 +227,11 @@ def explain(model: nn.Module) -> Explanation:
     """Which parts of a model are on the fast path, and why the others are not.
 
     Args:
-        model: a `BertModel`, or anything that holds some.
+        model: a `BertModel` or another of `families.MODELS`, or anything that holds some.
 
     Raises:
-        ValueError: when there is no `BertModel` inside.
+        TypeError: for what is no model.
+        ValueError: when there is none inside.
     """
     _check_model(model)
     named = _named_encoders(model)

@@ -59,7 +59,7 @@ PARITY = Section(30, _parity_steps, _tell_parity)
 
 
 def models_plan(workloads: list[str], models: list[str]) -> list[Item]:
-    """What to run, what the goals are set for first; neighbours share what is compiled for them."""
+    """What to run, what matters most first; neighbours share what is compiled for them."""
     chosen = named_workloads(workloads, GPU_WORKLOADS)
     kinds = sorted(chosen, key=lambda workload: workload.task == "finetune")
     return [(model, workload, torch.bfloat16) for model in models for workload in kinds]

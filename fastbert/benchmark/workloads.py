@@ -80,7 +80,7 @@ def _power_lengths(batch: int, seq: int, power: float) -> list[int]:
     return [max(2, math.ceil(seq * ((i + 1) / batch) ** power)) for i in range(batch)]
 
 
-#: For a GPU: those that the project's goals are set for.
+#: What is measured on a GPU.
 GPU_WORKLOADS = {
     w.name: w
     for w in (

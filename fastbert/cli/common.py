@@ -15,7 +15,7 @@ import typer
 CHECKPOINT_VARIABLE = "FASTBERT_CHECKPOINT"
 LOCAL_CHECKPOINT = Path(".cache/minilm")
 MODEL_HELP = (
-    "Folder of a BERT checkpoint, or a name on the Hugging Face hub. "
+    "Folder of a checkpoint, or a name on the Hugging Face hub. "
     f"Default: ${CHECKPOINT_VARIABLE}, else {LOCAL_CHECKPOINT}."
 )
 

@@ -45,7 +45,7 @@ class _Work:
 
 
 def encode(
-    model: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint, or a name on the Hugging Face hub.")],
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a name on the Hugging Face hub.")],
     input_file: Annotated[
         Path,
         typer.Argument(

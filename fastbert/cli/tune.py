@@ -24,7 +24,7 @@ def tune(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Folder of a BERT checkpoint, or a name on the Hugging Face hub, for whose widths to measure. "
+            help="Folder of a checkpoint, or a name on the Hugging Face hub, for whose widths to measure. "
             "Default: those of BERT-base, BERT-large and MiniLM.",
             show_default=False,
         ),

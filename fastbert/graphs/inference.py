@@ -177,16 +177,17 @@ def graphed(model: nn.Module, tokens: Iterable[int] = TOKENS, max_sequences: int
 
     The model's own path is taken, and the reason logged once and counted in `plain`, where gradients or autocast are
     on, in training mode, for a batch over the largest bucket, for anything asked for but `last_hidden_state`, pooler
-    and head, for masks of more than two dimensions, `inputs_embeds`, `head_mask`, a cache and batches that
-    the caller packed, and while not every part is fused or a module inside is hooked.
+    and head, for masks of more than two dimensions, `inputs_embeds`, `head_mask`, a cache, batches that the caller
+    packed or whose padding is kept, MPNet's whose padding is not at the end, and while not every part is fused or a
+    module inside is hooked.
 
     Args:
-        model: a fused `BertModel`, or one of Hugging Face's heads on one, on a GPU.
+        model: a fused encoder, as `BertModel`, or one of Hugging Face's heads on one, on a GPU.
         tokens: the buckets.
         max_sequences: that the largest bucket has room for; a smaller one has room for one in 16 tokens.
 
     Raises:
         RuntimeError: for a model that is not on a GPU.
-        ValueError: for a model that is not fused or holds no `BertModel` in `bert`, and for no buckets.
+        ValueError: for a model that is not fused or is no head on a fused encoder, and for no buckets.
     """
     return Graphed(model, tokens, max_sequences, CudaRecorder)

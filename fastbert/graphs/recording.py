@@ -184,7 +184,7 @@ class Replayed:
 
     Args:
         what: is replayed, in words.
-        model: a fused `BertModel` or a head on one.
+        model: a fused encoder or a head on one.
         tokens, max_sequences: of the buckets.
         recorder: makes what records, on a device.
         token_labels, sequence_labels: what a batch has besides ids.

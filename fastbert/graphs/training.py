@@ -345,14 +345,15 @@ def graphed_step(
     1 only.
 
     The same step is taken without a replay, and the reason logged once and counted in `plain`, for a batch over the
-    largest bucket, for anything but ids, labels and masks of two dimensions, for classifiers of sequences whose padding
-    is not at the end, with gradient checkpointing, and while not every part is fused or a module, a parameter or the
-    optimizer is hooked. Gradient accumulation and `GradScaler` need steps of your own.
+    largest bucket, for anything but ids, labels and masks of two dimensions, for classifiers of sequences, and for
+    MPNet, where padding is not at the end, while MPNet's position bias is trained, with gradient checkpointing, and
+    while not every part is fused or a module, a parameter or the optimizer is hooked. Gradient accumulation and
+    `GradScaler` need steps of your own.
 
     Args:
-        model: fused, one of Hugging Face's heads for masked language modelling, pretraining, next sentence prediction,
-            and classification of tokens or, with one label each, of sequences. On a GPU, and in training mode when the
-            step is called.
+        model: fused, one of Hugging Face's heads for masked language modelling, BERT's pretraining, next sentence
+            prediction, and classification of tokens or, with one label each, of sequences. On a GPU, and in training
+            mode when the step is called.
         optimizer: of torch's own, with `capturable=True`; SGD with `fused=True`.
         tokens: the buckets.
         max_sequences: that the largest bucket has room for; a smaller one has room for one in 16 tokens.

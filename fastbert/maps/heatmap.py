@@ -42,7 +42,7 @@ def attention_heatmap(
     """Draw one sentence's attention as a PNG: a row of panels per layer, a column per head, one colour scale.
 
     Each panel has a row per query token and a column per key token. Tokens are named at the left and the bottom of the
-    grid where a panel can have a line of text for each: up to 29 tokens beside 12 heads, 350 beside one.
+    grid where a panel can have a line of text for each: up to 29 tokens with 12 layers or heads, 350 in a single panel.
 
     Args:
         attentions: a tensor (batch, heads, seq, seq) per layer, as `output_attentions=True` returns them; None for a
