@@ -141,7 +141,7 @@ def _fused_attention(bert: Any, index: int) -> FusedSelfAttention:
         )
     found = self_attention(bert.layers[index])
     assert found is not None
-    if found[1].biases_scores:
+    if bert.score_bias is not None:
         raise ValueError(
             f"the attention of {type(bert).__name__} adds a learned bias to its scores, which no loss knows: "
             "distil its hidden states or attentions"

@@ -58,7 +58,6 @@ class MPNetSelfAttention(InnerOutput, hf.MPNetSelfAttention):
 
     projections = ("q", "k", "v")
     output_projection = "o"
-    biases_scores = True
     is_decoder = is_causal = False
     scaling = property(lambda self: self.attention_head_size**-0.5)
 

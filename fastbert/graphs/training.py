@@ -173,9 +173,9 @@ class GraphedStep(Replayed):
             bucket = choose_bucket(self.buckets, layout.tokens, layout.batch, layout.max_seqlen)
             if bucket is None:
                 return self._go_plain(self._over(), batch)
-            reason = why_not_in_columns(self._bert, layout)
             if layout.columns is not None and self._labels[1]:
-                reason = "padding is not at the end of every row, whose first column is read"
+                return self._go_plain("padding is not at the end of every row, whose first column is read", batch)
+            reason = why_not_in_columns(self._bert, layout)
             if reason is not None:
                 return self._go_plain(reason, batch)
             self._arrays.fill(bucket, values, layout)

@@ -100,8 +100,6 @@ class FusedSelfAttention(nn.Module):
     is_causal: bool
     layer_idx: int
     dropout_stream = 0
-    #: Whether a learned bias is added to the scores, as part of the mask.
-    biases_scores = False
     #: Given the projections (tokens, 3, heads, head_dim), cu_seqlens, max_seqlen and the mask of every forward pass,
     #: while `distill.capture` looks on. A hook would cost the batch its packing.
     watcher: Callable[[torch.Tensor, torch.Tensor | None, int, torch.Tensor | None], None] | None = None

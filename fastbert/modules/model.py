@@ -89,7 +89,8 @@ class EncoderModel(nn.Module):
 
     @property
     def score_bias(self) -> nn.Module | None:
-        """What makes a learned bias of attention's scores, of the columns of tokens, where a family has one."""
+        """What makes a learned bias of attention's scores from the columns of tokens, where a family has one; the mask
+        that layers are given has it in it."""
         return None
 
     def forward(

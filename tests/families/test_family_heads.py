@@ -149,7 +149,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 @heads_whose("sequence", "tokens", "words", "words and sequence")
 def test_replayed_steps_train_as_eager_does(family: Family, head: str) -> None:
     plain, fused = family.pair(head)
-    if fused.base_model.score_bias is not None:  # trained, it is plain PyTorch's
+    if family.biases_scores:  # trained, that bias is plain PyTorch's
         for model in (plain, fused):
             model.base_model.encoder.relative_attention_bias.requires_grad_(False)
     plain.train()
@@ -175,7 +175,7 @@ def test_replayed_calls_are_the_models_own(family: Family, head: str) -> None:
             given = family.batch(kind)
             ours, theirs = named_tensors(graphed(**given)), named_tensors(plain(**given))
             assert_equals(ours, zeroed(plain, theirs, given["attention_mask"]) if head == "Model" else theirs)
-    biased = getattr(fused, "base_model", fused).score_bias is not None  # of columns, which have gaps in "holes"
+    biased = family.biases_scores  # of columns, which have gaps in "holes"
     assert (graphed.captures, graphed.replays, graphed.plain.total()) == (1, 4 - biased, biased)
 
 
